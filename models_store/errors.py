@@ -1,0 +1,43 @@
+"""What can go wrong in the store.
+
+StoreError
+├── InvalidNameError       a name or version that cannot be a folder of the store
+├── EnsembleNotFoundError  nothing of that name (or version) is published
+├── ManifestError          a manifest that does not follow FORMAT.md
+├── MemberError            an ONNX file that does not follow FORMAT.md, or that gives wrong answers
+├── CorruptionError        a file that is missing, or whose hash is not the manifest's
+└── StoreWriteError        the disk is full, or the store cannot be written
+ProviderError              an execution provider that was asked for and is not there
+"""
+
+
+class StoreError(Exception):
+    """Anything wrong with the store or what lies in it. The message says what, why, and what to do."""
+
+
+class InvalidNameError(StoreError):
+    """A name or version that cannot be a folder of the store."""
+
+
+class EnsembleNotFoundError(StoreError):
+    """Nothing of that name, or no such version, is published."""
+
+
+class ManifestError(StoreError):
+    """A manifest that does not follow FORMAT.md."""
+
+
+class MemberError(StoreError):
+    """An ONNX file that does not follow FORMAT.md, or whose answers are wrong."""
+
+
+class CorruptionError(StoreError):
+    """A file that is missing, or whose hash is not the one in the manifest."""
+
+
+class StoreWriteError(StoreError):
+    """The store cannot be written: permissions, or a full disk."""
+
+
+class ProviderError(Exception):
+    """An execution provider that was asked for and is not available."""

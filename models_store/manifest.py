@@ -1,0 +1,171 @@
+"""The manifest of one published version: the typed form of `manifest.json`.
+
+FORMAT.md is the same contract in prose; `tests/models_store/test_format.py` holds the two equal.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from models_store.errors import ManifestError
+
+SCHEMA_VERSION = 1
+ONNX_OPSET = 18
+INPUT_NAME = "images"
+OUTPUT_NAME = "logits"
+ECE_BINS = 15
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Two path parts, no dots before the suffix: a manifest cannot point outside its own folder.
+MemberFile = Annotated[str, Field(pattern=r"^members/[0-9]{3,6}\.onnx$")]
+WeightsFile = Annotated[str, Field(pattern=r"^weights/[0-9]{3,6}\.safetensors$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Network(_Record):
+    """How to build the members' module again: `factory(num_classes, input_shape, **kwargs)`."""
+
+    factory: str
+    kwargs: dict[str, Any] = {}
+
+
+class InputSpec(_Record):
+    """What the members take: float32 `(batch, *shape)` in [0, 1]."""
+
+    shape: tuple[int, int, int] = Field(description="(C, H, W); C = 1 is grey, C = 3 is RGB")
+    resize: Literal["refuse", "stretch", "crop"] = Field(
+        default="refuse",
+        description="what to do with an encoded image of another size: refuse it, stretch it to (H, W), "
+        "or scale its short side and crop the centre",
+    )
+
+    @field_validator("shape")
+    @classmethod
+    def _positive(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        if min(shape) < 1:
+            raise ValueError("every axis of the input shape must be at least 1")
+        return shape
+
+
+class Scores(_Record):
+    """Scores on one split, after temperature."""
+
+    accuracy: float = Field(ge=0, le=1)
+    nll: float = Field(ge=0, description="mean negative log-likelihood, nats")
+    brier: float = Field(ge=0, le=2, description="mean squared distance to the one-hot label, summed over classes")
+    ece: float = Field(ge=0, le=1, description=f"expected calibration error, {ECE_BINS} equal-width bins")
+
+
+class Origin(_Record):
+    """Where a member comes from. Fields that do not apply are null."""
+
+    cycle: int | None = Field(default=None, ge=0, description="FGE: 1, 2, … in order of collection; 0 is a given network")
+    epoch: float | None = Field(default=None, ge=0, description="budget spent when it was collected, in epochs")
+    coefficients: list[float] | None = Field(default=None, description="over the vertices, for path points")
+    source: str | None = Field(default=None, description="file name of an imported model")
+
+
+class Member(_Record):
+    """One network of the average."""
+
+    file: MemberFile
+    weights: WeightsFile | None = Field(default=None, description="the same member by torch name; null when imported")
+    origin: Origin
+    weight: float = Field(gt=0, le=1, description="its share of the average; the shares sum to 1")
+    temperature: float = Field(default=1.0, gt=0, description="the member's own, for answers from it alone")
+    validation: Scores | None = None
+
+
+class Provenance(_Record):
+    """For the operator, never for a client: with it the training can be repeated."""
+
+    run: str | None = Field(default=None, description="identity of the training run; one run is published once")
+    config: dict[str, Any] = {}
+    commit: str | None = None
+    libraries: dict[str, str] = {}
+    data_fingerprint: str | None = None
+    wall_seconds: float | None = Field(default=None, ge=0)
+    epochs_spent: float | None = Field(default=None, ge=0, description="training cost in epochs over the train split")
+    device: str | None = None
+
+
+class Draft(_Record):
+    """Everything about a version that its maker knows. The store adds name, version, time and hashes."""
+
+    method: str = Field(min_length=1)
+    network: Network | None = Field(default=None, description="null when the members were imported")
+    input: InputSpec
+    classes: list[str] = Field(min_length=2)
+    members: list[Member] = Field(min_length=1)
+    temperature: float = Field(default=1.0, gt=0, description="one T for all members' logits in `average`")
+    validation: Scores | None = Field(default=None, description="the average's scores on the validation split")
+    calibration: None = Field(default=None, description="reserved; must be null in schema version 1")
+    provenance: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Draft:
+        if abs(sum(m.weight for m in self.members) - 1) > 1e-6:
+            raise ValueError("the members' weights must sum to 1")
+        if len({m.file for m in self.members}) != len(self.members):
+            raise ValueError("two members share one file")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("class names must be distinct")
+        return self
+
+
+class Manifest(Draft):
+    """A published version."""
+
+    schema_version: Literal[1]
+    name: str
+    version: int = Field(ge=1)
+    created: str = Field(description="UTC time of publication, ISO 8601")
+    files: dict[str, Sha256] = Field(description="sha256 of every other file of the version, by relative path")
+
+    @model_validator(mode="after")
+    def _files_are_listed(self) -> Manifest:
+        for member in self.members:
+            for file in (member.file, member.weights):
+                if file is not None and file not in self.files:
+                    raise ValueError(f"{file} has no entry in `files`")
+        for path in self.files:
+            if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+                raise ValueError(f"{path!r} in `files` leaves the version's folder")
+        return self
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            ManifestError: not JSON, another schema version, or a broken rule of FORMAT.md.
+        """
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise ManifestError(f"{where} is not JSON ({error}); it was changed after publishing. Publish again.") from None
+        found: object = record.get("schema_version") if isinstance(record, dict) else None
+        if found != SCHEMA_VERSION:
+            raise ManifestError(
+                f"{where} has schema version {found!r}; this release reads version {SCHEMA_VERSION}. "
+                "Upgrade modepath, or publish the ensemble again with this release."
+            )
+        try:
+            return cls.model_validate(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise ManifestError(
+                f"{where} breaks FORMAT.md at {place}: {first['msg']}. It was edited by hand or made by "
+                "another tool; publish again, or mend it by FORMAT.md."
+            ) from None
+
+    def dump(self) -> str:
+        """The text of `manifest.json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

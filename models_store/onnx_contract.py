@@ -1,0 +1,121 @@
+"""What an ONNX file must be to serve as a member; FORMAT.md says the same in prose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from models_store.errors import MemberError
+from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME
+
+# Two gigabytes is what one protobuf can hold.
+MAX_MODEL_BYTES = 2**31 - 1
+
+
+def check_member(file: Path, input_shape: tuple[int, int, int], classes: int) -> None:
+    """Hold one ONNX file against the contract.
+
+    Raises:
+        MemberError: unreadable, external data, an unknown domain or opset, or other inputs and outputs than
+            `images` float32 (batch, C, H, W) and `logits` float32 (batch, classes).
+    """
+    model = load(file)
+    refuse_external_data(model, file)
+    refuse_unknown_domains(model, file)
+    opset = {entry.domain: entry.version for entry in model.opset_import}.get("", 0)
+    if opset != ONNX_OPSET:
+        raise MemberError(f"{file.name} uses ONNX opset {opset}; members are opset {ONNX_OPSET}. Export it again with it.")
+    _check_value(file, "input", graph_inputs(model.graph), INPUT_NAME, (None, *input_shape))
+    _check_value(file, "output", list(model.graph.output), OUTPUT_NAME, (None, classes))
+
+
+def load(file: Path) -> onnx.ModelProto:
+    """Read a single-file ONNX model without following references to other files."""
+    try:
+        return onnx.load(file, load_external_data=False)
+    except Exception as error:  # protobuf raises several unrelated types
+        raise MemberError(f"{file} cannot be read as ONNX ({error}); give a file written by an ONNX exporter.") from None
+
+
+def refuse_external_data(model: onnx.ModelProto, file: Path) -> None:
+    """Weights that lie in another file could be swapped after the hash was taken.
+
+    Raises:
+        MemberError: some tensor is external.
+    """
+    for tensor in _all_tensors(model.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise MemberError(
+                f"{file.name} keeps the weights of {tensor.name!r} in another file; a member is one file. "
+                "Save it with its weights inside."
+            )
+
+
+def refuse_unknown_domains(model: onnx.ModelProto, file: Path) -> None:
+    """Only standard operators run everywhere, and only they are known to be mere arithmetic.
+
+    Raises:
+        MemberError: some operator comes from another domain.
+    """
+    known = ("", "ai.onnx")
+    domains = {entry.domain for entry in model.opset_import} | {node.domain for node in _all_nodes(model.graph)}
+    domains |= {node.domain for function in model.functions for node in function.node}
+    local = {function.domain for function in model.functions}
+    if unknown := sorted(domains - set(known) - local):
+        raise MemberError(
+            f"{file.name} uses operators of {', '.join(map(repr, unknown))}; members use standard ONNX operators only. "
+            "Export without custom or contrib operators."
+        )
+
+
+def graph_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """Inputs that are fed; old exporters list the initializers among the inputs."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in initializers]
+
+
+def dimensions(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
+    """Its axes; None where the length is open."""
+    return tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
+
+
+def _check_value(
+    file: Path, kind: str, values: list[onnx.ValueInfoProto], name: str, wanted: tuple[int | None, ...]
+) -> None:
+    if [value.name for value in values] != [name]:
+        raise MemberError(f"{file.name} has {kind}s {[v.name for v in values]}; a member has one, named {name!r}.")
+    found = dimensions(values[0])
+    if values[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT or len(found) != len(wanted):
+        raise MemberError(f"{file.name}: {kind} {name!r} must be float32 {_shape(wanted)}; it is {_shape(found)}.")
+    if found[0] is not None:
+        raise MemberError(
+            f"{file.name}: {kind} {name!r} has the fixed batch size {found[0]}; requests come in any size. "
+            "Export with a dynamic first axis."
+        )
+    # An open axis of the output is allowed: shape inference does not always close it.
+    if any(f is not None and f != w for f, w in zip(found[1:], wanted[1:], strict=True)):
+        raise MemberError(f"{file.name}: {kind} {name!r} must be {_shape(wanted)}; it is {_shape(found)}.")
+
+
+def _shape(axes: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("batch" if i == 0 and a is None else str(a or "?") for i, a in enumerate(axes)) + ")"
+
+
+def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    nodes = list(graph.node)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                nodes += _all_nodes(inner)
+    return nodes
+
+
+def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    tensors = list(graph.initializer)
+    for node in graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t, *attribute.tensors]
+            for inner in (attribute.g, *attribute.graphs):
+                tensors += _all_tensors(inner)
+    return tensors

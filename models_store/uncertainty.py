@@ -1,0 +1,79 @@
+"""From the members' logits to one answer and how uncertain it is.
+
+Axis order everywhere: (members, batch, classes). Entropies in nats.
+
+    mean_probs           p̄ = Σ_k weight_k · softmax(z_k / T)      probabilities are averaged, never logits
+    predictive_entropy   H(p̄)                                      total uncertainty
+    expected_entropy     Σ_k weight_k · H(p_k)                     what each member is unsure of by itself
+    mutual_information   predictive_entropy − expected_entropy     what the members disagree on
+    disagreement         share (by weight) of members whose top class is not the ensemble's
+
+Decomposition: Depeweg et al. 2018, "Decomposition of Uncertainty in Bayesian Deep Learning", §2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answers for a batch. `mean_probs` is (batch, classes); everything else is (batch,)."""
+
+    mean_probs: Floats
+    label: NDArray[np.intp]
+    confidence: Floats
+    predictive_entropy: Floats
+    expected_entropy: Floats
+    mutual_information: Floats
+    disagreement: Floats
+
+
+# What can rank predictions by uncertainty, largest first: attribute of Prediction -> sign.
+UNCERTAINTY_MEASURES = {
+    "predictive_entropy": 1,
+    "expected_entropy": 1,
+    "mutual_information": 1,
+    "disagreement": 1,
+    "confidence": -1,
+}
+
+
+def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
+    """Softmax of `logits / temperature` over the last axis, in float64."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    scaled = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return scaled / scaled.sum(axis=-1, keepdims=True)
+
+
+def entropy(probs: Floats) -> Floats:
+    """Shannon entropy over the last axis, in nats; 0·log 0 = 0."""
+    return -np.sum(probs * np.log(np.where(probs > 0, probs, 1.0)), axis=-1)
+
+
+def combine(probs: Floats, weights: Floats) -> Prediction:
+    """Average the members' probabilities and measure their uncertainty.
+
+    Args:
+        probs: (members, batch, classes), each row a distribution.
+        weights: (members,), positive, summing to 1.
+    """
+    mean_probs = np.einsum("k,kbc->bc", weights, probs)
+    label = mean_probs.argmax(axis=-1)
+    predictive = entropy(mean_probs)
+    expected = weights @ entropy(probs)
+    return Prediction(
+        mean_probs=mean_probs,
+        label=label,
+        confidence=mean_probs.max(axis=-1),
+        predictive_entropy=predictive,
+        expected_entropy=expected,
+        # Concave entropy makes this non-negative; rounding may not.
+        mutual_information=np.maximum(predictive - expected, 0.0),
+        disagreement=weights @ (probs.argmax(axis=-1) != label).astype(np.float64),
+    )
