@@ -86,13 +86,13 @@ class EnsembleSession:
 
 
 def in_batches(
-    logits: functools.partial[NDArray[np.float32]] | MemberSession | EnsembleSession,
+    session: MemberSession | EnsembleSession,
     images: NDArray[np.float32],
     size: int = 256,
 ) -> NDArray[np.float32]:
     """Logits of many images, `size` at a time; the batch axis is the last but one."""
-    run = logits if callable(logits) else logits.logits
-    return np.concatenate([run(images[i : i + size]) for i in range(0, len(images), size)], axis=-2)
+
+    return np.concatenate([session.logits(images[i : i + size]) for i in range(0, len(images), size)], axis=-2)
 
 
 def default_threads() -> int:

@@ -1,0 +1,142 @@
+"""The store's command line: python -m models_store --help."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from models_store.errors import ProviderError, StoreError
+from models_store.importing import ImportOptions, import_members
+from models_store.store import Store
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 where `verify` finds damage, 2 on an error."""
+    args = _parser().parse_args(arguments)
+    store = Store(args.store)
+    try:
+        return args.run(store, args)
+    except (StoreError, ProviderError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(store: Store, args: argparse.Namespace) -> int:
+    names = store.names()
+    if not names:
+        print(f"{store.root} holds no ensemble. Train one: python -m training.fge --help")
+    for name in names:
+        try:
+            active = store.active(name)
+        except StoreError:
+            active = None
+        for number in store.versions(name):
+            mark = "*" if number == active else " "
+            try:
+                manifest = store.load(name, number).manifest
+                scores = f"validation accuracy {manifest.validation.accuracy:.4f}" if manifest.validation else ""
+                print(f"{mark} {name}@{number}  {manifest.method}  {len(manifest.members)} members  {manifest.created}  {scores}")
+            except StoreError as error:
+                print(f"{mark} {name}@{number}  damaged: {error}")
+    return 0
+
+
+def _show(store: Store, args: argparse.Namespace) -> int:
+    print(store.resolve(args.name).manifest.dump(), end="")
+    return 0
+
+
+def _verify(store: Store, args: argparse.Namespace) -> int:
+    references = (
+        [args.name] if args.name else [f"{name}@{version}" for name in store.names() for version in store.versions(name)]
+    )
+    damaged = 0
+    for reference in references:
+        try:
+            version = store.resolve(reference)
+            store.verify(version)
+            print(f"ok       {version.name}")
+        except StoreError as error:
+            damaged += 1
+            print(f"damaged  {reference}: {error}")
+    return 1 if damaged else 0
+
+
+def _activate(store: Store, args: argparse.Namespace) -> int:
+    store.verify(store.load(args.name, args.version))
+    store.activate(args.name, args.version)
+    print(f"{args.name}@{args.version} is active")
+    return 0
+
+
+def _import(store: Store, args: argparse.Namespace) -> int:
+    classes = args.classes.split(",") if args.classes else None
+    options = ImportOptions(
+        input_shape=tuple(args.input_shape) if args.input_shape else None,
+        classes=classes,
+        mean=args.mean,
+        std=args.std,
+        output_is_probs=args.output == "probs",
+        resize=args.resize,
+    )
+    version = import_members(store, args.name, args.members, options, activate=not args.no_activate)
+    print(f"published {version.name}: {len(version.manifest.members)} members")
+    return 0
+
+
+def _export(store: Store, args: argparse.Namespace) -> int:
+    version = store.resolve(args.name)
+    store.verify(version)
+    target: Path = args.dir / version.manifest.name / str(version.manifest.version)
+    if target.exists():
+        raise StoreError(f"{target} exists already; give another folder, or remove it.")
+    shutil.copytree(version.folder, target)
+    (target.parent / "active").write_text(f"{version.manifest.version}\n")
+    print(f"{target} (a store of its own: MODELS_STORE={args.dir})")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models_store", description="Look after published ensembles.")
+    parser.add_argument("--store", type=Path, help="the store's folder (default: $MODELS_STORE, else models_store/ensembles)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="every version; * is active")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("show", help="the manifest of a version")
+    command.add_argument("name", metavar="NAME[@VERSION]")
+    command.set_defaults(run=_show)
+
+    command = commands.add_parser("verify", help="check hashes and members; exit code 1 where something is damaged")
+    command.add_argument("name", metavar="NAME[@VERSION]", nargs="?", help="default: every version")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("activate", help="serve this version from now on")
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("version", metavar="VERSION", type=int)
+    command.set_defaults(run=_activate)
+
+    command = commands.add_parser("import", help="make an ensemble of ONNX classifiers made elsewhere")
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("members", metavar="MEMBER.onnx", nargs="+", type=Path)
+    command.add_argument("--classes", help="class names, separated by commas (default: 0, 1, …)")
+    command.add_argument("--input-shape", nargs=3, type=int, metavar=("C", "H", "W"), help="where the file leaves it open")
+    command.add_argument("--mean", nargs="+", type=float, help="the models expect (x - mean) / std: put it in the graph")
+    command.add_argument("--std", nargs="+", type=float)
+    command.add_argument("--output", choices=["logits", "probs"], default="logits", help="what the models give")
+    command.add_argument("--resize", choices=["refuse", "stretch", "crop"], default="refuse", help="for images of another size")
+    command.add_argument("--no-activate", action="store_true", help="publish without serving it")
+    command.set_defaults(run=_import)
+
+    command = commands.add_parser("export", help="copy a version into a folder that is itself a store")
+    command.add_argument("name", metavar="NAME[@VERSION]")
+    command.add_argument("dir", metavar="DIR", type=Path)
+    command.set_defaults(run=_export)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Scores of predicted distributions against labels. probs (batch, classes), labels (batch,)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from models_store.manifest import ECE_BINS, Scores
+
+Floats = NDArray[np.floating]
+Labels = NDArray[np.integer]
+
+
+def score(probs: Floats, labels: Labels) -> Scores:
+    """Accuracy, NLL, Brier and ECE."""
+    return Scores(accuracy=accuracy(probs, labels), nll=nll(probs, labels), brier=brier(probs, labels), ece=ece(probs, labels))
+
+
+def accuracy(probs: Floats, labels: Labels) -> float:
+    """Share of right labels."""
+    return float((probs.argmax(axis=1) == labels).mean())
+
+
+def nll(probs: Floats, labels: Labels) -> float:
+    """Mean negative log-likelihood in nats; a probability of 0 counts as 1e-12."""
+    return float(-np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-12)).mean())
+
+
+def brier(probs: Floats, labels: Labels) -> float:
+    """Mean squared distance to the one-hot label, summed over classes (Brier 1950): in [0, 2]."""
+    return float(((probs - np.eye(probs.shape[1])[labels]) ** 2).sum(axis=1).mean())
+
+
+def ece(probs: Floats, labels: Labels, bins: int = ECE_BINS) -> float:
+    """Expected calibration error of the confidence over equal-width bins (Guo et al. 2017, eq. 3)."""
+    return float(
+        multiclass_calibration_error(
+            torch.from_numpy(np.clip(probs, 0, 1)), torch.from_numpy(labels), probs.shape[1], n_bins=bins, norm="l1"
+        )
+    )
+
+
+def aurc(uncertainty: Floats, wrong: NDArray[np.bool_]) -> float:
+    """Area under the risk-coverage curve (Geifman et al. 2019): mean over coverages 1/n … 1 of the error among the
+    least uncertain. Ties share their mean error, so the order of rows does not matter.
+    """
+    order = np.argsort(uncertainty, kind="stable")
+    values, wrongs = uncertainty[order], wrong[order].astype(np.float64)
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    expected = (np.bincount(group, wrongs) / sizes)[group]
+    return float((np.cumsum(expected) / np.arange(1, len(wrongs) + 1)).mean())
+
+
+def auroc(uncertainty: Floats, positive: NDArray[np.bool_]) -> float:
+    """Chance that a positive is more uncertain than a negative; NaN where one kind is absent."""
+    if positive.all() or not positive.any():
+        return float("nan")
+    return float(roc_auc_score(positive, uncertainty))

@@ -1,0 +1,113 @@
+"""Networks by name. A network is a plain nn.Module that takes normalised images (batch, C, H, W) and gives logits.
+
+    mlp                      networks/mlp.py
+    vgg16, vgg16-bn          networks/vgg.py
+    preresnetN               networks/preresnet.py     N = 6n+2 (basic) or 9n+2 (bottleneck, from 110)
+    wrn-D-K                  networks/wide_resnet.py   depth D = 6n+4, width factor K
+    torchvision:NAME         any classifier of torchvision
+    package.module:factory   the user's own: factory(num_classes, input_shape, **options) -> nn.Module
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.errors import NetworkError
+from training.import_string import import_string
+from training.networks import mlp, preresnet, vgg, wide_resnet
+
+Shape = tuple[int, int, int]
+Factory = Callable[..., nn.Module]
+
+
+def find(spec: str) -> Factory:
+    """The factory that a network's name stands for.
+
+    Raises:
+        NetworkError: an unknown name, or a depth its family does not have.
+        ImportStringError: an import string that leads nowhere.
+    """
+    if spec.startswith("torchvision:"):
+        return _torchvision(spec.removeprefix("torchvision:"))
+    if ":" in spec:
+        return import_string(spec)
+    if spec == "mlp":
+        return mlp.make
+    if spec in ("vgg16", "vgg16-bn"):
+        return lambda *args, **kwargs: vgg.make(*args, batch_norm=spec.endswith("bn"), **kwargs)
+    if match := re.fullmatch(r"preresnet(\d+)", spec):
+        return lambda *args, **kwargs: preresnet.make(*args, depth=int(match[1]), **kwargs)
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", spec):
+        return lambda *args, **kwargs: wide_resnet.make(*args, depth=int(match[1]), widen=int(match[2]), **kwargs)
+    raise NetworkError(
+        f"Unknown network {spec!r}. Known: mlp, vgg16, vgg16-bn, preresnetN (as preresnet20), wrn-D-K (as wrn-28-10), "
+        "torchvision:NAME, or your own as package.module:factory."
+    )
+
+
+def build(spec: str, num_classes: int, input_shape: Shape, options: dict[str, Any]) -> nn.Module:
+    """Make a network and see that it gives logits.
+
+    Raises:
+        NetworkError: it cannot be built so, or answers with something else than (batch, num_classes).
+    """
+    factory = find(spec)
+    try:
+        network = factory(num_classes, input_shape, **options)
+    except NetworkError:
+        raise
+    except Exception as error:
+        raise NetworkError(
+            f"Network {spec!r} cannot be built for {num_classes} classes and images {input_shape} with {options or 'no options'}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise NetworkError(f"The factory {spec!r} returned {type(network).__name__}; it must return an nn.Module.")
+    random_state = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(2, *input_shape))
+    except Exception as error:
+        raise NetworkError(
+            f"Network {spec!r} does not run on images {input_shape}: {type(error).__name__}: {error}. "
+            "It may want larger images or another number of channels."
+        ) from error
+    torch.set_rng_state(random_state)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise NetworkError(f"Network {spec!r} answers 2 images with {shape}; it must give logits (2, {num_classes}).")
+    return network.train()
+
+
+class GreyToRGB(nn.Module):
+    """Give a network that was built for three channels a grey image, three times."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, H, W) -> logits."""
+        return self.network(images.expand(-1, 3, -1, -1))
+
+
+def _torchvision(name: str) -> Factory:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise NetworkError(f"torchvision has no classifier {name!r}; for example torchvision:resnet18, torchvision:vit_b_16.")
+
+    def make(num_classes: int, input_shape: Shape, **options: Any) -> nn.Module:
+        if name in ("googlenet", "inception_v3"):  # their training output is a tuple unless told otherwise
+            options = {"aux_logits": False, "init_weights": True, **options}
+        if name.startswith("vit_"):
+            options = {"image_size": input_shape[1], **options}
+        network = models.get_model(name, weights=None, num_classes=num_classes, **options)
+        return GreyToRGB(network) if input_shape[0] == 1 else network
+
+    return make
