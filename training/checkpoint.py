@@ -1,0 +1,81 @@
+"""Weights that the user brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from training.errors import CheckpointError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "network", "net")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_into(network: nn.Module, file: Path) -> None:
+    """Put a checkpoint's weights into a network.
+
+    Reads safetensors, and `.pt` files with `weights_only=True`; unwraps `state_dict` and strips what DataParallel and
+    torch.compile put before names.
+
+    Raises:
+        CheckpointError: unreadable, without weights, or of another network.
+    """
+    state = _strip(_unwrap(_read(file), file))
+    own = network.state_dict()
+    # Counters are no weights: older checkpoints lack them.
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    foreign = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or foreign or shapes:
+        told = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has besides", foreign), ("has", shapes)) if names]
+        raise CheckpointError(
+            f"{file} belongs to another network: it {', '.join(told)}. Give the --network (and --network-options) it was trained with."
+        )
+    if any(not torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()):
+        raise CheckpointError(f"{file} holds NaN or infinite weights: its training had diverged. Take an earlier checkpoint.")
+    network.load_state_dict(state, strict=False)
+
+
+def _read(file: Path) -> Any:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist.") from None
+    except Exception as error:  # torch.load raises whatever the bytes provoke
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{file} cannot be read as a checkpoint ({first}). Give safetensors, or a .pt that holds a state_dict of plain tensors; "
+            "a pickled module is not read, because reading it would run its code."
+        ) from None
+
+
+def _unwrap(content: Any, file: Path) -> dict[str, torch.Tensor]:
+    for key in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise CheckpointError(f"{file} holds no state_dict: save one with torch.save(network.state_dict(), ...).")
+    return content
+
+
+def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    while any(all(name.startswith(prefix) for name in state) for prefix in PREFIXES):
+        for prefix in PREFIXES:
+            if all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

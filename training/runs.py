@@ -1,0 +1,154 @@
+"""The folder of one training run: what it needs to go on after being killed at any moment.
+
+    $MODEPATH_RUNS/<door>-<hash of the config>/
+      run.json                identity, config, and what the run depends on
+      checkpoint.safetensors  weights and momenta after the last finished epoch; where that was is in the metadata
+      starts/EPOCH.safetensors   checkpoints that later legs begin from
+      vertices/000.safetensors   weights as they were collected
+
+Every file is written beside its place and renamed, so each is whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from training.errors import CheckpointError, RunError
+
+FORMAT = 1
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: `epoch` epochs of leg `leg` are finished."""
+
+    leg: int = 0
+    epoch: int = 0
+    seconds: float = 0.0
+
+
+class Run:
+    """One run's folder, locked while it is open."""
+
+    def __init__(self, folder: Path, identity: str):
+        self.folder = folder
+        self.identity = identity
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, door: str, config: dict[str, Any], depends_on: dict[str, str], *, fresh: bool) -> Iterator[Run]:
+        """The run of this config: a new one, or the one that was begun.
+
+        Args:
+            door: the method.
+            config: everything that decides what the run computes; its hash names the folder.
+            depends_on: fingerprints of data and code that the config names but does not hold.
+            fresh: forget what was done.
+
+        Raises:
+            RunError: another process works on it, or what it depends on has changed.
+        """
+        text = json.dumps(config, sort_keys=True)
+        key = hashlib.sha256(f"{FORMAT}\n{text}".encode()).hexdigest()[:16]
+        folder = Path(os.environ.get("MODEPATH_RUNS") or "runs") / f"{door}-{key}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"Another process is training in {folder}; wait for it, or change the seed.") from None
+            if fresh and folder.exists():
+                shutil.rmtree(folder)
+            file = folder / "run.json"
+            if not file.exists():
+                folder.mkdir(exist_ok=True)
+                record = {"format": FORMAT, "run": uuid.uuid4().hex, "depends_on": depends_on, "config": config}
+                write_whole(file, json.dumps(record, indent=2).encode())
+            record = json.loads(file.read_text())
+            if changed := sorted(k for k, v in depends_on.items() if record["depends_on"].get(k) != v):
+                raise RunError(
+                    f"{' and '.join(changed)} changed since this run began ({folder}); going on would mix two trainings. "
+                    "Train anew with --fresh."
+                )
+            yield cls(folder, record["run"])
+
+    def progress(self) -> Progress:
+        """How far the run is."""
+        file = self.folder / "checkpoint.safetensors"
+        if not file.exists():
+            return Progress()
+        with _reading(file) as handle:
+            meta = handle.metadata() or {}
+        return Progress(int(meta["leg"]), int(meta["epoch"]), float(meta["seconds"]))
+
+    def save_checkpoint(self, state: State, progress: Progress) -> None:
+        """Remember where the run is."""
+        meta = {"leg": str(progress.leg), "epoch": str(progress.epoch), "seconds": str(progress.seconds)}
+        save_state(self.folder / "checkpoint.safetensors", state, meta)
+
+    def load_checkpoint(self) -> State:
+        """Weights and momenta after the last finished epoch."""
+        return load_state(self.folder / "checkpoint.safetensors")
+
+    def start_file(self, epoch: int) -> Path:
+        """The checkpoint that was kept after `epoch` epochs of pre-training."""
+        return self.folder / "starts" / f"{epoch:06d}.safetensors"
+
+    def vertex_file(self, index: int) -> Path:
+        """The weights that were collected `index`-th."""
+        return self.folder / "vertices" / f"{index:03d}.safetensors"
+
+
+def save_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors by name, whole or not at all. Tied weights are written once for each of their names."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.new")
+    # clone: safetensors refuses tensors that share memory.
+    save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}, temporary, metadata)
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(file)
+
+
+def load_state(file: Path) -> State:
+    """Tensors by name.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    with _reading(file) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a small file, whole or not at all."""
+    temporary = file.with_name(f".{file.name}.new")
+    with temporary.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(file)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(file), "pt") as handle:
+            yield handle
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); train anew with --fresh.") from None
