@@ -83,7 +83,7 @@ class Streamed:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         loader = DataLoader(
             self.dataset, batch_sampler=rows, num_workers=self.workers, collate_fn=_collate, generator=generator,
-            pin_memory=torch.cuda.is_available(), multiprocessing_context="spawn" if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         for images, labels in loader:
             yield scale(images), labels

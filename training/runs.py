@@ -3,8 +3,8 @@
     $MODEPATH_RUNS/<door>-<hash of the config>/
       run.json                identity, config, and what the run depends on
       checkpoint.safetensors  weights and momenta after the last finished epoch; where that was is in the metadata
-      starts/EPOCH.safetensors   checkpoints that later legs begin from
-      vertices/000.safetensors   weights as they were collected
+      starts/*.safetensors   checkpoints that later legs begin from
+      vertices/00-000.safetensors   weights as they were collected: leg, number
 
 Every file is written beside its place and renamed, so each is whole or absent.
 """
@@ -105,13 +105,13 @@ class Run:
         """Weights and momenta after the last finished epoch."""
         return load_state(self.folder / "checkpoint.safetensors")
 
-    def start_file(self, epoch: int) -> Path:
-        """The checkpoint that was kept after `epoch` epochs of pre-training."""
-        return self.folder / "starts" / f"{epoch:06d}.safetensors"
+    def start_file(self, key: str) -> Path:
+        """A checkpoint that a leg begins from."""
+        return self.folder / "starts" / f"{key}.safetensors"
 
-    def vertex_file(self, index: int) -> Path:
-        """The weights that were collected `index`-th."""
-        return self.folder / "vertices" / f"{index:03d}.safetensors"
+    def vertex_file(self, leg: int, index: int) -> Path:
+        """The weights that leg `leg` collected `index`-th, from 0."""
+        return self.folder / "vertices" / f"{leg:02d}-{index:03d}.safetensors"
 
 
 def save_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Measurements. Each script prints one table; results/ and LOG.md keep them."""

@@ -1,0 +1,149 @@
+"""What every door's configuration shares. A door's own Config adds its fields to this one."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from training.data import DataOptions
+from training.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options that all doors have. The same options again resume a run, or find it finished."""
+
+    method: ClassVar[str]
+    # Fields that change nothing of what is computed; they stay out of the run's hash.
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"log", "fresh", "activate", "workers"})
+
+    name: str | None = None
+    """Name to publish under (default: DATASET-METHOD)."""
+    dataset: str = "digits"
+    """digits, fashion-mnist, cifar10, cifar100, imagefolder:PATH, or package.module:factory."""
+    network: str = "preresnet8"
+    """mlp, vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME, or package.module:factory."""
+    network_options: tuple[str, ...] = ()
+    """Arguments of the network's factory, as width=0.5 bottleneck=True."""
+    epochs: int = 40
+    """The budget B, in epochs over the training split."""
+    seed: int = 0
+    """Decides initial weights, order, augmentation, dropout. A CPU run is bit-reproducible."""
+
+    batch_size: int = 128
+    """Images in a step, over all devices together."""
+    lr: float = 0.1
+    """Initial rate of the plain schedule: constant to B/2, linear to 1 % at 0.9 B, then flat."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    weight_decay: float = 3e-4
+    """L2, on all parameters."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy."""
+    loss: str | None = None
+    """Another loss as package.module:function(logits, labels) -> scalar."""
+
+    validation: float = 0.1
+    """Share of the training images set aside where the data set has no validation split."""
+    split_seed: int = 0
+    """Decides which images those are."""
+    limit: int | None = None
+    """Train on this many images only."""
+    augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
+    """Random crop and flip; auto is what the data set asks for."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel, in [0, 1]. Needed with --init of a network trained elsewhere (default: measured on train)."""
+    std: tuple[float, ...] | None = None
+    """Of each channel."""
+    image_size: int | None = None
+    """Side of the images of an imagefolder (default 224)."""
+    in_memory: Literal["auto", "yes", "no"] = "auto"
+    """Keep the data set in memory (on the GPU, if half of it is enough); auto: where it fits and is not random by itself."""
+    memory_gib: float = 4.0
+    """What `auto` may take for a split."""
+    workers: int = 0
+    """Processes that read a streamed data set."""
+    bn_images: int = 10_000
+    """Clean training images on which each member's batch-norm statistics are re-estimated."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    devices: int = 1
+    """How many of them (data parallel)."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """bf16 is autocast with float32 weights; auto: where the hardware computes in it. Members are always float32."""
+    channels_last: bool = True
+    """Memory layout of convolutions; faster on CPUs and GPUs alike."""
+    compile: bool = False
+    """torch.compile the network (needs a C++ compiler on a CPU)."""
+
+    log: Literal["none", "csv", "tensorboard"] = "none"
+    """Also write rate, losses and scores, an epoch a row, into the run's folder."""
+    fresh: bool = False
+    """Forget an earlier run of these options and train anew."""
+    activate: bool = True
+    """Serve the new version at once."""
+
+    def __post_init__(self) -> None:
+        positive = {"epochs", "batch_size", "lr", "bn_images", "devices", "memory_gib"}
+        for key in positive:
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"--{key.replace('_', '-')} must be positive; got {getattr(self, key)}.")
+        for key in ("momentum", "weight_decay", "label_smoothing"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"--{key.replace('_', '-')} must lie in [0, 1); got {getattr(self, key)}.")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("--nesterov needs --momentum above 0.")
+        if self.loss is not None and self.label_smoothing:
+            raise ConfigError("--label-smoothing belongs to the cross-entropy; a --loss of your own does its own smoothing.")
+
+    @property
+    def published_name(self) -> str:
+        """The name that is published."""
+        return self.name or f"{self.dataset.split(':')[-1].rsplit('/', 1)[-1]}-{self.method}"
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result, as JSON: it names the run and is kept as provenance."""
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.INCIDENTAL}
+        return {key: _plain(value) for key, value in record.items()}
+
+    def data_options(self) -> DataOptions:
+        """The part that data.load reads."""
+        return data_options({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+    def network_kwargs(self) -> dict[str, Any]:
+        """--network-options as keyword arguments: Python literals, else strings.
+
+        Raises:
+            ConfigError: not key=value.
+        """
+        kwargs: dict[str, Any] = {}
+        for option in self.network_options:
+            key, equals, value = option.partition("=")
+            if not equals or not key.isidentifier():
+                raise ConfigError(f"--network-options are key=value, as width=0.5; got {option!r}.")
+            try:
+                kwargs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                kwargs[key] = value
+        return kwargs
+
+
+def data_options(record: dict[str, Any]) -> DataOptions:
+    """DataOptions from a configuration, or from the one that a manifest keeps."""
+    known = {f.name for f in dataclasses.fields(DataOptions)}
+    chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items() if key in known}
+    return DataOptions(**chosen)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+

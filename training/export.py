@@ -1,0 +1,144 @@
+"""From a torch network to an ONNX member that gives the same answers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from models_store.errors import MemberError
+from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME
+from models_store.runtime import MemberSession, in_batches
+from models_store.uncertainty import softmax
+from training.errors import ExportError
+
+PROBS_TOLERANCE = 1e-5  # absolute
+LOGITS_TOLERANCE = 1e-4  # times max(1, max |logit|)
+
+
+class Normalised(nn.Module):
+    """Images in [0, 1] in, logits out: what is exported. A served network cannot be normalised otherwise than in training."""
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, C, H, W) -> (batch, classes)."""
+        return self.network((images - self.mean) / self.std)
+
+
+def to_onnx(network: Normalised, shape: tuple[int, int, int]) -> bytes:
+    """A single-file ONNX model with an open batch axis.
+
+    Raises:
+        ExportError: torch cannot export this network.
+    """
+    network = copy.deepcopy(network).cpu().float().eval()
+    # Contiguous weights: an exporter writes what it is given, and layouts belong to training.
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.contiguous()
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                network,
+                (torch.rand(2, *shape),),
+                dynamo=True,
+                opset_version=ONNX_OPSET,
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        raise ExportError(
+            f"torch.onnx cannot export this network: {first[0] if first else type(error).__name__}. Its forward must be traceable by "
+            "torch.export with an open batch axis: no Python branches on values, no .item(), no fixed batch size. Nothing was published."
+        ) from error
+    assert program is not None
+    model = program.model_proto
+    # The exporter notes source lines of this machine at every node; they are no business of whoever holds the file.
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    return model.SerializeToString()
+
+
+@torch.no_grad()
+def torch_logits(network: Normalised, images: NDArray[np.float32], device: torch.device) -> NDArray[np.float32]:
+    """What torch answers in float32 without TF32: (batch, classes)."""
+    network = network.to(device).eval()
+    with _no_tf32():
+        parts = [network(torch.from_numpy(images[i : i + 256]).to(device)).float().cpu() for i in range(0, len(images), 256)]
+    return torch.cat(parts).numpy()
+
+
+def check_parity(network: Normalised, session: MemberSession, images: NDArray[np.float32], device: torch.device) -> None:
+    """Hold the exported member against torch on real images.
+
+    Raises:
+        ExportError: they differ by more than the tolerances.
+    """
+    expected = torch_logits(network, images, device)
+    try:
+        found = in_batches(session, images)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ExportError(f"The exported member does not run: {error}. Nothing was published.") from error
+    if not np.isfinite(expected).all():
+        raise ExportError("The member answers real images with NaN or infinity; its training diverged. Nothing was published.")
+    logits_off = float(np.abs(found - expected).max())
+    probs_off = float(np.abs(softmax(found) - softmax(expected)).max())
+    limit = LOGITS_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    # `not <=` also refuses NaN.
+    if not (probs_off <= PROBS_TOLERANCE and logits_off <= limit):
+        raise ExportError(
+            f"The exported member differs from torch on {len(images)} real images: probabilities by {probs_off:.2e} "
+            f"(limit {PROBS_TOLERANCE:.0e}), logits by {logits_off:.2e} (limit {limit:.1e}). Some layer of the network is exported "
+            "wrongly, or acts randomly in eval mode. Nothing was published."
+        )
+
+
+def open_exported(model: bytes) -> MemberSession:
+    """A session on what was exported.
+
+    Raises:
+        ExportError: ONNX Runtime refuses it.
+    """
+    try:
+        return MemberSession(model)
+    except MemberError as error:
+        raise ExportError(f"{error} Nothing was published.") from error
+
+
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # The exporter tells of its own inner deprecations, on stdout too.
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,236 @@
+"""The training loop. Every method is a list of legs: so many iterations at such a rate, collecting weights here and there.
+
+An epoch's randomness is a function of (seed, leg, epoch) alone, so a run that goes on from the last finished epoch
+computes what the undisturbed run computes, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from training.config import Config
+from training.data import Data, in_order
+from training.errors import ConfigError, DivergenceError
+from training.import_string import import_string
+from training.runs import Progress, Run, State, load_state, save_state
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stretch of SGD."""
+
+    label: str
+    iterations: int
+    rate: Callable[[int], float]  # of the iteration i = 1 … iterations
+    start: Path | None = None  # weights and momenta to begin from; None: where the previous leg ended
+    collect: tuple[int, ...] = ()  # iterations after which the weights are kept as a vertex
+    keep: tuple[tuple[int, Path], ...] = ()  # (epoch, file): checkpoints that later legs begin from
+
+
+def iterations_per_epoch(data: Data, batch_size: int) -> int:
+    """Whole batches only: a batch of few images would upset batch norm."""
+    return max(1, len(data.train) // batch_size)
+
+
+def initialise(seed: int) -> None:
+    """Seed what networks draw their initial weights from."""
+    _seed_everything(_derive(seed, 0, 0, 0))
+
+
+def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Data, legs: list[Leg]) -> float:
+    """Train through all legs, from wherever the run stands; vertices go to `run.vertex_file(leg, number)`.
+
+    Returns:
+        Seconds spent in training, over all sessions of the run.
+
+    Raises:
+        DivergenceError: the loss is NaN or infinite.
+    """
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=fabric.device.type == "cuda" or None,
+    )
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    wrapped, optimizer = fabric.setup(torch.compile(network) if config.compile else network, optimizer)
+    done = run.progress()
+    if done != Progress():
+        _restore(network, optimizer, run.load_checkpoint())
+        _say(fabric, f"resuming {legs[done.leg].label} after epoch {done.epoch}")
+    job = _Job(config, fabric, run, network, wrapped, optimizer, data, _loss(config), _logger(config, run))
+    seconds = done.seconds
+    for index in range(done.leg, len(legs)):
+        first = done.epoch if index == done.leg else 0
+        if first == 0 and (start := legs[index].start) is not None:
+            _restore(network, optimizer, load_state(start))
+        seconds = job.run_leg(index, legs[index], first, seconds)
+    return seconds
+
+
+@dataclass(frozen=True)
+class _Job:
+    config: Config
+    fabric: Fabric
+    run: Run
+    network: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: Data
+    loss: Loss
+    log: Callable[[dict[str, float], int], None]
+
+    def run_leg(self, index: int, leg: Leg, first: int, seconds: float) -> float:
+        steps = iterations_per_epoch(self.data, self.config.batch_size)
+        epochs = math.ceil(leg.iterations / steps)
+        for epoch in range(first, epochs):
+            began = time.monotonic()
+            loss = self._epoch(index, leg, epoch, steps)
+            accuracy, nll = self._validate()
+            seconds += time.monotonic() - began
+            rate = leg.rate(min((epoch + 1) * steps, leg.iterations))
+            _say(
+                self.fabric,
+                f"{leg.label} epoch {epoch + 1}/{epochs}  rate {rate:.2e}  train loss {loss:.4f}  "
+                f"validation accuracy {accuracy:.4f} nll {nll:.4f}  {time.monotonic() - began:.1f} s",
+            )
+            if self.fabric.is_global_zero:
+                row = {"leg": index, "rate": rate, "train_loss": loss, "validation_accuracy": accuracy, "validation_nll": nll}
+                self.log({**row, "seconds": seconds}, sum((index * 10_000, epoch + 1)))
+                self._save(index, leg, epoch + 1, seconds)
+        return seconds
+
+    def _epoch(self, index: int, leg: Leg, epoch: int, steps: int) -> float:
+        device, size = self.fabric.device, self.config.batch_size
+        seed = _derive(self.config.seed, 1, index, epoch)
+        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))[: steps * size]
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        if world > 1:  # each process takes its share of every batch
+            order = order.view(steps, -1)[:, rank::world].reshape(-1)
+            size = order.numel() // steps
+        generator = torch.Generator().manual_seed(_derive(self.config.seed, 2 + rank, index, epoch))
+        _seed_everything(_derive(self.config.seed, 1002 + rank, index, epoch))
+        mean, std = _normaliser(self.data, device)
+        total, count = torch.zeros((), device=device), 0
+        self.wrapped.train()
+        batches = self.data.train.batches(order, size)
+        bar = tqdm(batches, f"{leg.label} {epoch + 1}", steps, leave=False, disable=None if rank == 0 else True)
+        for step, (images, labels) in enumerate(bar, 1):
+            i = epoch * steps + step
+            for group in self.optimizer.param_groups:
+                group["lr"] = leg.rate(i)
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images = (self.data.augment(images, generator) - mean) / std
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            loss = self.loss(self.wrapped(images), labels)
+            self.optimizer.zero_grad()
+            self.fabric.backward(loss)
+            self.optimizer.step()
+            total += loss.detach()
+            count += 1
+            if i in leg.collect and self.fabric.is_global_zero:
+                save_state(self.run.vertex_file(index, leg.collect.index(i)), self.network.state_dict())
+            if i == leg.iterations:
+                break
+        mean_loss = float(total) / count
+        # Checked an epoch at a time: reading it at every step would make a GPU wait.
+        if not math.isfinite(mean_loss):
+            raise DivergenceError(
+                f"The loss became {mean_loss} in epoch {epoch + 1} of {leg.label}, at a rate up to {self.config.lr:g}. "
+                "The rate is likely too high, or the data or loss hold NaN; try --lr a third of it. Nothing was published."
+            )
+        return mean_loss
+
+    @torch.no_grad()
+    def _validate(self) -> tuple[float, float]:
+        device = self.fabric.device
+        mean, std = _normaliser(self.data, device)
+        right, nll = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.wrapped.eval()
+        for images, labels in self.data.validation.batches(in_order(self.data.validation), 512):
+            labels = labels.to(device)
+            logits = self.wrapped((images.to(device) - mean) / std).float()
+            right += (logits.argmax(1) == labels).sum()
+            nll += functional.cross_entropy(logits, labels, reduction="sum")
+        count = len(self.data.validation)
+        return float(right) / count, float(nll) / count
+
+    def _save(self, index: int, leg: Leg, epoch: int, seconds: float) -> None:
+        state = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        for name, parameter in self.network.named_parameters():
+            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                state[f"momentum.{name}"] = momentum
+        for kept, file in leg.keep:
+            if kept == epoch:
+                save_state(file, state)
+        self.run.save_checkpoint(state, Progress(index, epoch, seconds))
+
+
+def _restore(network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
+    for name, parameter in network.named_parameters():
+        momentum = state.get(f"momentum.{name}")
+        slot = optimizer.state[parameter]
+        # Like its parameter in device and memory layout.
+        slot["momentum_buffer"] = None if momentum is None else torch.empty_like(parameter).copy_(momentum)
+
+
+def _normaliser(data: Data, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
+    return mean, std
+
+
+def _loss(config: Config) -> Loss:
+    if config.loss is None:
+        return lambda logits, labels: functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    loss = import_string(config.loss)
+    if not callable(loss):
+        raise ConfigError(f"--loss {config.loss} is no function of (logits, labels).")
+    return loss
+
+
+def _logger(config: Config, run: Run) -> Callable[[dict[str, float], int], None]:
+    if config.log == "none":
+        return lambda row, step: None
+    from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+
+    if config.log == "tensorboard":
+        return TensorBoardLogger(run.folder, name="tensorboard", version="").log_metrics
+    sessions = len(list((run.folder / "csv").glob("version_*")))
+    return CSVLogger(run.folder, name="csv", version=sessions, flush_logs_every_n_steps=1).log_metrics
+
+
+def _derive(seed: int, *path: int) -> int:
+    """A seed of its own for every place in a run."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint32)[0])
+
+
+def _seed_everything(seed: int) -> None:
+    # Dropout draws from torch; a user's loss or data set may draw from any of them.
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - users' code reads the global state
+    torch.manual_seed(seed)
+
+
+def _say(fabric: Fabric, line: str) -> None:
+    if fabric.is_global_zero:
+        tqdm.write(line)

@@ -1,0 +1,59 @@
+"""The one place where weights become a member: batch norm, ONNX, parity, validation logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from models_store.runtime import in_batches
+from training import batch_norm
+from training.data import Data, as_arrays
+from training.export import Normalised, check_parity, open_exported, to_onnx
+from training.runs import State
+
+PARITY_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Member:
+    """A network at one point of weight space, ready to be published."""
+
+    onnx: bytes
+    state: State  # parameters and re-estimated buffers by torch name
+    validation_logits: NDArray[np.float32]  # (batch, classes), from the ONNX member
+
+
+def make(network: nn.Module, weights: State, data: Data, bn_images: int, device: torch.device) -> Member:
+    """Turn a path point's weights into a member. Nothing else may: forgetting batch norm is this field's easiest mistake.
+
+    Args:
+        network: a module of the right architecture; its weights are overwritten.
+        weights: parameters and buffers by torch name.
+        data: batch norm is re-estimated on `train`, parity checked and logits taken on `validation`.
+        bn_images: how many clean training images.
+        device: where torch runs.
+
+    Raises:
+        ExportError: export failed, or the member answers differently from torch.
+    """
+    network.load_state_dict(weights)
+    served = Normalised(network, data.mean, data.std).to(device)
+    batch_norm.reestimate(served.network, _clean_images(data, bn_images, device, served))
+    model = to_onnx(served, data.shape)
+    session = open_exported(model)
+    images, _ = as_arrays(data.validation)
+    check_parity(served, session, images[:PARITY_IMAGES], device)
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
+    return Member(model, state, in_batches(session, images))
+
+
+def _clean_images(data: Data, count: int, device: torch.device, served: Normalised) -> Iterator[torch.Tensor]:
+    # Which images is fixed, so that two members differ by their weights alone.
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:count]
+    for images, _ in data.train.batches(order, 500):
+        yield (images.to(device) - served.mean) / served.std
