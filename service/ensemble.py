@@ -1,0 +1,122 @@
+"""The ensembles that are served: the active version of each, loaded, verified, and followed as activations change."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from models_store.errors import ProviderError, StoreError
+from models_store.runtime import EnsembleSession, ProviderChoice
+from models_store.store import Store
+from service.errors import NotReadyError, UnknownEnsembleError
+
+log = logging.getLogger("modepath")
+
+
+class Ensembles:
+    """Loaded ensembles by name. Readers see a dict that is replaced, never changed."""
+
+    def __init__(self, store: Store, providers: ProviderChoice, default: str | None):
+        self._store = store
+        self._providers: ProviderChoice = providers
+        self._default = default
+        self._loaded: dict[str, EnsembleSession] = {}
+        self._latest: str | None = None
+        self._refused: dict[str, str] = {}
+        self._looked = False
+        self._stop = threading.Event()
+
+    def refresh(self) -> None:
+        """Load what was activated since; a version that cannot be served is said once, and the old one goes on."""
+        loaded: dict[str, EnsembleSession] = {}
+        activated: dict[str, float] = {}
+        for name in self._store.names():
+            current = self._loaded.get(name)
+            try:
+                number = self._store.active(name)
+                activated[name] = self._store.activated_at(name)
+                if current is None or current.manifest.version != number:
+                    current = self._open(name, number)
+            except (StoreError, ProviderError, OSError) as error:
+                if self._refused.get(name) != str(error):
+                    log.error("%s is not served anew: %s", name, error)
+                    self._refused[name] = str(error)
+            else:
+                self._refused.pop(name, None)
+            if current is not None:
+                loaded[name] = current
+        self._latest = max((n for n in loaded if n in activated), key=lambda n: activated[n], default=None)
+        self._loaded = loaded
+        self._looked = True
+
+    def follow(self, seconds: float) -> None:
+        """Refresh in the background, at once and then every so often, until `close`."""
+        threading.Thread(target=self._follow, args=(seconds,), name="activations", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop following."""
+        self._stop.set()
+
+    def why_not_ready(self) -> str | None:
+        """None when a request could be answered now."""
+        if not self._looked:
+            return "The ensembles are being loaded; ask again in a moment."
+        if not self._loaded:
+            if self._refused:
+                return f"No ensemble can be served: {'; '.join(self._refused.values())}"
+            return f"The store {self._store.root} holds no active ensemble. Train one: python -m training.fge; it is picked up by itself."
+        if self._default is not None and self._default not in self._loaded:
+            return f"The default ensemble {self._default!r} (MODEPATH_DEFAULT) is not in the store {self._store.root}."
+        return None
+
+    def get(self, name: str | None) -> EnsembleSession:
+        """The ensemble of that name, or the default one.
+
+        Raises:
+            NotReadyError: nothing is loaded.
+            UnknownEnsembleError: no such ensemble.
+        """
+        if name is None:
+            if (why := self.why_not_ready()) is not None:
+                raise NotReadyError(why)
+            name = self.default_name
+        elif not self._looked:
+            raise NotReadyError("The ensembles are being loaded; ask again in a moment.")
+        found = self._loaded.get(name or "")
+        if found is None:
+            raise UnknownEnsembleError(f"No ensemble {name!r} is served. Served: {', '.join(sorted(self._loaded)) or 'none'}.")
+        return found
+
+    @property
+    def default_name(self) -> str | None:
+        """Who answers when nobody is named: the setting, else the one that was activated last."""
+        return self._default or self._latest
+
+    def all(self) -> list[EnsembleSession]:
+        """Every loaded ensemble, by name."""
+        return [self._loaded[name] for name in sorted(self._loaded)]
+
+    def _open(self, name: str, number: int) -> EnsembleSession:
+        version = self._store.load(name, number)
+        self._store.verify(version)
+        session = EnsembleSession(version.folder, version.manifest, self._providers)
+        # The first run allocates and picks kernels; no client should wait for that.
+        session.logits(np.zeros((1, *version.manifest.input.shape), np.float32))
+        log.info("serving %s: %d members on %s", version.name, len(version.manifest.members), ", ".join(session.providers))
+        return session
+
+    def _follow(self, seconds: float) -> None:
+        while True:
+            _logged(self.refresh)
+            if self._stop.wait(seconds):
+                return
+
+
+def _logged(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except Exception:  # the thread must outlive whatever the store does
+        log.exception("looking for activations failed; trying again")

@@ -1,0 +1,196 @@
+"""Measure a published ensemble on the test split, through the same sessions that serve it.
+
+Prints a table of the average, each member and the best single member; pairwise disagreement; how well each uncertainty
+measure finds the ensemble's errors and a foreign data set. Writes them as Markdown and JSON beside a reliability diagram.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from tabulate import tabulate
+from torch.nn import functional
+
+from models_store.manifest import ECE_BINS
+from models_store.runtime import EnsembleSession, in_batches
+from models_store.store import Store, Version
+from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction, softmax
+from training import data, door, metrics
+from training.config import data_options
+from training.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to evaluate."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """NAME or NAME@VERSION."""
+    dataset: str | None = None
+    """Whose test split (default: the one it was trained on)."""
+    ood: str | None = None
+    """A foreign data set; its test images are made to fit and should look uncertain."""
+    limit: int | None = None
+    """Only so many test images; said in the output."""
+    output: Path | None = None
+    """Folder for report.md, report.json and reliability.png (default: evaluation/NAME-VERSION)."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Evaluate, print, write; returns what report.json holds."""
+    version = Store().resolve(config.name)
+    kept = version.manifest.provenance.config
+    if config.dataset is None and "dataset" not in kept:
+        raise ConfigError(f"{version.name} does not say what it was trained on; name the data set with --dataset.")
+    options = data_options({**kept, **({"dataset": config.dataset} if config.dataset else {})})
+    found = data.load(options, lambda line: None)
+    shape = version.manifest.input.shape
+    if found.shape != shape or len(found.classes) != len(version.manifest.classes):
+        raise ConfigError(
+            f"{version.name} takes images {shape} of {len(version.manifest.classes)} classes; {options.dataset!r} has {found.shape} of "
+            f"{len(found.classes)}. Evaluate on the data it was made for, and give others with --ood."
+        )
+    session = EnsembleSession(version.folder, version.manifest)
+    images, labels = data.as_arrays(found.test, config.limit)
+    probs = softmax(in_batches(session, images), version.manifest.temperature)
+    average = session.combine(probs)
+    report: dict[str, Any] = {
+        "ensemble": version.name,
+        "dataset": options.dataset,
+        "split": "test",
+        "images": len(labels),
+        "providers": session.providers,
+        "temperature": version.manifest.temperature,
+        "ece_bins": ECE_BINS,
+        "scores": _scores(version, session, images, labels, average),
+        "pairwise_disagreement": pairwise_disagreement(probs).tolist(),
+        "error_detection_auroc": _auroc(average, average.label != labels),
+    }
+    if config.ood is not None:
+        foreign_options = dataclasses.replace(options, dataset=config.ood, mean=None, std=None, limit=None)
+        foreign, _ = data.as_arrays(data.load(foreign_options, lambda line: None).test, config.limit)
+        foreign = fit_images(foreign, shape)
+        outside = session.combine(softmax(in_batches(session, foreign), version.manifest.temperature))
+        report["ood"] = config.ood
+        report["ood_images"] = len(foreign)
+        report["ood_auroc"] = {
+            name: metrics.auroc(
+                sign * np.concatenate([getattr(average, name), getattr(outside, name)]),
+                np.repeat([False, True], [len(labels), len(foreign)]),
+            )
+            for name, sign in UNCERTAINTY_MEASURES.items()
+        }
+    folder = config.output or Path("evaluation") / version.name.replace("@", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = as_markdown(report)
+    (folder / "report.md").write_text(text)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot_reliability(average, labels, version.name, folder / "reliability.png")
+    print(text)
+    print(f"written to {folder}")
+    return report
+
+
+def pairwise_disagreement(probs: Floats) -> Floats:
+    """Share of rows on which members i and j name different classes: (members, members) from (members, batch, classes)."""
+    labels = probs.argmax(axis=2)
+    return (labels[:, None] != labels[None]).mean(axis=2)
+
+
+def fit_images(images: NDArray[np.float32], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Foreign images (N, c, h, w) as (N, C, H, W): grey from the channels' mean or repeated, then stretched bilinearly."""
+    tensor = torch.from_numpy(images)
+    if tensor.shape[1] != shape[0]:
+        tensor = tensor.mean(dim=1, keepdim=True).expand(-1, shape[0], -1, -1)
+    if tuple(tensor.shape[2:]) != shape[1:]:
+        tensor = functional.interpolate(tensor, size=shape[1:], mode="bilinear", antialias=True)
+    return tensor.clamp(0, 1).contiguous().numpy()
+
+
+def _scores(
+    version: Version, session: EnsembleSession, images: NDArray[np.float32], labels: NDArray[np.integer], average: Prediction
+) -> list[dict[str, Any]]:
+    logits = in_batches(session, images)
+    rows = [{"who": "average", **_row(average.mean_probs, labels)}]
+    members = version.manifest.members
+    for index, member in enumerate(members):
+        # A member alone answers at its own temperature, or the comparison would flatter the average.
+        rows.append({"who": f"member {index}", **_row(softmax(logits[index], member.temperature), labels)})
+    # Chosen on validation: choosing on test would flatter it. Imported members have no validation scores.
+    if all(member.validation for member in members):
+        best = max(range(len(members)), key=lambda k: members[k].validation.accuracy)  # pyright: ignore[reportOptionalMemberAccess]
+        rows.insert(1, {**rows[best + 1], "who": f"best single (member {best}, by validation)"})
+    return rows
+
+
+def _row(probs: Floats, labels: NDArray[np.integer]) -> dict[str, float]:
+    wrong = probs.argmax(axis=1) != labels
+    return {**metrics.score(probs, labels).model_dump(), "aurc": metrics.aurc(-probs.max(axis=1), wrong)}
+
+
+def _auroc(prediction: Prediction, positive: NDArray[np.bool_]) -> dict[str, float]:
+    return {name: metrics.auroc(sign * getattr(prediction, name), positive) for name, sign in UNCERTAINTY_MEASURES.items()}
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as a person reads it."""
+    columns = ("accuracy", "nll", "brier", "ece", "aurc")
+    table = [[row["who"], *(f"{row[c]:.4f}" for c in columns)] for row in report["scores"]]
+    pairs = np.array(report["pairwise_disagreement"])
+    above = pairs[np.triu_indices(len(pairs), 1)]
+    lines = [
+        f"# {report['ensemble']} on {report['images']} test images of {report['dataset']}",
+        "",
+        tabulate(table, ["", *columns], tablefmt="github", disable_numparse=True),
+        "",
+        f"NLL in nats, ECE over {report['ece_bins']} bins, AURC by confidence. The average at temperature "
+        f"{report['temperature']:.3f}, each member at its own, all fitted on validation. Run on {report['providers'][0]}.",
+        "",
+    ]
+    if len(above):
+        lines += [f"Pairwise disagreement: mean {above.mean():.4f}, from {above.min():.4f} to {above.max():.4f}.", ""]
+    detection = [
+        [name.replace("_", " "), _number(value), *([_number(report["ood_auroc"][name])] if "ood" in report else [])]
+        for name, value in report["error_detection_auroc"].items()
+    ]
+    headers = ["AUROC", "own errors", *([f"foreign images ({report['ood']})"] if "ood" in report else [])]
+    lines += [tabulate(detection, headers, tablefmt="github", disable_numparse=True), ""]
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "none to find" if np.isnan(value) else f"{value:.4f}"
+
+
+def plot_reliability(prediction: Prediction, labels: NDArray[np.integer], title: str, file: Path) -> None:
+    """Accuracy against confidence in the bins of the ECE, and how many answers each bin holds."""
+    from matplotlib.figure import Figure
+
+    right = prediction.label == labels
+    edges = np.linspace(0, 1, ECE_BINS + 1)
+    # The upper edge belongs to a bin, as in the ECE.
+    bins = np.clip(np.ceil(prediction.confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    counts = np.bincount(bins, minlength=ECE_BINS)
+    accuracy = np.bincount(bins, right, ECE_BINS) / np.maximum(counts, 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.bar(centres[counts > 0], accuracy[counts > 0], 1 / ECE_BINS, edgecolor="white", label="answers")
+    top.plot([0, 1], [0, 1], "k--", linewidth=1, label="perfectly calibrated")
+    top.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1), title=f"{title}: ECE {metrics.ece(prediction.mean_probs, labels):.4f}")
+    top.legend(loc="upper left")
+    bottom.bar(centres, counts, 1 / ECE_BINS, edgecolor="white", color="grey")
+    bottom.set(xlabel="confidence", ylabel="answers", yscale="symlog")
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    door.main(Config, run, __doc__)
