@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _list(store: Store, args: argparse.Namespace) -> int:
     names = store.names()
+    if args.quiet:
+        print(*names, sep="\n", end="\n" if names else "")
+        return 0
     if not names:
         print(f"{store.root} holds no ensemble. Train one: python -m training.fge --help")
     for name in names:
@@ -104,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="every version; * is active")
+    command.add_argument("--quiet", action="store_true", help="names only")
     command.set_defaults(run=_list)
 
     command = commands.add_parser("show", help="the manifest of a version")

@@ -85,8 +85,13 @@ def _adapt(file: Path, options: ImportOptions) -> tuple[bytes, tuple[int, int, i
     del graph.value_info[:]
     front, body_input = _normalisation(options, shape[0])
     back, body_output = _logits_of_probs(options)
-    _rename(graph, inputs[0].name, body_input)
-    _rename(graph, outputs[0].name, body_output)
+    # By way of names of our own: a model may call its input `logits`, or an inner value `images`.
+    _rename(graph, inputs[0].name, "modepath_in")
+    _rename(graph, outputs[0].name, "modepath_out")
+    for name in (INPUT_NAME, OUTPUT_NAME):
+        _rename(graph, name, f"modepath_inner_{name}")
+    _rename(graph, "modepath_in", body_input)
+    _rename(graph, "modepath_out", body_output)
     nodes = [*front[0], *graph.node, *back[0]]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -169,11 +174,6 @@ def _logits_of_probs(options: ImportOptions) -> tuple[_Part, str]:
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
-    if old == new:
-        return
-    names = {name for node in graph.node for name in (*node.input, *node.output)}
-    if new in names:  # an inner value that happens to bear the name gives way
-        _rename(graph, new, f"modepath_inner_{new}")
     for node in graph.node:
         for names_of in (node.input, node.output):
             for i, name in enumerate(names_of):

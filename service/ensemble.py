@@ -13,7 +13,7 @@ from models_store.runtime import EnsembleSession, ProviderChoice
 from models_store.store import Store
 from service.errors import NotReadyError, UnknownEnsembleError
 
-log = logging.getLogger("modepath")
+log = logging.getLogger("bentoml.modepath")  # BentoML shows what is below its own name
 
 
 class Ensembles:

@@ -1,0 +1,49 @@
+# Every command a developer types. Needs Python >= 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+PIP = $(PY) -m pip --disable-pip-version-check install --quiet
+export BENTOML_DO_NOT_TRACK = True
+
+.PHONY: help serve test test-service lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+serve: $(VENV)/.installed  ## install, train the default ensemble if there is none, and serve
+	@test -n "$$($(PY) -m models_store list --quiet)" || $(PY) -m training.fge --dataset digits --network preresnet8 \
+		--epochs 80 --batch-size 64 --name digits-fge
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" exec $(VENV)/bin/bentoml serve
+
+test: $(VENV)/.installed-dev test-service  ## everything that must hold
+	$(PY) -m pytest
+
+test-service: $(VENV)-service/.installed  ## the service and the store where torch is not installed
+	$(VENV)-service/bin/python -m pytest tests/service tests/models_store
+
+lint: $(VENV)/.installed-dev  ## ruff and pyright
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+format: $(VENV)/.installed-dev  ## let ruff mend what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the environments; published ensembles and runs stay
+	rm -rf $(VENV) $(VENV)-service
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing (a few minutes, once)"
+	$(PIP) -e '.[service,training]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[service,training,dev]'
+	@touch $@
+
+$(VENV)-service/.installed: pyproject.toml
+	test -x $(VENV)-service/bin/python || $(PYTHON) -m venv $(VENV)-service
+	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service]' pytest pytest-timeout hypothesis httpx
+	@touch $@

@@ -1,0 +1,30 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    """No test reads or writes the developer's store, runs or server state."""
+    monkeypatch.setenv("MODELS_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MODEPATH_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    monkeypatch.setenv("BENTOML_DO_NOT_TRACK", "True")
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run `python -m …` as a user would, in a folder of its own."""
+
+    def command(*arguments, timeout=300, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", **environment},
+        )  # fmt: skip
+
+    return command

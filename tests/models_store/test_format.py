@@ -1,0 +1,35 @@
+"""FORMAT.md and the schema are one contract."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import models_store
+from models_store import manifest
+
+TEXT = (Path(models_store.__file__).parent / "FORMAT.md").read_text()
+MODELS = ["Manifest", "Network", "InputSpec", "Member", "Origin", "Scores", "Provenance"]
+
+
+def table(title):
+    section = TEXT.split(f"### {title}\n")[1].split("### ")[0]
+    return {name: bool(mark) for name, mark in re.findall(r"^\| `(\w+)`( =)? \|", section, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_lists_the_fields_of_the_schema_and_which_may_be_left_out(name):
+    fields = getattr(manifest, name).model_fields
+    assert table(name) == {field: not info.is_required() for field, info in fields.items()}
+
+
+def test_every_table_is_held():
+    assert re.findall(r"^### (\w+)$", TEXT, re.MULTILINE) == MODELS
+
+
+def test_the_constants_are_those_of_the_code():
+    assert f"schema version {manifest.SCHEMA_VERSION}" in TEXT
+    assert f"ONNX opset {manifest.ONNX_OPSET} " in TEXT
+    assert f"{manifest.ECE_BINS} equal-width bins" in TEXT
+    assert f"`{manifest.INPUT_NAME}`: float32" in TEXT
+    assert f"`{manifest.OUTPUT_NAME}`: float32" in TEXT

@@ -1,0 +1,74 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from models_store.store import Store
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+class Server:
+    """A real `bentoml serve` of a store."""
+
+    def __init__(self, store, folder, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / f"serve-{port}.log"
+        self.process = subprocess.Popen(
+            [Path(sys.executable).parent / "bentoml", "serve"], cwd=ROOT, start_new_session=True,
+            stdout=self.log.open("w"), stderr=subprocess.STDOUT,
+            env={
+                **os.environ, "MODELS_STORE": str(store.root), "MODEPATH_PORT": str(port), "MODEPATH_POLL_SECONDS": "0.2",
+                "BENTOML_HOME": str(folder / f"bentoml-{port}"), **environment,
+            },
+        )  # fmt: skip
+
+    def until(self, status, route="/readyz", seconds=60):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                answer = httpx.get(self.url + route)
+                if answer.status_code == status:
+                    return answer
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise AssertionError(f"no {status} from {route} in time:\n{self.log.read_text()}")
+
+    def stop(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+
+
+@pytest.fixture
+def serve(tmp_path):
+    servers = []
+
+    def serve(store, **environment):
+        servers.append(Server(store, tmp_path, **environment))
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.stop()

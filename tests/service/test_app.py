@@ -1,0 +1,85 @@
+"""Against a real `bentoml serve`."""
+
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from models_store.uncertainty import softmax
+from tests.onnx_members import SHAPE, linear, linear_logits, publish
+
+images = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
+
+
+def test_it_answers_refuses_and_follows_activations(store, serve):
+    server = serve(store)
+    # An empty store: alive, not ready, and it says why.
+    assert "training.fge" in server.until(503).json()["error"]
+    assert httpx.get(server.url + "/livez").status_code == 200
+    refused = httpx.post(server.url + "/predict", json={"inputs": images.tolist()})
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+
+    # Publishing is enough.
+    publish(store, "animals", seeds=(0, 1, 2), temperature=1.7)
+    server.until(200)
+    answer = httpx.post(server.url + "/predict", json={"inputs": images.tolist(), "members": True})
+    assert answer.status_code == 200
+    body = answer.json()
+    members = np.stack([softmax(linear_logits(linear(seed), images), 1.7) for seed in (0, 1, 2)])
+    assert np.array([row["probs"] for row in body["predictions"]]) == pytest.approx(members.mean(axis=0), abs=1e-5)
+    assert np.array([row["members"] for row in body["predictions"]]).transpose(1, 0, 2) == pytest.approx(members, abs=1e-5)
+    assert (body["ensemble"], body["version"], body["mode"], body["members_used"]) == ("animals", 1, "average", 3)
+    assert set(body["predictions"][0]["uncertainty"]) == {
+        "predictive_entropy", "expected_entropy", "mutual_information", "disagreement",
+    }  # fmt: skip
+
+    # A new version is picked up without a restart.
+    publish(store, "animals", seeds=(3,))
+    server.until(200, "/ensembles/animals")
+    for _ in range(100):
+        found = httpx.get(server.url + "/ensembles/animals").json()
+        if found["version"] == 2:
+            break
+        time.sleep(0.1)
+    assert (found["version"], found["members"], found["default"]) == (2, 1, True)
+    assert [e["name"] for e in httpx.get(server.url + "/ensembles").json()["ensembles"]] == ["animals"]
+
+    # Refusals have the error form and the right status.
+    def status(**request):
+        answer = httpx.request(**{"method": "POST", "url": server.url + "/predict", **request})
+        assert set(answer.json()) == {"error"}, answer.text
+        return answer.status_code
+
+    assert status(json={"inputs": [[1.0]]}) == 400
+    assert status(content=b"{", headers={"content-type": "application/json"}) == 400
+    assert status(json={"inputs": images.tolist(), "ensemble": "nope"}) == 404
+    assert status(json={"inputs": images.tolist(), "ensemble": "../animals"}) == 404
+    assert status(content=b"x", headers={"content-type": "text/plain"}) == 415
+    assert status(json={"inputs": np.zeros((1025, *SHAPE)).tolist()}) == 413
+    assert status(content=b" " * (17 * 2**20), headers={"content-type": "application/json"}) == 413
+    assert status(method="GET") == 405
+    assert status(url=server.url + "/nowhere") == 404
+    assert status(method="GET", url=server.url + "/ensembles/nope") == 404
+    assert httpx.get(server.url + "/docs.json").json()["openapi"].startswith("3.1")
+
+    # Ctrl-C stops all of it, and nothing was a crash.
+    assert server.stop() == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(server.url + "/livez")
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_torch_is_not_there_or_not_loaded_after_a_served_prediction(store, serve):
+    publish(store, "animals")
+    server = serve(store)
+    server.until(200)
+    assert httpx.post(server.url + "/predict", json={"inputs": images.tolist()}).status_code == 200
+    # Every library a process has loaded is in its memory map.
+    psutil = pytest.importorskip("psutil")
+
+    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    mapped = {m.path for process in processes for m in process.memory_maps()}
+    assert any("onnxruntime" in path for path in mapped)
+    assert not [path for path in mapped if "libtorch" in path]

@@ -1,0 +1,76 @@
+import os
+
+import pytest
+
+from service.ensemble import Ensembles
+from service.errors import NotReadyError, UnknownEnsembleError
+from tests.onnx_members import publish
+
+
+def loaded(store, default=None):
+    ensembles = Ensembles(store, "cpu", default)
+    ensembles.refresh()
+    return ensembles
+
+
+def test_before_the_first_look_it_is_not_ready(store):
+    publish(store, "a")
+    ensembles = Ensembles(store, "cpu", None)
+    assert "being loaded" in ensembles.why_not_ready()
+    for name in (None, "a"):
+        with pytest.raises(NotReadyError):
+            ensembles.get(name)
+
+
+def test_an_empty_store_says_what_to_do(store):
+    assert "training.fge" in loaded(store).why_not_ready()
+
+
+def test_the_ensemble_activated_last_answers_when_none_is_named(store):
+    publish(store, "a")
+    publish(store, "b")
+    os.utime(store.root / "a" / "active", (2e9, 2e9))
+    assert loaded(store).get(None).manifest.name == "a"
+
+
+def test_the_setting_says_who_answers(store):
+    publish(store, "a")
+    publish(store, "b")
+    assert loaded(store, "a").get(None).manifest.name == "a"
+    assert "'c'" in loaded(store, "c").why_not_ready()
+
+
+def test_an_unknown_name_is_told_with_the_known_ones(store):
+    publish(store, "a")
+    with pytest.raises(UnknownEnsembleError, match="Served: a"):
+        loaded(store).get("b")
+
+
+def test_a_new_activation_is_picked_up(store):
+    publish(store, "a")
+    ensembles = loaded(store)
+    before = ensembles.get("a")
+    ensembles.refresh()
+    assert ensembles.get("a") is before
+    publish(store, "a")
+    ensembles.refresh()
+    assert ensembles.get("a").manifest.version == 2
+
+
+def test_a_damaged_version_is_refused_once_and_the_old_one_goes_on(store, caplog):
+    publish(store, "a")
+    ensembles = loaded(store)
+    version = publish(store, "a")
+    (version.folder / "members/000.onnx").write_bytes(b"")
+    for _ in range(3):
+        ensembles.refresh()
+    assert ensembles.get("a").manifest.version == 1
+    assert len([r for r in caplog.records if "not served anew" in r.message]) == 1
+
+
+def test_a_damaged_ensemble_does_not_stop_another(store):
+    version = publish(store, "a")
+    publish(store, "b")
+    (version.folder / "manifest.json").write_text("{}")
+    ensembles = loaded(store)
+    assert [s.manifest.name for s in ensembles.all()] == ["b"]

@@ -1,0 +1,92 @@
+"""Who may import whom, and what every error leads to."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"training", "models_store", "service"}
+ALLOWED = {"training": {"training", "models_store"}, "service": {"service", "models_store"}, "models_store": {"models_store"}}
+FORBIDDEN = {
+    "service": {"torch", "torchvision", "lightning_fabric"},
+    "models_store": {"torch", "torchvision", "lightning_fabric", "bentoml", "starlette"},
+    "training": {"bentoml", "starlette"},
+}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+FILES = [file for room in sorted(OURS) for file in sorted((ROOT / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_room_may(file):
+    room = file.relative_to(ROOT).parts[0]
+    found = set(imports(file))
+    assert found & OURS <= ALLOWED[room]
+    assert not found & FORBIDDEN[room]
+
+
+def test_only_the_runtime_makes_onnx_runtime_sessions():
+    makers = [file.relative_to(ROOT).as_posix() for file in FILES if "InferenceSession(" in file.read_text()]
+    assert makers == ["models_store/runtime.py"]
+
+
+def test_only_one_place_makes_members():
+    users = [f.relative_to(ROOT).as_posix() for f in FILES if "batch_norm.reestimate(" in f.read_text()]
+    assert users == ["training/member.py"]
+
+
+def test_no_room_is_called_utils():
+    banned = {"utils", "common", "helpers", "core", "manager", "handler"}
+    assert not [file for file in FILES if banned & {part.removesuffix(".py") for part in file.relative_to(ROOT).parts}]
+
+
+def test_the_store_and_the_service_load_no_torch():
+    code = "import sys, models_store.importing, models_store.__main__, service.app; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def error_classes(module, base):
+    return [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base) and c is not base]
+
+
+def test_every_service_error_has_a_status_of_its_own_and_stands_in_the_tree():
+    from service import errors
+
+    classes = error_classes(errors, errors.ServiceError)
+    assert classes
+    for error in classes:
+        assert "status" in vars(error), error
+        assert 400 <= error.status < 600
+        assert f"{error.__name__} " in errors.__doc__
+        assert str(error.status) in errors.__doc__
+
+
+def test_every_store_and_training_error_is_caught_by_a_door_and_stands_in_the_tree():
+    from models_store import errors as store_errors
+
+    assert all(c.__name__ in store_errors.__doc__ for c in error_classes(store_errors, store_errors.StoreError))
+    pytest.importorskip("torch", reason="the training extra is not installed")
+    from training import errors as training_errors
+
+    classes = error_classes(training_errors, training_errors.TrainingError)
+    assert classes
+    assert all(c.__name__ in training_errors.__doc__ for c in classes)
+
+
+def test_the_readme_tree_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    missing = [file.relative_to(ROOT).as_posix() for file in FILES if file.name not in readme and file.name != "__init__.py"]
+    assert not missing
