@@ -51,13 +51,11 @@ def to_onnx(network: Normalised, shape: tuple[int, int, int]) -> bytes:
     try:
         with _quiet():
             program = torch.onnx.export(
-                network,
-                (torch.rand(2, *shape),),
+                _trace(network, torch.rand(2, *shape)),
                 dynamo=True,
                 opset_version=ONNX_OPSET,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
     except Exception as error:
@@ -73,6 +71,16 @@ def to_onnx(network: Normalised, shape: tuple[int, int, int]) -> bytes:
         del node.metadata_props[:]
         node.doc_string = ""
     return model.SerializeToString()
+
+
+def _trace(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
+    # Traced by ourselves: left alone, torch.onnx falls back in silence to a graph with a fixed batch.
+    axes = ({0: torch.export.Dim("batch")},)
+    try:
+        return torch.export.export(network, (example,), dynamic_shapes=axes, strict=False)
+    except Exception:
+        # Slower, but it follows Python that makes a number of the batch axis, such as len(images).
+        return torch.export.export(network, (example,), dynamic_shapes=axes, strict=True)
 
 
 @torch.no_grad()

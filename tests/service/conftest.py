@@ -28,14 +28,15 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"serve-{port}.log"
-        self.process = subprocess.Popen(
-            [Path(sys.executable).parent / "bentoml", "serve"], cwd=ROOT, start_new_session=True,
-            stdout=self.log.open("w"), stderr=subprocess.STDOUT,
-            env={
-                **os.environ, "MODELS_STORE": str(store.root), "MODEPATH_PORT": str(port), "MODEPATH_POLL_SECONDS": "0.2",
-                "BENTOML_HOME": str(folder / f"bentoml-{port}"), **environment,
-            },
-        )  # fmt: skip
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [Path(sys.executable).parent / "bentoml", "serve"], cwd=ROOT, start_new_session=True,
+                stdout=log, stderr=subprocess.STDOUT,
+                env={
+                    **os.environ, "MODELS_STORE": str(store.root), "MODEPATH_PORT": str(port), "MODEPATH_POLL_SECONDS": "0.2",
+                    "BENTOML_HOME": str(folder / f"bentoml-{port}"), **environment,
+                },
+            )  # fmt: skip
 
     def until(self, status, route="/readyz", seconds=60):
         deadline = time.monotonic() + seconds

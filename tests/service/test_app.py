@@ -15,7 +15,11 @@ images = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
 def test_it_answers_refuses_and_follows_activations(store, serve):
     server = serve(store)
     # An empty store: alive, not ready, and it says why.
-    assert "training.fge" in server.until(503).json()["error"]
+    for _ in range(100):
+        if "training.fge" in (why := server.until(503).json()["error"]):
+            break
+        time.sleep(0.1)
+    assert "training.fge" in why
     assert httpx.get(server.url + "/livez").status_code == 200
     refused = httpx.post(server.url + "/predict", json={"inputs": images.tolist()})
     assert refused.status_code == 503

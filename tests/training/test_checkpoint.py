@@ -1,0 +1,75 @@
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from training.checkpoint import load_into
+from training.errors import CheckpointError
+
+
+def make():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+SOURCE = make()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SOURCE.state_dict(),
+        {"state_dict": SOURCE.state_dict(), "epoch": 3},
+        {"model_state": SOURCE.state_dict()},
+        nn.DataParallel(SOURCE).state_dict(),
+        {f"_orig_mod.module.{k}": v for k, v in SOURCE.state_dict().items()},
+        {k: v for k, v in SOURCE.state_dict().items() if "num_batches" not in k},
+    ],
+    ids=["plain", "wrapped", "reference code", "DataParallel", "compiled", "without counters"],
+)
+def test_the_ways_people_save_weights_are_read(tmp_path, content):
+    torch.save(content, tmp_path / "c.pt")
+    network = make()
+    load_into(network, tmp_path / "c.pt")
+    assert all(torch.equal(v, SOURCE.state_dict()[k]) for k, v in network.state_dict().items())
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file(SOURCE.state_dict(), tmp_path / "c.safetensors")
+    network = make()
+    load_into(network, tmp_path / "c.safetensors")
+    assert torch.equal(network[0].weight, SOURCE[0].weight)
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Evil()), b"", b"PK\x03\x04 broken", b"text"])
+def test_what_is_no_checkpoint_is_told_and_never_run(tmp_path, content):
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_into(make(), tmp_path / "c.pt")
+
+
+def test_a_pickled_module_is_refused(tmp_path):
+    torch.save(SOURCE, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="pickled module"):
+        load_into(make(), tmp_path / "c.pt")
+
+
+def test_another_architecture_is_told_with_names(tmp_path):
+    torch.save(nn.Sequential(nn.Linear(3, 3)).state_dict(), tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"another network.*lacks.*0\.weight"):
+        load_into(make(), tmp_path / "c.pt")
+
+
+def test_nan_weights_and_missing_files_and_no_tensors_are_told(tmp_path):
+    broken = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in SOURCE.state_dict().items()}
+    torch.save(broken, tmp_path / "nan.pt")
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    for file, told in (("nan.pt", "NaN"), ("none.pt", "no state_dict"), ("missing.pt", "does not exist")):
+        with pytest.raises(CheckpointError, match=told):
+            load_into(make(), tmp_path / file)

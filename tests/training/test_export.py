@@ -1,0 +1,132 @@
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from models_store.runtime import MemberSession
+from training import networks
+from training.errors import ExportError
+from training.export import Normalised, check_parity, open_exported, to_onnx, torch_logits
+
+CPU = torch.device("cpu")
+
+
+class Rows(nn.Module):
+    """An LSTM that reads an image row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 12, num_layers=2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, images):
+        return self.head(self.lstm(images.squeeze(1))[0][:, -1])
+
+
+class Attention(nn.Module):
+    """A small transformer over rows, with a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.token = nn.Parameter(torch.zeros(1, 1, 16))
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, images):
+        rows = self.embed(images.squeeze(1))
+        rows = torch.cat([self.token.expand(len(rows), -1, -1), rows], dim=1)
+        return self.head(self.encoder(rows)[:, 0])
+
+
+class Odd(nn.Module):
+    """GroupNorm, PReLU, a tied weight, and a buffer that is no statistic."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.norm, self.act, self.head = nn.GroupNorm(4, 64), nn.PReLU(), nn.Linear(64, 5)
+        self.register_buffer("scale", torch.tensor(1.7))
+
+    def forward(self, images):
+        return self.head(self.act(self.norm(self.second(self.first(images.flatten(1))))) * self.scale)
+
+
+NETWORKS = {
+    "mlp": lambda: networks.build("mlp", 5, (1, 8, 8), {}),
+    "preresnet8": lambda: networks.build("preresnet8", 5, (1, 8, 8), {}),
+    "vgg16-bn": lambda: networks.build("vgg16-bn", 5, (1, 8, 8), {"width": 0.125}),
+    "resnet18": lambda: networks.build("torchvision:resnet18", 5, (1, 8, 8), {}),
+    "lstm": Rows,
+    "transformer": Attention,
+    "odd": Odd,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_module_gives_the_same_answers_from_its_file(name):
+    torch.manual_seed(0)
+    served = Normalised(NETWORKS[name](), (0.3,), (0.4,)).eval()
+    session = open_exported(to_onnx(served, (1, 8, 8)))
+    images = np.random.default_rng(0).random((33, 1, 8, 8), dtype=np.float32)
+    check_parity(served, session, images, CPU)
+    with torch.no_grad():
+        expected = served.network((torch.from_numpy(images) - 0.3) / 0.4).numpy()
+    assert session.logits(images) == pytest.approx(expected, abs=1e-4)
+    assert session.logits(images[:1]).shape == (1, 5)
+
+
+def test_the_file_says_nothing_of_the_machine_that_made_it():
+    model = onnx.load_from_string(to_onnx(Normalised(NETWORKS["mlp"](), (0.3,), (0.4,)), (1, 8, 8)))
+    assert not [node for node in model.graph.node if node.metadata_props or node.doc_string]
+    assert b"/training/" not in model.SerializeToString()
+
+
+def test_a_member_that_differs_from_torch_is_refused():
+    network = NETWORKS["mlp"]()
+    session = open_exported(to_onnx(Normalised(network, (0.3,), (0.4,)), (1, 8, 8)))
+    images = np.random.default_rng(0).random((8, 1, 8, 8), dtype=np.float32)
+    with torch.no_grad():
+        network[-1].bias[0] += 1e-3
+    with pytest.raises(ExportError, match="differs from torch"):
+        check_parity(Normalised(network, (0.3,), (0.4,)), session, images, CPU)
+
+
+class Unsteady(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, images):
+        return self.head(nn.functional.dropout(images.flatten(1), 0.5, training=True))
+
+
+def test_a_network_that_is_random_in_eval_mode_is_refused():
+    served = Normalised(Unsteady(), (0.3,), (0.4,))
+    images = np.random.default_rng(0).random((8, 1, 8, 8), dtype=np.float32)
+    with pytest.raises(ExportError):
+        check_parity(served, open_exported(to_onnx(served, (1, 8, 8))), images, CPU)
+
+
+class Branching(nn.Module):
+    def forward(self, images):
+        return images.flatten(1) if images.sum().item() > 0 else -images.flatten(1)
+
+
+def test_a_network_that_cannot_be_traced_is_told():
+    with pytest.raises(ExportError, match="cannot export"):
+        to_onnx(Normalised(Branching(), (0.3,), (0.4,)), (1, 8, 8))
+
+
+def test_exporting_leaves_the_network_as_it_was():
+    network = NETWORKS["preresnet8"]().to(memory_format=torch.channels_last).train()
+    served = Normalised(network, (0.3,), (0.4,))
+    served.train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    to_onnx(served, (1, 8, 8))
+    assert served.training
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert isinstance(MemberSession(to_onnx(served, (1, 8, 8))), MemberSession)
+    assert torch_logits(served, np.zeros((1, 1, 8, 8), np.float32), CPU).shape == (1, 5)

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+
+from training.errors import CheckpointError, RunError
+from training.runs import Progress, Run, load_state, save_state
+
+CONFIG = {"epochs": 3}
+
+
+def test_the_same_config_is_the_same_run_and_another_is_another(tmp_path):
+    with Run.open("fge", CONFIG, {}, fresh=False) as first:
+        pass
+    with Run.open("fge", CONFIG, {}, fresh=False) as again, Run.open("fge", {"epochs": 4}, {}, fresh=False) as other:
+        assert again.identity == first.identity
+        assert other.folder != first.folder
+    assert json.loads((first.folder / "run.json").read_text())["config"] == CONFIG
+
+
+def test_fresh_forgets():
+    with Run.open("fge", CONFIG, {}, fresh=False) as first:
+        first.save_checkpoint({"a": torch.ones(1)}, Progress(1, 2, 3.5))
+    with Run.open("fge", CONFIG, {}, fresh=True) as again:
+        assert again.identity != first.identity
+        assert again.progress() == Progress()
+
+
+def test_a_checkpoint_comes_back_with_its_progress():
+    with Run.open("fge", CONFIG, {}, fresh=False) as run:
+        assert run.progress() == Progress()
+        run.save_checkpoint({"a": torch.arange(3.0)}, Progress(1, 2, 3.5))
+        assert run.progress() == Progress(1, 2, 3.5)
+        assert torch.equal(run.load_checkpoint()["a"], torch.arange(3.0))
+
+
+def test_changed_data_is_not_mixed_in():
+    with Run.open("fge", CONFIG, {"the data set": "1"}, fresh=False):
+        pass
+    with pytest.raises(RunError, match="the data set changed"), Run.open("fge", CONFIG, {"the data set": "2"}, fresh=False):
+        pass
+
+
+def test_two_processes_do_not_share_a_run():
+    with (
+        Run.open("fge", CONFIG, {}, fresh=False),
+        pytest.raises(RunError, match="Another process"),
+        Run.open("fge", CONFIG, {}, fresh=False),
+    ):
+        pass
+
+
+def test_tied_and_strided_tensors_are_saved(tmp_path):
+    tensor = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    save_state(tmp_path / "s.safetensors", {"a": tensor, "b": tensor})
+    assert torch.equal(load_state(tmp_path / "s.safetensors")["b"], tensor)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    (tmp_path / "s.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="--fresh"):
+        load_state(tmp_path / "s.safetensors")

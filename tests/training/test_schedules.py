@@ -1,0 +1,42 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.schedules import fge_collections, fge_rate, plain_rate
+
+even = st.integers(1, 500).map(lambda n: 2 * n)
+
+
+@given(even, st.integers(1, 5))
+def test_members_are_collected_exactly_where_the_rate_is_alpha_2_and_nowhere_else(cycle, cycles):
+    rates = {i: fge_rate(i, cycle, 0.05, 5e-4) for i in range(1, cycle * cycles + 1)}
+    lowest = [i for i, rate in rates.items() if rate == pytest.approx(5e-4, rel=1e-12)]
+    assert lowest == fge_collections(cycle * cycles, cycle)
+    assert len(lowest) == cycles
+
+
+@given(even)
+def test_the_rate_is_alpha_1_at_the_end_of_a_cycle_and_linear_between(cycle):
+    assert fge_rate(cycle, cycle, 0.05, 5e-4) == pytest.approx(0.05)
+    assert fge_rate(cycle + 1, cycle, 0.05, 5e-4) == fge_rate(1, cycle, 0.05, 5e-4)
+    down = [fge_rate(i, cycle, 0.05, 5e-4) for i in range(1, cycle // 2 + 1)]
+    steps = [a - b for a, b in zip(down, down[1:], strict=False)]
+    assert steps == pytest.approx([2 * (0.05 - 5e-4) / cycle] * len(steps))
+
+
+def test_the_papers_formula_at_a_quarter_and_three_quarters():
+    assert fge_rate(25, 100, 1.0, 0.2) == pytest.approx(0.6)
+    assert fge_rate(75, 100, 1.0, 0.2) == pytest.approx(0.6)
+
+
+def test_nothing_is_collected_before_half_a_cycle():
+    assert fge_collections(49, 100) == []
+    assert fge_collections(150, 100) == [50, 150]
+
+
+def test_the_plain_schedule_is_constant_then_linear_then_flat():
+    rates = [plain_rate(i, 1000, 0.1) for i in range(1, 1001)]
+    assert rates[:500] == [0.1] * 500
+    assert rates[699] == pytest.approx(0.1 * (1 + 0.01) / 2)
+    assert rates[899:] == pytest.approx([0.001] * 101)
+    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
