@@ -7,13 +7,14 @@
 Both arms share their pre-training: the plain arm goes on with the plain schedule, the FGE arm turns to cycles. Given the
 seed this is bit for bit what two separate trainings would compute, at 1.2 times the cost of one. Both arms get
 re-estimated batch norm and a temperature fitted on validation. Every finished arm is kept in results/fge_pays.jsonl, so an
-interrupted search goes on. The search budget is the grid below, no more.
+interrupted search goes on. The search budget is GRID, no more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from tabulate import tabulate
 
 from models_store.uncertainty import combine, softmax
 from training import batch_norm, data, hardware, loop, networks, temperature
+from training.errors import DivergenceError
 from training.export import Normalised, torch_logits
 from training.fge import Config
 from training.loop import Leg
@@ -71,21 +73,25 @@ class Arm:
     members: int
 
 
+MLP = Base("mlp", (), 4000, 100, 0.05, "none")
 BASES = (
-    Base("mlp", (), 4000, 100, 0.05, "none"),
+    MLP,
     Base("preresnet8", (), 4000, 60, 0.1, "none"),
     Base("preresnet8", (), 4000, 60, 0.1, "auto"),
     Base("vgg16", ("width=0.25",), 4000, 60, 0.05, "auto", 5e-4),
 )
 ARMS = (Arm(0.8, 0.05, 4), Arm(0.8, 0.05, 10), Arm(0.8, 0.15, 6), Arm(0.6, 0.05, 10))
+# A second round where the first showed a gain: larger rates, more cycles, a smaller share of plain training.
+MORE = (Arm(0.8, 0.3, 6), Arm(0.8, 0.3, 20), Arm(0.6, 0.3, 10), Arm(0.6, 0.15, 20), Arm(0.5, 0.3, 20))
+GRID = (*((base, ARMS) for base in BASES), (MLP, MORE), (Base("mlp", ("hidden=1024",), 4000, 100, 0.05, "none"), MORE))
 
 
 def main(phase: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     if phase == "search":
-        for base in BASES:
+        for base, arms in GRID:
             for seed in SEARCH_SEEDS:
-                measure(base, ARMS, seed, ("validation",))
+                measure(base, arms, seed, ("validation",))
     elif phase == "final":
         base, arm, _ = chosen()
         for seed in FINAL_SEEDS:
@@ -99,7 +105,11 @@ def main(phase: str) -> None:
 
 def measure(base: Base, arms: tuple[Arm, ...], seed: int, splits: tuple[str, ...]) -> None:
     """Train what is not kept yet, a line an arm."""
-    have = {(line["arm"] and Arm(**line["arm"])) for line in lines() if line["base"] == _plain(base) and line["seed"] == seed}
+    have = {
+        (line["arm"] and Arm(**line["arm"]))
+        for line in lines()
+        if line["base"] == _plain(base) and line["seed"] == seed
+    }
     todo = [arm for arm in (None, *arms) if arm not in have]
     if not todo:
         return
@@ -117,7 +127,13 @@ def measure(base: Base, arms: tuple[Arm, ...], seed: int, splits: tuple[str, ...
         )  # fmt: skip
         seconds, network = _train(config, fabric, shared, found, [plain])
         if None in todo:
-            keep(base, None, seed, seconds, scores(network, [load_state(shared.vertex_file(0, 0))], found, config, fabric, splits))
+            keep(
+                base,
+                None,
+                seed,
+                seconds,
+                scores(network, [load_state(shared.vertex_file(0, 0))], found, config, fabric, splits),
+            )
         for arm in filter(None, todo):
             arm_config = base.config(seed, arm)
             cycle, collect = arm_config.cycles(steps)
@@ -128,7 +144,11 @@ def measure(base: Base, arms: tuple[Arm, ...], seed: int, splits: tuple[str, ...
                 Leg("idle", 0, lambda i: 0.0),
                 Leg("fge", collect[-1], _cyclic(cycle, arm_config), start=start, collect=collect),
             ]
-            seconds, network = _train(arm_config, fabric, run, found, legs)
+            try:
+                seconds, network = _train(arm_config, fabric, run, found, legs)
+            except DivergenceError:
+                keep(base, arm, seed, 0.0, {"diverged": True})
+                continue
             states = [load_state(run.vertex_file(1, index)) for index in range(len(collect))]
             keep(base, arm, seed, seconds, scores(network, states, found, config, fabric, splits))
 
@@ -173,15 +193,18 @@ def comparisons(split: str, seeds: tuple[int, ...]) -> list[tuple[Base, Arm, str
     """FGE minus plain by seed, signed so that positive is better."""
     kept = lines()
     rows = []
-    for base_record, arm_record in {(json.dumps(l["base"]), json.dumps(l["arm"])) for l in kept if l["arm"]}:
+    for base_record, arm_record in {
+        (json.dumps(line["base"]), json.dumps(line["arm"])) for line in kept if line["arm"]
+    }:
         base, arm = json.loads(base_record), json.loads(arm_record)
         for metric in METRICS:
             sign = 1 if metric == "accuracy" else -1
             pairs = []
             for seed in seeds:
-                at = [l for l in kept if l["base"] == base and l["seed"] == seed]
-                plain = [l[split][metric] for l in at if l["arm"] is None]
-                fge = [l[split][metric] for l in at if l["arm"] == arm]
+                at = [line for line in kept if line["base"] == base and line["seed"] == seed]
+                plain = [line[split][metric] for line in at if line["arm"] is None]
+                # An arm that diverged on a seed lost; it has no mean.
+                fge = [line[split][metric] for line in at if line["arm"] == arm and split in line]
                 if plain and fge:
                     pairs.append((plain[0], fge[0]))
             if len(pairs) < len(seeds):
@@ -221,7 +244,11 @@ def _table(rows) -> str:
 
 
 def _name(base: Base) -> str:
-    return f"{base.network} {' '.join(base.options)} {base.limit} images, B={base.epochs}, augment {base.augment}".replace("  ", " ")
+    return (
+        f"{base.network} {' '.join(base.options)} {base.limit} images, B={base.epochs}, augment {base.augment}".replace(
+            "  ", " "
+        )
+    )
 
 
 def _arm(arm: Arm) -> str:
@@ -236,8 +263,11 @@ def keep(base: Base, arm: Arm | None, seed: int, seconds: float, record: dict) -
     line = {"base": _plain(base), "arm": arm and _plain(arm), "seed": seed, "seconds": round(seconds, 1), **record}
     with LINES.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    v = record["validation"]
-    print(f"{time.strftime('%H:%M:%S')} {_name(base)} | {arm and _arm(arm)} | seed {seed}: val {v['accuracy']:.4f} {v['nll']:.4f}", flush=True)
+    v = record.get("validation", {"accuracy": math.nan, "nll": math.nan})
+    print(
+        f"{time.strftime('%H:%M:%S')} {_name(base)} | {arm and _arm(arm)} | seed {seed}: val {v['accuracy']:.4f} {v['nll']:.4f}",
+        flush=True,
+    )
 
 
 def _plain(record) -> dict:

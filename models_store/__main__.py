@@ -40,7 +40,9 @@ def _list(store: Store, args: argparse.Namespace) -> int:
             try:
                 manifest = store.load(name, number).manifest
                 scores = f"validation accuracy {manifest.validation.accuracy:.4f}" if manifest.validation else ""
-                print(f"{mark} {name}@{number}  {manifest.method}  {len(manifest.members)} members  {manifest.created}  {scores}")
+                print(
+                    f"{mark} {name}@{number}  {manifest.method}  {len(manifest.members)} members  {manifest.created}  {scores}"
+                )
             except StoreError as error:
                 print(f"{mark} {name}@{number}  damaged: {error}")
     return 0
@@ -53,7 +55,9 @@ def _show(store: Store, args: argparse.Namespace) -> int:
 
 def _verify(store: Store, args: argparse.Namespace) -> int:
     references = (
-        [args.name] if args.name else [f"{name}@{version}" for name in store.names() for version in store.versions(name)]
+        [args.name]
+        if args.name
+        else [f"{name}@{version}" for name in store.names() for version in store.versions(name)]
     )
     damaged = 0
     for reference in references:
@@ -103,7 +107,9 @@ def _export(store: Store, args: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models_store", description="Look after published ensembles.")
-    parser.add_argument("--store", type=Path, help="the store's folder (default: $MODELS_STORE, else models_store/ensembles)")
+    parser.add_argument(
+        "--store", type=Path, help="the store's folder (default: $MODELS_STORE, else models_store/ensembles)"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="every version; * is active")
@@ -127,11 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME")
     command.add_argument("members", metavar="MEMBER.onnx", nargs="+", type=Path)
     command.add_argument("--classes", help="class names, separated by commas (default: 0, 1, …)")
-    command.add_argument("--input-shape", nargs=3, type=int, metavar=("C", "H", "W"), help="where the file leaves it open")
-    command.add_argument("--mean", nargs="+", type=float, help="the models expect (x - mean) / std: put it in the graph")
+    command.add_argument(
+        "--input-shape", nargs=3, type=int, metavar=("C", "H", "W"), help="where the file leaves it open"
+    )
+    command.add_argument(
+        "--mean", nargs="+", type=float, help="the models expect (x - mean) / std: put it in the graph"
+    )
     command.add_argument("--std", nargs="+", type=float)
     command.add_argument("--output", choices=["logits", "probs"], default="logits", help="what the models give")
-    command.add_argument("--resize", choices=["refuse", "stretch", "crop"], default="refuse", help="for images of another size")
+    command.add_argument(
+        "--resize", choices=["refuse", "stretch", "crop"], default="refuse", help="for images of another size"
+    )
     command.add_argument("--no-activate", action="store_true", help="publish without serving it")
     command.set_defaults(run=_import)
 

@@ -35,7 +35,9 @@ class ImportOptions:
     resize: str = "refuse"
 
 
-def import_members(store: Store, name: str, files: Sequence[Path], options: ImportOptions, activate: bool = True) -> Version:
+def import_members(
+    store: Store, name: str, files: Sequence[Path], options: ImportOptions, activate: bool = True
+) -> Version:
     """Publish foreign ONNX models, of any architectures, as one ensemble with equal weights.
 
     Raises:
@@ -107,9 +109,11 @@ def _load_with_weights(file: Path) -> onnx.ModelProto:
     load(file)  # says what is wrong with a file that is no ONNX at all
     try:
         # Exporters like to put weights beside the graph; here, once, they are taken in. onnx refuses paths that leave the folder.
-        return onnx.load(file, load_external_data=True)
+        return onnx.load(file, load_external_data=True)  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:
-        raise MemberError(f"{file.name} names weights in another file that cannot be read ({error}); put it beside.") from None
+        raise MemberError(
+            f"{file.name} names weights in another file that cannot be read ({error}); put it beside."
+        ) from None
 
 
 def _at_pinned_opset(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
@@ -127,7 +131,9 @@ def _at_pinned_opset(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
 def _input_shape(file: Path, value: onnx.ValueInfoProto, options: ImportOptions) -> tuple[int, int, int]:
     found = dimensions(value)
     if value.type.tensor_type.elem_type != TensorProto.FLOAT or len(found) != 4:
-        raise MemberError(f"{file.name} takes {value.name!r} with axes {found}; a member takes float32 images (batch, C, H, W).")
+        raise MemberError(
+            f"{file.name} takes {value.name!r} with axes {found}; a member takes float32 images (batch, C, H, W)."
+        )
     if found[0] is not None:
         raise MemberError(
             f"{file.name} has the fixed batch size {found[0]}; requests come in any size. Export with a dynamic first axis."
@@ -149,7 +155,9 @@ def _normalisation(options: ImportOptions, channels: int) -> tuple[_Part, str]:
         return ([], []), INPUT_NAME
     mean, std = options.mean or [0.0] * channels, options.std or [1.0] * channels
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise MemberError(f"mean and std need {channels} numbers, one a channel, the latter positive; got {mean} and {std}.")
+        raise MemberError(
+            f"mean and std need {channels} numbers, one a channel, the latter positive; got {mean} and {std}."
+        )
     tensors = [
         numpy_helper.from_array(np.array(values, np.float32).reshape(1, -1, 1, 1), f"modepath_{label}")
         for label, values in (("mean", mean), ("std", std))
@@ -196,9 +204,13 @@ def _try(model: onnx.ModelProto, file: Path, shape: tuple[int, int, int]) -> int
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise MemberError(f"{file.name} does not run on images {shape}: {error}") from None
     if together.ndim != 2 or together.shape[0] != 3 or together.shape[1] < 2:
-        raise MemberError(f"{file.name} answers 3 images with an array {together.shape}; a member gives (batch, classes).")
+        raise MemberError(
+            f"{file.name} answers 3 images with an array {together.shape}; a member gives (batch, classes)."
+        )
     if not np.isfinite(together).all():
-        raise MemberError(f"{file.name} answers random images with NaN or infinity; its weights or its export are broken.")
+        raise MemberError(
+            f"{file.name} answers random images with NaN or infinity; its weights or its export are broken."
+        )
     if np.abs(together - alone).max() > 1e-3 * max(1.0, float(np.abs(together).max())):
         raise MemberError(
             f"{file.name} answers an image differently in a batch and alone; it was exported in training mode. Export it in eval mode."

@@ -6,7 +6,7 @@ FORMAT.md is the same contract in prose; `tests/models_store/test_format.py` hol
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -65,7 +65,9 @@ class Scores(_Record):
 class Origin(_Record):
     """Where a member comes from. Fields that do not apply are null."""
 
-    cycle: int | None = Field(default=None, ge=0, description="FGE: 1, 2, … in order of collection; 0 is a given network")
+    cycle: int | None = Field(
+        default=None, ge=0, description="FGE: 1, 2, … in order of collection; 0 is a given network"
+    )
     epoch: float | None = Field(default=None, ge=0, description="budget spent when it was collected, in epochs")
     coefficients: list[float] | None = Field(default=None, description="over the vertices, for path points")
     source: str | None = Field(default=None, description="file name of an imported model")
@@ -147,10 +149,12 @@ class Manifest(Draft):
             ManifestError: not JSON, another schema version, or a broken rule of FORMAT.md.
         """
         try:
-            record = json.loads(text)
+            record: Any = json.loads(text)
         except ValueError as error:
-            raise ManifestError(f"{where} is not JSON ({error}); it was changed after publishing. Publish again.") from None
-        found: object = record.get("schema_version") if isinstance(record, dict) else None
+            raise ManifestError(
+                f"{where} is not JSON ({error}); it was changed after publishing. Publish again."
+            ) from None
+        found: Any = cast("dict[str, Any]", record).get("schema_version") if isinstance(record, dict) else None
         if found != SCHEMA_VERSION:
             raise ManifestError(
                 f"{where} has schema version {found!r}; this release reads version {SCHEMA_VERSION}. "

@@ -25,7 +25,9 @@ def check_member(file: Path, input_shape: tuple[int, int, int], classes: int) ->
     refuse_unknown_domains(model, file)
     opset = {entry.domain: entry.version for entry in model.opset_import}.get("", 0)
     if opset != ONNX_OPSET:
-        raise MemberError(f"{file.name} uses ONNX opset {opset}; members are opset {ONNX_OPSET}. Export it again with it.")
+        raise MemberError(
+            f"{file.name} uses ONNX opset {opset}; members are opset {ONNX_OPSET}. Export it again with it."
+        )
     _check_value(file, "input", graph_inputs(model.graph), INPUT_NAME, (None, *input_shape))
     _check_value(file, "output", list(model.graph.output), OUTPUT_NAME, (None, classes))
 
@@ -33,9 +35,11 @@ def check_member(file: Path, input_shape: tuple[int, int, int], classes: int) ->
 def load(file: Path) -> onnx.ModelProto:
     """Read a single-file ONNX model without following references to other files."""
     try:
-        return onnx.load(file, load_external_data=False)
+        return onnx.load(file, load_external_data=False)  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:  # protobuf raises several unrelated types
-        raise MemberError(f"{file} cannot be read as ONNX ({error}); give a file written by an ONNX exporter.") from None
+        raise MemberError(
+            f"{file} cannot be read as ONNX ({error}); give a file written by an ONNX exporter."
+        ) from None
 
 
 def refuse_external_data(model: onnx.ModelProto, file: Path) -> None:

@@ -9,10 +9,10 @@ import ctypes
 import functools
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
+import onnxruntime as untyped_onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
 from models_store.errors import MemberError, ProviderError
@@ -20,6 +20,7 @@ from models_store.manifest import INPUT_NAME, OUTPUT_NAME, Manifest
 from models_store.uncertainty import Floats, Prediction, combine, softmax
 
 ProviderChoice = Literal["auto", "cpu", "cuda"]
+onnxruntime: Any = untyped_onnxruntime  # it ships no types
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
@@ -56,7 +57,7 @@ class MemberSession:
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, C, H, W) in [0, 1] -> (batch, classes)."""
-        return self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]  # pyright: ignore[reportReturnType]
+        return self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
 
 
 class EnsembleSession:
@@ -91,7 +92,6 @@ def in_batches(
     size: int = 256,
 ) -> NDArray[np.float32]:
     """Logits of many images, `size` at a time; the batch axis is the last but one."""
-
     return np.concatenate([session.logits(images[i : i + size]) for i in range(0, len(images), size)], axis=-2)
 
 

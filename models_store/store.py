@@ -1,7 +1,7 @@
 """The folder of published ensembles. FORMAT.md is its contract.
 
-    <root>/<name>/<version>/   immutable once published
-    <root>/<name>/active       the version that is served
+<root>/<name>/<version>/   immutable once published
+<root>/<name>/active       the version that is served
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,9 @@ class Store:
                 f"Publish one, or run: python -m models_store activate {name} VERSION"
             ) from None
         if not text.isdecimal():
-            raise CorruptionError(f"{file} holds {text!r}, not a version; run: python -m models_store activate {name} VERSION")
+            raise CorruptionError(
+                f"{file} holds {text!r}, not a version; run: python -m models_store activate {name} VERSION"
+            )
         return int(text)
 
     def activated_at(self, name: str) -> float:
@@ -115,7 +117,9 @@ class Store:
             ) from None
         manifest = Manifest.parse(text, where=str(folder / MANIFEST))
         if (manifest.name, manifest.version) != (name, version):
-            raise CorruptionError(f"{folder} holds the manifest of {manifest.name}@{manifest.version}: it was moved or copied.")
+            raise CorruptionError(
+                f"{folder} holds the manifest of {manifest.name}@{manifest.version}: it was moved or copied."
+            )
         return Version(folder, manifest)
 
     def resolve(self, reference: str) -> Version:
@@ -147,7 +151,7 @@ class Store:
                 probe.write(b"x")
 
     @contextlib.contextmanager
-    def staging(self, name: str) -> Iterator[Path]:
+    def staging(self, name: str) -> Generator[Path]:
         """A folder to write a version's files to, before `publish` makes it one. Removed if anything fails.
 
         Publishers of one name take turns, so what an earlier one left behind when it was killed is rubbish and is cleared.
@@ -227,9 +231,13 @@ class Store:
         manifest, folder = version.manifest, version.folder
         present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
         if missing := sorted(set(manifest.files) - present):
-            raise CorruptionError(f"{version.name} lacks {', '.join(missing)}: restore the folder from a copy, or publish again.")
+            raise CorruptionError(
+                f"{version.name} lacks {', '.join(missing)}: restore the folder from a copy, or publish again."
+            )
         if foreign := sorted(present - set(manifest.files)):
-            raise CorruptionError(f"{version.name} has files its manifest does not list: {', '.join(foreign)}. Remove them.")
+            raise CorruptionError(
+                f"{version.name} has files its manifest does not list: {', '.join(foreign)}. Remove them."
+            )
         for path, digest in manifest.files.items():
             if (folder / path).is_symlink() or sha256(folder / path) != digest:
                 raise CorruptionError(
@@ -277,7 +285,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _write_errors(root: Path) -> Iterator[None]:
+def _write_errors(root: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -44,7 +44,9 @@ def _answer(content_type: str, body: bytes) -> PredictResponse:
     images = as_images(asked.inputs, session.manifest.input.shape, settings().max_rows)
     member_probs = session.member_probs(images)
     prediction = session.combine(member_probs)
-    return respond(session.manifest, secrets.token_hex(8), asked.mode, prediction, member_probs if asked.members else None)
+    return respond(
+        session.manifest, secrets.token_hex(8), asked.mode, prediction, member_probs if asked.members else None
+    )
 
 
 async def list_ensembles(request: Request) -> Response:
@@ -143,7 +145,7 @@ class OwnRoutes:
     name="modepath",
     workers=1,
     traffic={"timeout": settings().timeout},
-    http={"host": settings().host, "port": settings().port},
+    http={"host": settings().host, "port": settings().port},  # pyright: ignore[reportArgumentType] - all keys are optional
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
     tracing={"excluded_urls": ".*"},  # its OpenTelemetry middleware would take half of a small request's time
@@ -161,4 +163,4 @@ class Modepath:
         ensembles.close()
 
 
-Modepath.add_asgi_middleware(OwnRoutes)
+Modepath.add_asgi_middleware(OwnRoutes)  # pyright: ignore[reportArgumentType] - its protocol wants **options

@@ -87,7 +87,9 @@ class Ensembles:
             raise NotReadyError("The ensembles are being loaded; ask again in a moment.")
         found = self._loaded.get(name or "")
         if found is None:
-            raise UnknownEnsembleError(f"No ensemble {name!r} is served. Served: {', '.join(sorted(self._loaded)) or 'none'}.")
+            raise UnknownEnsembleError(
+                f"No ensemble {name!r} is served. Served: {', '.join(sorted(self._loaded)) or 'none'}."
+            )
         return found
 
     @property
@@ -105,7 +107,9 @@ class Ensembles:
         session = EnsembleSession(version.folder, version.manifest, self._providers)
         # The first run allocates and picks kernels; no client should wait for that.
         session.logits(np.zeros((1, *version.manifest.input.shape), np.float32))
-        log.info("serving %s: %d members on %s", version.name, len(version.manifest.members), ", ".join(session.providers))
+        log.info(
+            "serving %s: %d members on %s", version.name, len(version.manifest.members), ", ".join(session.providers)
+        )
         return session
 
     def _follow(self, seconds: float) -> None:

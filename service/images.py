@@ -25,14 +25,18 @@ def read_request(content_type: str, body: bytes) -> PredictRequest:
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise MediaTypeError(
-            f"Content-Type {media_type or 'none'!r} is not read here; send application/json with {{\"inputs\": [...]}}."
+            f'Content-Type {media_type or "none"!r} is not read here; send application/json with {{"inputs": [...]}}.'
         )
     try:
         record = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise BadRequestError(f"The body is not JSON ({error}); send an object like {{\"inputs\": [[[[0.0, ...]]]]}}.") from None
+        raise BadRequestError(
+            f'The body is not JSON ({error}); send an object like {{"inputs": [[[[0.0, ...]]]]}}.'
+        ) from None
     if not isinstance(record, dict):
-        raise BadRequestError(f"The body is a JSON {type(record).__name__}; send an object like {{\"inputs\": [[[[0.0, ...]]]]}}.")
+        raise BadRequestError(
+            f'The body is a JSON {type(record).__name__}; send an object like {{"inputs": [[[[0.0, ...]]]]}}.'
+        )
     try:
         return PredictRequest.model_validate(record)
     except ValidationError as error:
@@ -54,14 +58,22 @@ def as_images(inputs: list[Any], shape: tuple[int, int, int], max_rows: int) -> 
     try:
         array = np.array(inputs)
     except (ValueError, OverflowError):
-        raise BadRequestError(f"`inputs` is ragged: its lists differ in length. Every image must be {_shape(shape)}.") from None
+        raise BadRequestError(
+            f"`inputs` is ragged: its lists differ in length. Every image must be {_shape(shape)}."
+        ) from None
     # bool, str, None and mixtures end up as other kinds of array.
     if array.dtype.kind not in "iuf":
-        raise BadRequestError("`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1].")
+        raise BadRequestError(
+            "`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1]."
+        )
     if array.shape[1:] != shape or array.ndim != 4 or len(array) == 0:
         raise BadRequestError(
             f"`inputs` has the shape {array.shape}; this ensemble takes (batch, {', '.join(map(str, shape))}) with at least one image. "
-            + ("A single image needs a batch axis around it." if array.shape == shape else "The axes are batch, channel, row, column.")
+            + (
+                "A single image needs a batch axis around it."
+                if array.shape == shape
+                else "The axes are batch, channel, row, column."
+            )
         )
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # also false for NaN

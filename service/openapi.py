@@ -16,11 +16,17 @@ _MODELS: tuple[type[BaseModel], ...] = (PredictRequest, PredictResponse, Ensembl
 @cache
 def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
-    _, definitions = models_json_schema([(model, "serialization") for model in _MODELS], ref_template="#/components/schemas/{model}")
+    _, definitions = models_json_schema(
+        [(model, "serialization") for model in _MODELS], ref_template="#/components/schemas/{model}"
+    )
     refused = {"description": "refused", "content": _content(ErrorBody)}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "modepath", "version": "1", "description": "Averaged predictions of an ensemble, and how uncertain they are."},
+        "info": {
+            "title": "modepath",
+            "version": "1",
+            "description": "Averaged predictions of an ensemble, and how uncertain they are.",
+        },
         "paths": {
             "/predict": {
                 "post": {
@@ -38,7 +44,9 @@ def document() -> dict[str, Any]:
                 }
             },
             "/livez": {"get": {"summary": "Does the process answer", "responses": _answers(None)}},
-            "/readyz": {"get": {"summary": "Would a request be answered", "responses": {**_answers(None), "503": refused}}},
+            "/readyz": {
+                "get": {"summary": "Would a request be answered", "responses": {**_answers(None), "503": refused}}
+            },
             "/docs.json": {"get": {"summary": "This document", "responses": _answers(None)}},
         },
         "components": {"schemas": definitions["$defs"]},
@@ -50,5 +58,8 @@ def _content(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _answers(model: type[BaseModel] | None, *refusals: int) -> dict[str, Any]:
-    good = {"description": "the answer", "content": _content(model) if model else {"application/json": {"schema": {"type": "object"}}}}
+    good = {
+        "description": "the answer",
+        "content": _content(model) if model else {"application/json": {"schema": {"type": "object"}}},
+    }
     return {"200": good, **{str(code): {"description": "refused", "content": _content(ErrorBody)} for code in refusals}}

@@ -17,7 +17,9 @@ class PredictRequest(BaseModel):
 
     # Checked by images.as_images: pydantic would walk every pixel.
     inputs: list[Any] = Field(description="(batch, C, H, W), floats in [0, 1]")
-    ensemble: str | None = Field(default=None, max_length=64, description="which ensemble answers (default: the service's)")
+    ensemble: str | None = Field(
+        default=None, max_length=64, description="which ensemble answers (default: the service's)"
+    )
     mode: Literal["average"] = Field(default="average", description="how the members answer")
     members: bool = Field(default=False, strict=True, description="also give each member's probabilities")
 
@@ -89,7 +91,7 @@ def respond(
             ),
             members=None if member_probs is None else member_probs[:, i].tolist(),
         )
-        for i, label in enumerate(prediction.label.tolist())
+        for i, label in enumerate(map(int, prediction.label))
     ]
     return PredictResponse(
         ensemble=manifest.name,

@@ -12,7 +12,17 @@ SHAPE = (1, 4, 4)
 CLASSES = 3
 
 
-def linear(seed, shape=SHAPE, classes=CLASSES, *, opset=18, input_name="images", output_name="logits", softmax=False, batch="batch"):
+def linear(
+    seed,
+    shape=SHAPE,
+    classes=CLASSES,
+    *,
+    opset=18,
+    input_name="images",
+    output_name="logits",
+    softmax=False,
+    batch="batch",
+):
     """flatten(images) @ weights + bias."""
     rng = np.random.default_rng(seed)
     weights = rng.normal(size=(int(np.prod(shape)), classes)).astype(np.float32)

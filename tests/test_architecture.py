@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = {"training", "models_store", "service"}
-ALLOWED = {"training": {"training", "models_store"}, "service": {"service", "models_store"}, "models_store": {"models_store"}}
+ALLOWED = {
+    "training": {"training", "models_store"},
+    "service": {"service", "models_store"},
+    "models_store": {"models_store"},
+}
 FORBIDDEN = {
     "service": {"torch", "torchvision", "lightning_fabric"},
     "models_store": {"torch", "torchvision", "lightning_fabric", "bentoml", "starlette"},
@@ -88,5 +92,7 @@ def test_every_store_and_training_error_is_caught_by_a_door_and_stands_in_the_tr
 
 def test_the_readme_tree_names_every_file():
     readme = (ROOT / "README.md").read_text()
-    missing = [file.relative_to(ROOT).as_posix() for file in FILES if file.name not in readme and file.name != "__init__.py"]
+    missing = [
+        file.relative_to(ROOT).as_posix() for file in FILES if file.name not in readme and file.name != "__init__.py"
+    ]
     assert not missing

@@ -35,12 +35,18 @@ def load_into(network: nn.Module, file: Path) -> None:
         if name in state and state[name].shape != own[name].shape
     ]
     if missing or foreign or shapes:
-        told = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has besides", foreign), ("has", shapes)) if names]
+        told = [
+            f"{what} {_some(names)}"
+            for what, names in (("lacks", missing), ("has besides", foreign), ("has", shapes))
+            if names
+        ]
         raise CheckpointError(
             f"{file} belongs to another network: it {', '.join(told)}. Give the --network (and --network-options) it was trained with."
         )
     if any(not torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()):
-        raise CheckpointError(f"{file} holds NaN or infinite weights: its training had diverged. Take an earlier checkpoint.")
+        raise CheckpointError(
+            f"{file} holds NaN or infinite weights: its training had diverged. Take an earlier checkpoint."
+        )
     network.load_state_dict(state, strict=False)
 
 

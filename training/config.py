@@ -100,7 +100,9 @@ class Config:
         if self.nesterov and self.momentum == 0:
             raise ConfigError("--nesterov needs --momentum above 0.")
         if self.loss is not None and self.label_smoothing:
-            raise ConfigError("--label-smoothing belongs to the cross-entropy; a --loss of your own does its own smoothing.")
+            raise ConfigError(
+                "--label-smoothing belongs to the cross-entropy; a --loss of your own does its own smoothing."
+            )
 
     @property
     def published_name(self) -> str:
@@ -137,7 +139,7 @@ class Config:
 def data_options(record: dict[str, Any]) -> DataOptions:
     """DataOptions from a configuration, or from the one that a manifest keeps."""
     known = {f.name for f in dataclasses.fields(DataOptions)}
-    chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items() if key in known}
+    chosen: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items() if key in known}
     return DataOptions(**chosen)
 
 
@@ -145,5 +147,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-

@@ -134,7 +134,9 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
         ImportStringError: an import string that leads nowhere.
     """
     found = _find(options)
-    parts = [_hold(part, name, options) for part, name in zip(found.parts, ("train", "validation", "test"), strict=True)]
+    parts = [
+        _hold(part, name, options) for part, name in zip(found.parts, ("train", "validation", "test"), strict=True)
+    ]
     train, validation, test = parts
     if train is None or test is None:
         raise DataError(f"Data set {options.dataset!r} has no {'train' if train is None else 'test'} split.")
@@ -185,7 +187,9 @@ def in_order(split: Split) -> torch.Tensor:
 
 def as_arrays(split: Split, limit: int | None = None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The first `limit` images float32 (N, C, H, W) and labels (N,) as numpy arrays."""
-    parts = [(i.cpu().numpy(), l.cpu().numpy()) for i, l in split.batches(in_order(split)[:limit], 1024)]
+    parts = [
+        (images.cpu().numpy(), labels.cpu().numpy()) for images, labels in split.batches(in_order(split)[:limit], 1024)
+    ]
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
@@ -229,7 +233,9 @@ def _hold(part: sources.Part, name: str, options: DataOptions) -> Split | None:
         sample = [part[i] for i in range(min(16, size))]
         again = [part[i] for i in range(min(16, size))]
     except Exception as error:
-        raise DataError(f"The {name} split of {options.dataset!r} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"The {name} split of {options.dataset!r} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     for item in sample:
         _check_item(item, name, options.dataset)
     if size == 0:
@@ -246,7 +252,9 @@ def _hold(part: sources.Part, name: str, options: DataOptions) -> Split | None:
 
 def _collate(items: list[Any]) -> Batch:
     try:
-        return torch.stack([torch.as_tensor(image) for image, _ in items]), torch.tensor([int(label) for _, label in items])
+        return torch.stack([torch.as_tensor(image) for image, _ in items]), torch.tensor(
+            [int(label) for _, label in items]
+        )
     except RuntimeError as error:
         raise DataError(f"Images of one data set must have one shape: {error}") from None
 
@@ -258,7 +266,9 @@ def _check_item(item: Any, split: str, dataset: str) -> None:
     image, label = item
     if not (isinstance(image, torch.Tensor) and image.dtype == torch.float32 and image.ndim == 3):
         found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
-        raise DataError(f"{what} must give images as float32 tensors (C, H, W); it gives {found}. Convert them in the data set.")
+        raise DataError(
+            f"{what} must give images as float32 tensors (C, H, W); it gives {found}. Convert them in the data set."
+        )
     try:
         if int(label) != label:
             raise ValueError
@@ -295,7 +305,9 @@ def _largest_label(*splits: Split) -> int:
     for split in splits:
         labels = _labels(split)
         if labels is None:
-            raise DataError("A streamed data set must say its classes: let the factory return an object with `classes`.")
+            raise DataError(
+                "A streamed data set must say its classes: let the factory return an object with `classes`."
+            )
         largest = max(largest, int(labels.max()))
     return largest
 
@@ -306,7 +318,9 @@ def _check_labels(dataset: str, classes: int, *splits: Split) -> None:
     for split in splits:
         labels = _labels(split)
         if labels is not None and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-            raise DataError(f"Data set {dataset!r} has labels {int(labels.min())} … {int(labels.max())} but {classes} classes.")
+            raise DataError(
+                f"Data set {dataset!r} has labels {int(labels.min())} … {int(labels.max())} but {classes} classes."
+            )
 
 
 def _measure(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -24,7 +24,9 @@ def main(config: type[C], run: Callable[[C], Any], description: str | None) -> N
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        _fail(f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space or fix permissions; the same command goes on.")
+        _fail(
+            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space or fix permissions; the same command goes on."
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
         sys.exit(130)

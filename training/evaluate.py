@@ -116,7 +116,11 @@ def fit_images(images: NDArray[np.float32], shape: tuple[int, int, int]) -> NDAr
 
 
 def _scores(
-    version: Version, session: EnsembleSession, images: NDArray[np.float32], labels: NDArray[np.integer], average: Prediction
+    version: Version,
+    session: EnsembleSession,
+    images: NDArray[np.float32],
+    labels: NDArray[np.integer],
+    average: Prediction,
 ) -> list[dict[str, Any]]:
     logits = in_batches(session, images)
     rows = [{"who": "average", **_row(average.mean_probs, labels)}]
@@ -137,7 +141,9 @@ def _row(probs: Floats, labels: NDArray[np.integer]) -> dict[str, float]:
 
 
 def _auroc(prediction: Prediction, positive: NDArray[np.bool_]) -> dict[str, float]:
-    return {name: metrics.auroc(sign * getattr(prediction, name), positive) for name, sign in UNCERTAINTY_MEASURES.items()}
+    return {
+        name: metrics.auroc(sign * getattr(prediction, name), positive) for name, sign in UNCERTAINTY_MEASURES.items()
+    }
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -185,7 +191,12 @@ def plot_reliability(prediction: Prediction, labels: NDArray[np.integer], title:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.bar(centres[counts > 0], accuracy[counts > 0], 1 / ECE_BINS, edgecolor="white", label="answers")
     top.plot([0, 1], [0, 1], "k--", linewidth=1, label="perfectly calibrated")
-    top.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1), title=f"{title}: ECE {metrics.ece(prediction.mean_probs, labels):.4f}")
+    top.set(
+        ylabel="accuracy",
+        ylim=(0, 1),
+        xlim=(0, 1),
+        title=f"{title}: ECE {metrics.ece(prediction.mean_probs, labels):.4f}",
+    )
     top.legend(loc="upper left")
     bottom.bar(centres, counts, 1 / ECE_BINS, edgecolor="white", color="grey")
     bottom.set(xlabel="confidence", ylabel="answers", yscale="symlog")

@@ -30,6 +30,8 @@ class Normalised(nn.Module):
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.network = network
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
@@ -88,11 +90,15 @@ def torch_logits(network: Normalised, images: NDArray[np.float32], device: torch
     """What torch answers in float32 without TF32: (batch, classes)."""
     network = network.to(device).eval()
     with _no_tf32():
-        parts = [network(torch.from_numpy(images[i : i + 256]).to(device)).float().cpu() for i in range(0, len(images), 256)]
+        parts = [
+            network(torch.from_numpy(images[i : i + 256]).to(device)).float().cpu() for i in range(0, len(images), 256)
+        ]
     return torch.cat(parts).numpy()
 
 
-def check_parity(network: Normalised, session: MemberSession, images: NDArray[np.float32], device: torch.device) -> None:
+def check_parity(
+    network: Normalised, session: MemberSession, images: NDArray[np.float32], device: torch.device
+) -> None:
     """Hold the exported member against torch on real images.
 
     Raises:
@@ -104,7 +110,9 @@ def check_parity(network: Normalised, session: MemberSession, images: NDArray[np
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ExportError(f"The exported member does not run: {error}. Nothing was published.") from error
     if not np.isfinite(expected).all():
-        raise ExportError("The member answers real images with NaN or infinity; its training diverged. Nothing was published.")
+        raise ExportError(
+            "The member answers real images with NaN or infinity; its training diverged. Nothing was published."
+        )
     logits_off = float(np.abs(found - expected).max())
     probs_off = float(np.abs(softmax(found) - softmax(expected)).max())
     limit = LOGITS_TOLERANCE * max(1.0, float(np.abs(expected).max()))

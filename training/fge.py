@@ -125,7 +125,9 @@ def plan(config: Config, run: Run, steps: int) -> list[Leg]:
     """The legs of one run: pre-training, unless weights were given, and the cycles after each start."""
     cycle, collect = config.cycles(steps)
     starts = config.starts or (config.pretrain_epochs,)
-    files = [run.start_file(f"init-{i}" if config.init else f"epoch-{starts[i]}") for i in range(len(config.init or starts))]
+    files = [
+        run.start_file(f"init-{i}" if config.init else f"epoch-{starts[i]}") for i in range(len(config.init or starts))
+    ]
     cycles = [
         Leg(
             label="cycles" if len(files) == 1 else f"cycles from {file.stem}",

@@ -24,7 +24,9 @@ def import_string(reference: str) -> Any:
             f"{reference!r}: no module named {error.name!r}. Run from the folder that holds it, or put that folder on PYTHONPATH."
         ) from None
     except Exception as error:
-        raise ImportStringError(f"{reference!r}: importing {module_name} failed with {type(error).__name__}: {error}") from error
+        raise ImportStringError(
+            f"{reference!r}: importing {module_name} failed with {type(error).__name__}: {error}"
+        ) from error
     try:
         return getattr(module, attribute)
     except AttributeError:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from training.import_string import import_string
 from training.runs import Progress, Run, State, load_state, save_state
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Log = Callable[[Mapping[str, float], int], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
     )
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    wrapped, optimizer = fabric.setup(torch.compile(network) if config.compile else network, optimizer)
+    compiled: nn.Module = torch.compile(network) if config.compile else network  # pyright: ignore[reportAssignmentType]
+    wrapped, optimizer = fabric.setup(compiled, optimizer)
     done = run.progress()
     if done != Progress():
         _restore(network, optimizer, run.load_checkpoint())
@@ -95,7 +98,7 @@ class _Job:
     optimizer: torch.optim.Optimizer
     data: Data
     loss: Loss
-    log: Callable[[dict[str, float], int], None]
+    log: Log
 
     def run_leg(self, index: int, leg: Leg, first: int, seconds: float) -> float:
         steps = iterations_per_epoch(self.data, self.config.batch_size)
@@ -112,7 +115,13 @@ class _Job:
                 f"validation accuracy {accuracy:.4f} nll {nll:.4f}  {time.monotonic() - began:.1f} s",
             )
             if self.fabric.is_global_zero:
-                row = {"leg": index, "rate": rate, "train_loss": loss, "validation_accuracy": accuracy, "validation_nll": nll}
+                row = {
+                    "leg": index,
+                    "rate": rate,
+                    "train_loss": loss,
+                    "validation_accuracy": accuracy,
+                    "validation_nll": nll,
+                }
                 self.log({**row, "seconds": seconds}, sum((index * 10_000, epoch + 1)))
                 self._save(index, leg, epoch + 1, seconds)
         return seconds
@@ -202,19 +211,20 @@ def _normaliser(data: Data, device: torch.device) -> tuple[torch.Tensor, torch.T
 def _loss(config: Config) -> Loss:
     if config.loss is None:
         return lambda logits, labels: functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-    loss = import_string(config.loss)
+    loss: Any = import_string(config.loss)
     if not callable(loss):
         raise ConfigError(f"--loss {config.loss} is no function of (logits, labels).")
-    return loss
+    return cast("Loss", loss)
 
 
-def _logger(config: Config, run: Run) -> Callable[[dict[str, float], int], None]:
+def _logger(config: Config, run: Run) -> Log:
     if config.log == "none":
         return lambda row, step: None
-    from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+    from lightning_fabric.loggers.csv_logs import CSVLogger
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
     if config.log == "tensorboard":
-        return TensorBoardLogger(run.folder, name="tensorboard", version="").log_metrics
+        return cast("Log", TensorBoardLogger(run.folder, name="tensorboard", version="").log_metrics)
     sessions = len(list((run.folder / "csv").glob("version_*")))
     return CSVLogger(run.folder, name="csv", version=sessions, flush_logs_every_n_steps=1).log_metrics
 
@@ -227,7 +237,7 @@ def _derive(seed: int, *path: int) -> int:
 def _seed_everything(seed: int) -> None:
     # Dropout draws from torch; a user's loss or data set may draw from any of them.
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - users' code reads the global state
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

@@ -16,7 +16,9 @@ Labels = NDArray[np.integer]
 
 def score(probs: Floats, labels: Labels) -> Scores:
     """Accuracy, NLL, Brier and ECE."""
-    return Scores(accuracy=accuracy(probs, labels), nll=nll(probs, labels), brier=brier(probs, labels), ece=ece(probs, labels))
+    return Scores(
+        accuracy=accuracy(probs, labels), nll=nll(probs, labels), brier=brier(probs, labels), ece=ece(probs, labels)
+    )
 
 
 def accuracy(probs: Floats, labels: Labels) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from models_store import manifest
@@ -19,7 +18,7 @@ from training import member, temperature
 from training.config import Config
 from training.data import Data, as_arrays
 from training.metrics import score
-from training.runs import Run, State
+from training.runs import Run, State, save_state
 
 LIBRARIES = ("torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy", "lightning-fabric")
 Point = tuple[State, manifest.Origin]
@@ -54,7 +53,7 @@ def publish(
         for index, (weights, origin) in enumerate(points):
             made = member.make(network, weights, data, config.bn_images, device)
             (staged / f"members/{index:03d}.onnx").write_bytes(made.onnx)
-            save_file(made.state, staged / f"weights/{index:03d}.safetensors")
+            save_state(staged / f"weights/{index:03d}.safetensors", made.state)
             origins.append(origin)
             collected.append(made.validation_logits)
         logits = np.stack(collected)  # (members, batch, classes)

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from training.errors import CheckpointError, RunError
 
@@ -117,12 +117,9 @@ class Run:
 def save_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> None:
     """Write tensors by name, whole or not at all. Tied weights are written once for each of their names."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.new")
-    # clone: safetensors refuses tensors that share memory.
-    save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}, temporary, metadata)
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(file)
+    # Copies: safetensors refuses tensors that share memory. Its own writer hides a full disk behind an error of its own.
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    write_whole(file, safetensors.torch.save(plain, metadata))
 
 
 def load_state(file: Path) -> State:

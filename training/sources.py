@@ -19,6 +19,7 @@ from training.errors import DataError
 Part = tuple[torch.Tensor, torch.Tensor] | Any | None
 Resize = Literal["refuse", "stretch", "crop"]
 
+NO_AUGMENT = Augment()
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -33,7 +34,7 @@ class Source:
     classes: Sequence[str] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    augment: Augment = Augment()
+    augment: Augment = NO_AUGMENT
     resize: Resize = "refuse"
 
 
@@ -64,7 +65,9 @@ def fashion_mnist() -> Source:
     for folder in (data_root() / "FashionMNIST" / "raw", DEBIAN_FASHION):
         if any(folder.glob("train-images-idx3-ubyte*")):
             train, test = (_idx_pair(folder, prefix) for prefix in ("train", "t10k"))
-            return Source(parts=(train, None, test), classes=FASHION_CLASSES, augment=Augment(crop=2, flip=True), resize="stretch")
+            return Source(
+                parts=(train, None, test), classes=FASHION_CLASSES, augment=Augment(crop=2, flip=True), resize="stretch"
+            )
     raise DataError(
         f"Fashion-MNIST is neither in {data_root() / 'FashionMNIST'} (torchvision's folder; $MODEPATH_DATA) nor in {DEBIAN_FASHION} "
         "(Debian: apt install dataset-fashion-mnist)."
@@ -83,7 +86,8 @@ def _cifar(classes: int) -> Source:
             "Nothing is downloaded by itself."
         ) from None
     parts = [
-        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in (train, test)
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (train, test)
     ]
     return Source((parts[0], None, parts[1]), train.classes, augment=Augment(crop=4, flip=True), resize="stretch")
 
@@ -134,7 +138,9 @@ def image_folder(path: str, size: int) -> Source:
     if len(parts) == 1:
         raise DataError(f"imagefolder:{path} has train/ but neither test/ nor val/: nothing to report on.")
     validation, test = (parts.get("val"), parts["test"]) if "test" in parts else (None, parts["val"])
-    return Source((parts["train"], validation, test), classes["train"], augment=Augment(crop=size // 8, flip=True), resize="crop")
+    return Source(
+        (parts["train"], validation, test), classes["train"], augment=Augment(crop=size // 8, flip=True), resize="crop"
+    )
 
 
 def _as_rgb(image: Any) -> Any:

@@ -25,7 +25,11 @@ def answer(version):
 
 
 def test_foreign_names_and_opsets_are_brought_to_the_contract(store, tmp_path):
-    models = [linear(0, input_name="x", output_name="y", opset=13), linear(1, input_name="logits", output_name="images"), linear(2)]
+    models = [
+        linear(0, input_name="x", output_name="y", opset=13),
+        linear(1, input_name="logits", output_name="images"),
+        linear(2),
+    ]
     version = import_members(store, "zoo", saved(tmp_path, *models), ImportOptions())
     store.verify(version)
     expected = np.mean([softmax(linear_logits(m, images)) for m in models], axis=0)
@@ -40,7 +44,9 @@ def test_normalisation_is_put_in_the_graph(store, tmp_path):
 
 
 def test_a_model_that_ends_in_softmax_keeps_its_probabilities(store, tmp_path):
-    version = import_members(store, "zoo", saved(tmp_path, linear(0, softmax=True)), ImportOptions(output_is_probs=True))
+    version = import_members(
+        store, "zoo", saved(tmp_path, linear(0, softmax=True)), ImportOptions(output_is_probs=True)
+    )
     assert answer(version) == pytest.approx(softmax(linear_logits(linear(0), images)), abs=1e-5)
 
 

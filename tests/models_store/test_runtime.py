@@ -12,7 +12,9 @@ images = np.random.default_rng(0).random((7, *SHAPE), dtype=np.float32)
 
 def test_a_session_gives_the_members_logits():
     model = linear(0)
-    assert MemberSession(model.SerializeToString(), "cpu").logits(images) == pytest.approx(linear_logits(model, images), abs=1e-5)
+    assert MemberSession(model.SerializeToString(), "cpu").logits(images) == pytest.approx(
+        linear_logits(model, images), abs=1e-5
+    )
 
 
 def test_an_ensemble_averages_probabilities_at_its_temperature(store):

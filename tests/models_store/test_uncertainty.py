@@ -6,7 +6,9 @@ from hypothesis.extra.numpy import arrays
 
 from models_store.uncertainty import combine, entropy, softmax
 
-logits = arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(2, 6)), elements=st.floats(-30, 30))
+logits = arrays(
+    np.float64, st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(2, 6)), elements=st.floats(-30, 30)
+)
 
 
 def test_entropy_of_the_uniform_distribution_is_log_classes_and_of_a_certain_one_zero():

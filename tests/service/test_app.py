@@ -33,7 +33,9 @@ def test_it_answers_refuses_and_follows_activations(store, serve):
     body = answer.json()
     members = np.stack([softmax(linear_logits(linear(seed), images), 1.7) for seed in (0, 1, 2)])
     assert np.array([row["probs"] for row in body["predictions"]]) == pytest.approx(members.mean(axis=0), abs=1e-5)
-    assert np.array([row["members"] for row in body["predictions"]]).transpose(1, 0, 2) == pytest.approx(members, abs=1e-5)
+    assert np.array([row["members"] for row in body["predictions"]]).transpose(1, 0, 2) == pytest.approx(
+        members, abs=1e-5
+    )
     assert (body["ensemble"], body["version"], body["mode"], body["members_used"]) == ("animals", 1, "average", 3)
     assert set(body["predictions"][0]["uncertainty"]) == {
         "predictive_entropy", "expected_entropy", "mutual_information", "disagreement",

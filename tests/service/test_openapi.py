@@ -9,6 +9,6 @@ def test_the_document_names_every_route_and_method():
 
 def test_every_reference_leads_somewhere():
     document = openapi.document()
-    references = [r.split('"')[0] for r in str(document).replace("'", '"').split('#/components/schemas/')[1:]]
+    references = [r.split('"')[0] for r in str(document).replace("'", '"').split("#/components/schemas/")[1:]]
     assert references
     assert set(references) <= set(document["components"]["schemas"])

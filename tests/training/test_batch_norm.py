@@ -12,7 +12,9 @@ def test_statistics_are_those_of_the_images_given():
     reestimate(network, images.split(10))
     norm = network[0]
     assert torch.allclose(norm.running_mean, images.mean(dim=(0, 2, 3)), atol=1e-5)
-    assert torch.allclose(norm.running_var, torch.stack([b.var(dim=(0, 2, 3)) for b in images.split(10)]).mean(0), atol=1e-4)
+    assert torch.allclose(
+        norm.running_var, torch.stack([b.var(dim=(0, 2, 3)) for b in images.split(10)]).mean(0), atol=1e-4
+    )
 
 
 def test_deeper_layers_see_what_earlier_ones_pass_on_and_dropout_is_off():

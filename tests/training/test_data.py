@@ -94,7 +94,9 @@ def test_streamed_and_held_data_are_the_same_images():
     for (a, b), (c, d) in zip(held.train.batches(order, 8), streamed.train.batches(order, 8), strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, d)
-    assert torch.equal(streamed.train.take(order[:3]).take(torch.tensor([2])).dataset[0][0], held.train.images[order[2]])
+    assert torch.equal(
+        streamed.train.take(order[:3]).take(torch.tensor([2])).dataset[0][0], held.train.images[order[2]]
+    )
 
 
 def scaled(factor):

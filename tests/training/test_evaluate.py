@@ -10,9 +10,8 @@ from models_store.store import Store
 from models_store.uncertainty import combine, softmax
 from tests.onnx_members import linear, linear_logits
 from training import evaluate
-from training.data import as_arrays
+from training.data import DataOptions, as_arrays
 from training.data import load as load_data
-from training.data import DataOptions
 from training.errors import ConfigError
 
 

@@ -77,7 +77,14 @@ def test_a_cycle_that_does_not_fit_is_told():
         plan(epochs=10, cycle=5.0)
 
 
-SMALL = {"network": "preresnet8", "network_options": ("width=0.25",), "epochs": 5, "members": 2, "batch_size": 64, "limit": 640}
+SMALL = {
+    "network": "preresnet8",
+    "network_options": ("width=0.25",),
+    "epochs": 5,
+    "members": 2,
+    "batch_size": 64,
+    "limit": 640,
+}
 
 
 def test_train_publish_and_find_it_finished(capsys):
@@ -114,7 +121,9 @@ def test_given_weights_are_members_and_starts(tmp_path):
     torch.manual_seed(0)
     network = fge.networks.build("mlp", 10, (1, 8, 8), {})
     torch.save({"state_dict": nn.DataParallel(network).state_dict()}, tmp_path / "mine.pt")
-    version = fge.run(Config(name="m", network="mlp", epochs=2, members=2, init=(tmp_path / "mine.pt",), mean=(0.3,), std=(0.3,)))
+    version = fge.run(
+        Config(name="m", network="mlp", epochs=2, members=2, init=(tmp_path / "mine.pt",), mean=(0.3,), std=(0.3,))
+    )
     assert [m.origin.cycle for m in version.manifest.members] == [0, 1, 2]
     given = load_file(version.folder / "weights/000.safetensors")
     assert all(torch.equal(given[k], v) for k, v in network.state_dict().items())
@@ -161,7 +170,17 @@ def test_the_users_own_module_data_and_checkpoint(command, tmp_path):
     finally:
         sys.path.remove(str(tmp_path))
     torch.save(nn.DataParallel(mine.Rows(2, 8)).state_dict(), tmp_path / "mine.pt")
-    common = ["training.fge", "--network", "mine:make_network", "--dataset", "mine:make_data", "--members", "2", "--batch-size", "32"]
+    common = [
+        "training.fge",
+        "--network",
+        "mine:make_network",
+        "--dataset",
+        "mine:make_data",
+        "--members",
+        "2",
+        "--batch-size",
+        "32",
+    ]
     done = command(*common, "--name", "own", "--epochs", "4", "--network-options", "hidden=8")
     assert done.returncode == 0, done.stderr
     assert "measured on 256 training images" in done.stdout
@@ -188,7 +207,9 @@ def contents(store):
 
 def test_killed_at_any_moment_it_ends_in_bit_identical_members(command, tmp_path):
     """SIGKILL five times: at random, inside a cycle, and during publishing."""
-    undisturbed = command("training.fge", *ARGUMENTS, MODELS_STORE=str(tmp_path / "calm"), MODEPATH_RUNS=str(tmp_path / "calm-runs"))
+    undisturbed = command(
+        "training.fge", *ARGUMENTS, MODELS_STORE=str(tmp_path / "calm"), MODEPATH_RUNS=str(tmp_path / "calm-runs")
+    )
     assert undisturbed.returncode == 0, undisturbed.stderr
     store, runs = Store(tmp_path / "store"), tmp_path / "runs"
     rng = np.random.default_rng(0)

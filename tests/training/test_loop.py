@@ -72,7 +72,9 @@ def test_weights_are_collected_after_their_iteration(data):
 
 
 def test_the_seed_repeats_a_run_bit_for_bit_and_another_seed_does_not(data):
-    states = [train(data, plain(8), folder, seed=seed)[0].state_dict() for folder, seed in (("a", 0), ("b", 0), ("c", 1))]
+    states = [
+        train(data, plain(8), folder, seed=seed)[0].state_dict() for folder, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
 
@@ -92,7 +94,7 @@ def test_a_run_that_is_taken_up_again_is_bit_identical_to_an_undisturbed_one(dat
     def dying(logits, labels):
         nonlocal calls
         calls += 1
-        if calls in (6, 20):  # inside the second epoch; inside the second leg
+        if calls in (6, 16):  # inside the second epoch; inside the second leg
             raise stopped
         return torch.nn.functional.cross_entropy(logits, labels)
 
@@ -120,7 +122,9 @@ def test_a_leg_begins_with_the_weights_and_the_momentum_of_its_start(data):
 
     assert all(
         torch.equal(a, b)
-        for a, b in zip(train(data, joined, "j")[0].parameters(), train(data, after_detour, "d")[0].parameters(), strict=True)
+        for a, b in zip(
+            train(data, joined, "j")[0].parameters(), train(data, after_detour, "d")[0].parameters(), strict=True
+        )
     )
     kept = load_state(train(data, joined, "j")[1].start_file("epoch-1"))
     assert any(name.startswith("momentum.") for name in kept)
@@ -144,7 +148,9 @@ def test_the_loss_can_be_the_users(data):
         train(data, plain(4), "wrong", loss="tests.training.test_loop:__name__")
 
 
-@pytest.mark.parametrize("option", [{"nesterov": True}, {"label_smoothing": 0.2}, {"weight_decay": 0.1}, {"momentum": 0.5}])
+@pytest.mark.parametrize(
+    "option", [{"nesterov": True}, {"label_smoothing": 0.2}, {"weight_decay": 0.1}, {"momentum": 0.5}]
+)
 def test_every_option_of_sgd_reaches_it(data, option):
     default, _ = train(data, plain(8), "default")
     changed, _ = train(data, plain(8), "changed", **option)
@@ -162,7 +168,7 @@ def test_bf16_and_channels_last_train(data):
 def test_a_row_an_epoch_is_logged(data):
     _, run = train(data, plain(12), log="csv")
     (file,) = run.folder.rglob("metrics.csv")
-    rows = list(csv.DictReader(file.open()))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
     assert len(rows) == 3
     assert {"rate", "train_loss", "validation_accuracy", "validation_nll"} <= set(rows[0])
 

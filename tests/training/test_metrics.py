@@ -48,7 +48,11 @@ def test_aurc_is_the_mean_error_over_coverages(wrongs):
 
 def test_aurc_does_not_depend_on_the_order_of_ties():
     uncertainty, wrong = np.zeros(6), np.array([1, 0, 0, 1, 0, 0], bool)
-    assert metrics.aurc(uncertainty, wrong) == pytest.approx(metrics.aurc(uncertainty, wrong[::-1])) == pytest.approx(1 / 3)
+    assert (
+        metrics.aurc(uncertainty, wrong)
+        == pytest.approx(metrics.aurc(uncertainty, wrong[::-1]))
+        == pytest.approx(1 / 3)
+    )
 
 
 def test_auroc_is_scikit_learns_and_nan_where_undefined():

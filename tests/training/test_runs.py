@@ -37,7 +37,10 @@ def test_a_checkpoint_comes_back_with_its_progress():
 def test_changed_data_is_not_mixed_in():
     with Run.open("fge", CONFIG, {"the data set": "1"}, fresh=False):
         pass
-    with pytest.raises(RunError, match="the data set changed"), Run.open("fge", CONFIG, {"the data set": "2"}, fresh=False):
+    with (
+        pytest.raises(RunError, match="the data set changed"),
+        Run.open("fge", CONFIG, {"the data set": "2"}, fresh=False),
+    ):
         pass
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ def test_the_rate_is_alpha_1_at_the_end_of_a_cycle_and_linear_between(cycle):
     assert fge_rate(cycle, cycle, 0.05, 5e-4) == pytest.approx(0.05)
     assert fge_rate(cycle + 1, cycle, 0.05, 5e-4) == fge_rate(1, cycle, 0.05, 5e-4)
     down = [fge_rate(i, cycle, 0.05, 5e-4) for i in range(1, cycle // 2 + 1)]
-    steps = [a - b for a, b in zip(down, down[1:], strict=False)]
+    steps = [a - b for a, b in pairwise(down)]
     assert steps == pytest.approx([2 * (0.05 - 5e-4) / cycle] * len(steps))
 
 
@@ -39,4 +41,4 @@ def test_the_plain_schedule_is_constant_then_linear_then_flat():
     assert rates[:500] == [0.1] * 500
     assert rates[699] == pytest.approx(0.1 * (1 + 0.01) / 2)
     assert rates[899:] == pytest.approx([0.001] * 101)
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates))

@@ -1,11 +1,11 @@
 """Networks by name. A network is a plain nn.Module that takes normalised images (batch, C, H, W) and gives logits.
 
-    mlp                      networks/mlp.py
-    vgg16, vgg16-bn          networks/vgg.py
-    preresnetN               networks/preresnet.py     N = 6n+2 (basic) or 9n+2 (bottleneck, from 110)
-    wrn-D-K                  networks/wide_resnet.py   depth D = 6n+4, width factor K
-    torchvision:NAME         any classifier of torchvision
-    package.module:factory   the user's own: factory(num_classes, input_shape, **options) -> nn.Module
+mlp                      networks/mlp.py
+vgg16, vgg16-bn          networks/vgg.py
+preresnetN               networks/preresnet.py     N = 6n+2 (basic) or 9n+2 (bottleneck, from 110)
+wrn-D-K                  networks/wide_resnet.py   depth D = 6n+4, width factor K
+torchvision:NAME         any classifier of torchvision
+package.module:factory   the user's own: factory(num_classes, input_shape, **options) -> nn.Module
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def _torchvision(name: str) -> Factory:
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise NetworkError(f"torchvision has no classifier {name!r}; for example torchvision:resnet18, torchvision:vit_b_16.")
+        raise NetworkError(
+            f"torchvision has no classifier {name!r}; for example torchvision:resnet18, torchvision:vit_b_16."
+        )
 
     def make(num_classes: int, input_shape: Shape, **options: Any) -> nn.Module:
         if name in ("googlenet", "inception_v3"):  # their training output is a tuple unless told otherwise

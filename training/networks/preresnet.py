@@ -32,8 +32,12 @@ def make(
     if depth < convolutions + 2 or (depth - 2) % convolutions:
         kind = "bottleneck" if bottleneck else "basic"
         legal = ", ".join(str(convolutions * n + 2) for n in (1, 2, 3, 12, 18))
-        raise NetworkError(f"preresnet{depth} does not exist with {kind} blocks: the depth is {convolutions}n+2 ({legal}, …).")
-    return PreResNet(num_classes, input_shape[0], (depth - 2) // convolutions, width, Bottleneck if bottleneck else Basic)
+        raise NetworkError(
+            f"preresnet{depth} does not exist with {kind} blocks: the depth is {convolutions}n+2 ({legal}, …)."
+        )
+    return PreResNet(
+        num_classes, input_shape[0], (depth - 2) // convolutions, width, Bottleneck if bottleneck else Basic
+    )
 
 
 class Basic(nn.Module):

@@ -15,7 +15,9 @@ def make(num_classes: int, input_shape: tuple[int, int, int], *, depth: int, wid
         NetworkError: no such depth.
     """
     if depth < 10 or (depth - 4) % 6 or widen < 1:
-        raise NetworkError(f"wrn-{depth}-{widen} does not exist: the depth is 6n+4 (10, 16, 22, 28, 40, …), the width at least 1.")
+        raise NetworkError(
+            f"wrn-{depth}-{widen} does not exist: the depth is 6n+4 (10, 16, 22, 28, 40, …), the width at least 1."
+        )
     network = PreResNet(num_classes, input_shape[0], (depth - 4) // 6, widen, Basic)
     # The paper widens the blocks, not the stem; one stem of 16 channels feeds the first block through its shortcut.
     first = network.blocks[0]
