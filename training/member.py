@@ -13,7 +13,7 @@ from torch import nn
 from models_store.runtime import in_batches
 from training import batch_norm
 from training.data import Data, as_arrays
-from training.export import Normalised, check_parity, open_exported, to_onnx
+from training.export import Exporter, Normalised
 from training.runs import State
 
 PARITY_IMAGES = 256
@@ -28,7 +28,9 @@ class Member:
     validation_logits: NDArray[np.float32]  # (batch, classes), from the ONNX member
 
 
-def make(network: nn.Module, weights: State, data: Data, bn_images: int, device: torch.device) -> Member:
+def make(
+    network: nn.Module, weights: State, data: Data, bn_images: int, device: torch.device, exporter: Exporter
+) -> Member:
     """Turn a path point's weights into a member. Nothing else may: forgetting batch norm is this field's easiest mistake.
 
     Args:
@@ -37,6 +39,7 @@ def make(network: nn.Module, weights: State, data: Data, bn_images: int, device:
         data: batch norm is re-estimated on `train`, parity checked and logits taken on `validation`.
         bn_images: how many clean training images.
         device: where torch runs.
+        exporter: one for all members of this network.
 
     Raises:
         ExportError: export failed, or the member answers differently from torch.
@@ -44,10 +47,8 @@ def make(network: nn.Module, weights: State, data: Data, bn_images: int, device:
     network.load_state_dict(weights)
     served = Normalised(network, data.mean, data.std).to(device)
     batch_norm.reestimate(served.network, _clean_images(data, bn_images, device, served))
-    model = to_onnx(served, data.shape)
-    session = open_exported(model)
     images, _ = as_arrays(data.validation)
-    check_parity(served, session, images[:PARITY_IMAGES], device)
+    model, session = exporter.export(served, images[:PARITY_IMAGES], device)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
     return Member(model, state, in_batches(session, images))
 

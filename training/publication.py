@@ -17,6 +17,7 @@ from models_store.uncertainty import combine, softmax
 from training import member, temperature
 from training.config import Config
 from training.data import Data, as_arrays
+from training.export import Exporter
 from training.metrics import score
 from training.runs import Run, State, save_state
 
@@ -48,10 +49,11 @@ def publish(
     with store.staging(config.published_name) as staged:
         (staged / "members").mkdir()
         (staged / "weights").mkdir()
+        exporter = Exporter(data.shape)
         origins: list[manifest.Origin] = []
         collected: list[np.ndarray] = []
         for index, (weights, origin) in enumerate(points):
-            made = member.make(network, weights, data, config.bn_images, device)
+            made = member.make(network, weights, data, config.bn_images, device, exporter)
             (staged / f"members/{index:03d}.onnx").write_bytes(made.onnx)
             save_state(staged / f"weights/{index:03d}.safetensors", made.state)
             origins.append(origin)

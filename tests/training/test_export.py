@@ -7,7 +7,7 @@ from torch import nn
 from models_store.runtime import MemberSession
 from training import networks
 from training.errors import ExportError
-from training.export import Normalised, check_parity, open_exported, to_onnx, torch_logits
+from training.export import Exporter, Normalised, check_parity, open_exported, to_onnx, torch_logits
 
 CPU = torch.device("cpu")
 
@@ -118,6 +118,30 @@ class Branching(nn.Module):
 def test_a_network_that_cannot_be_traced_is_told():
     with pytest.raises(ExportError, match="cannot export"):
         to_onnx(Normalised(Branching(), (0.3,), (0.4,)), (1, 8, 8))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_exporter_serves_members_of_different_weights(name):
+    images = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
+    exporter = Exporter((1, 8, 8))
+    for seed in (0, 1, 2):
+        torch.manual_seed(seed)
+        served = Normalised(NETWORKS[name](), (0.3,), (0.4,)).eval()
+        model, session = exporter.export(served, images, CPU)
+        assert session.logits(images) == pytest.approx(torch_logits(served, images, CPU), abs=1e-4)
+        assert MemberSession(model).logits(images) == pytest.approx(session.logits(images), abs=1e-6)
+
+
+def test_a_graph_that_is_not_the_members_is_traced_anew():
+    images = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
+    exporter = Exporter((1, 8, 8))
+    exporter.export(Normalised(NETWORKS["mlp"](), (0.3,), (0.4,)), images, CPU)
+    other = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 5)
+    )
+    served = Normalised(nn.Sequential(*other), (0.3,), (0.4,))
+    _, session = exporter.export(served, images, CPU)
+    assert session.logits(images) == pytest.approx(torch_logits(served, images, CPU), abs=1e-4)
 
 
 def test_exporting_leaves_the_network_as_it_was():
