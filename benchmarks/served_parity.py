@@ -45,7 +45,9 @@ def main() -> None:
         with urllib.request.urlopen(request) as answer:
             served += [row["probs"] for row in json.load(answer)["predictions"]]
     difference = np.abs(np.array(served) - expected).max()
-    print(f"{version.name}: {len(images)} images, {len(version.manifest.members)} members, maximum difference {difference:.2e}")
+    print(
+        f"{version.name}: {len(images)} images, {len(version.manifest.members)} members, maximum difference {difference:.2e}"
+    )
 
 
 if __name__ == "__main__":
