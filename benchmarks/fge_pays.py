@@ -143,7 +143,12 @@ def measure(base: Base, arms: tuple[Arm, ...], seed: int, splits: tuple[str, ...
             "plain", total, lambda i: plain_rate(i, total, config.lr), collect=(total,),
             keep=tuple((cut, shared.start_file(f"epoch-{cut}")) for cut in cuts),
         )  # fmt: skip
-        seconds, network = _train(config, fabric, shared, found, [plain])
+        try:
+            seconds, network = _train(config, fabric, shared, found, [plain])
+        except DivergenceError:  # then there is nothing to start the cycles from either
+            for arm in todo:
+                keep(base, arm, seed, 0.0, {"diverged": True})
+            return
         if None in todo:
             keep(
                 base,
@@ -189,7 +194,9 @@ def scores(network, states, found, config, fabric, splits: tuple[str, ...]) -> d
         network.load_state_dict(state)
         served = Normalised(network, found.mean, found.std)
         order = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[: config.bn_images]
-        batch_norm.reestimate(network, ((i - served.mean) / served.std for i, _ in found.train.batches(order, 500)))
+        batch_norm.reestimate(
+            network, ((i - served.pixel_mean) / served.pixel_std for i, _ in found.train.batches(order, 500))
+        )
         for name, (images, _) in arrays.items():
             logits[name].append(torch_logits(served, images, fabric.device))
     weights = np.full(len(states), 1 / len(states))

@@ -57,4 +57,4 @@ def _clean_images(data: Data, count: int, device: torch.device, served: Normalis
     # Which images is fixed, so that two members differ by their weights alone.
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:count]
     for images, _ in data.train.batches(order, 500):
-        yield (images.to(device) - served.mean) / served.std
+        yield (images.to(device) - served.pixel_mean) / served.pixel_std
