@@ -90,6 +90,11 @@ SECOND = (Arm(0.8, 0.3, 6), Arm(0.8, 0.3, 20), Arm(0.6, 0.3, 10), Arm(0.6, 0.15,
 TUNED = tuple(
     dataclasses.replace(MLP, lr=rate, weight_decay=decay) for rate, decay in ((0.15, 3e-4), (0.3, 3e-4), (0.1, 3e-3))
 )
+# A larger decay won for plain training, so it may have more of it.
+DECAYED = tuple(
+    dataclasses.replace(MLP, lr=rate, weight_decay=decay)
+    for rate, decay in ((0.05, 3e-3), (0.05, 1e-2), (0.1, 1e-2), (0.05, 3e-2), (0.2, 3e-3))
+)
 GRID = (
     (MLP, FIRST),
     (RESNET, FIRST),
@@ -97,6 +102,7 @@ GRID = (
     (MLP, SECOND),
     (dataclasses.replace(MLP, options=("hidden=1024",)), SECOND),
     *((base, (Arm(0.8, 0.15, 6), Arm(0.6, 0.15, 20), Arm(0.6, 0.3, 10))) for base in TUNED),
+    *((base, (Arm(0.8, 0.15, 6), Arm(0.6, 0.15, 20))) for base in DECAYED),
     (RESNET, (Arm(0.6, 0.1, 10), Arm(0.5, 0.1, 20))),
 )
 

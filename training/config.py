@@ -68,7 +68,7 @@ class Config:
     """What `auto` may take for a split."""
     workers: int = 0
     """Processes that read a streamed data set."""
-    bn_images: int = 4096
+    bn_images: int = 8192
     """Clean training images on which each member's batch-norm statistics are re-estimated."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

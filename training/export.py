@@ -81,18 +81,18 @@ def to_template(network: Normalised, shape: tuple[int, int, int]) -> onnx.ModelP
             "torch.export with an open batch axis: no Python branches on values, no .item(), no fixed batch size. Nothing was published."
         ) from error
     assert program is not None
-    model = program.model_proto
-    # The exporter notes source lines of this machine at every node; they are no business of whoever holds the file.
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    return model
+    return program.model_proto
 
 
 def _fold(template: onnx.ModelProto) -> bytes:
     # Constants folded, batch norm merged into convolutions: ONNX Runtime leaves a traced graph half as fast.
     with _quiet():
-        return onnxscript.optimizer.optimize(template).SerializeToString()
+        model = onnxscript.optimizer.optimize(template)
+    # The exporter notes source lines of this machine at every node; they are no business of whoever holds the file.
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    return model.SerializeToString()
 
 
 class Exporter:
