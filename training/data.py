@@ -107,6 +107,7 @@ class Data:
     augment: Augment
     resize: Literal["refuse", "stretch", "crop"]
     fingerprint: str
+    validation_cut: bool = False  # validation was set aside from the training images; the source has none of its own
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
     train, validation, test = parts
     if train is None or test is None:
         raise DataError(f"Data set {options.dataset!r} has no {'train' if train is None else 'test'} split.")
+    validation_cut = validation is None
     if validation is None:
         train, validation = _split_off(train, options)
     if options.limit is not None:
@@ -172,6 +174,7 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
         augment=_augment(options.augment, found.augment, shape),
         resize=found.resize,
         fingerprint=_fingerprint(train, validation, test),
+        validation_cut=validation_cut,
     )
 
 

@@ -98,6 +98,11 @@ def run(config: Config) -> Version:
     loop.initialise(config.seed)
     network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
     given = [_given(network, file) for file in config.init]
+    if given and found.validation_cut:
+        say(
+            "warning: the validation images were set aside from the training images just now. If the given network was trained on "
+            "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
+        )
     depends_on = {"the data set": found.fingerprint, **{f"--init {file}": _digest(file) for file in config.init}}
     with Run.open(config.method, config.deciding(), depends_on, fresh=config.fresh) as this_run:
         name = config.published_name

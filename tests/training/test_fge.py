@@ -117,13 +117,14 @@ def test_train_publish_and_find_it_finished(capsys):
     assert fge.run(Config(name="d", fresh=True, **SMALL)).manifest.version == 2
 
 
-def test_given_weights_are_members_and_starts(tmp_path):
+def test_given_weights_are_members_and_starts(tmp_path, capsys):
     torch.manual_seed(0)
     network = fge.networks.build("mlp", 10, (1, 8, 8), {})
     torch.save({"state_dict": nn.DataParallel(network).state_dict()}, tmp_path / "mine.pt")
     version = fge.run(
         Config(name="m", network="mlp", epochs=2, members=2, init=(tmp_path / "mine.pt",), mean=(0.3,), std=(0.3,))
     )
+    assert "warning: the validation images were set aside" in capsys.readouterr().out
     assert [m.origin.cycle for m in version.manifest.members] == [0, 1, 2]
     given = load_file(version.folder / "weights/000.safetensors")
     assert all(torch.equal(given[k], v) for k, v in network.state_dict().items())
