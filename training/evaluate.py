@@ -60,7 +60,8 @@ def run(config: Config) -> dict[str, Any]:
         )
     session = EnsembleSession(version.folder, version.manifest)
     images, labels = data.as_arrays(found.test, config.limit)
-    probs = softmax(in_batches(session, images), version.manifest.temperature)
+    logits = in_batches(session, images)
+    probs = softmax(logits, version.manifest.temperature)
     average = session.combine(probs)
     report: dict[str, Any] = {
         "ensemble": version.name,
@@ -70,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
         "providers": session.providers,
         "temperature": version.manifest.temperature,
         "ece_bins": ECE_BINS,
-        "scores": _scores(version, session, images, labels, average),
+        "scores": _scores(version, logits, labels, average),
         "pairwise_disagreement": pairwise_disagreement(probs).tolist(),
         "error_detection_auroc": _auroc(average, average.label != labels),
     }
@@ -116,13 +117,8 @@ def fit_images(images: NDArray[np.float32], shape: tuple[int, int, int]) -> NDAr
 
 
 def _scores(
-    version: Version,
-    session: EnsembleSession,
-    images: NDArray[np.float32],
-    labels: NDArray[np.integer],
-    average: Prediction,
+    version: Version, logits: NDArray[np.float32], labels: NDArray[np.integer], average: Prediction
 ) -> list[dict[str, Any]]:
-    logits = in_batches(session, images)
     rows = [{"who": "average", **_row(average.mean_probs, labels)}]
     members = version.manifest.members
     for index, member in enumerate(members):

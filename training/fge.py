@@ -6,6 +6,7 @@ low loss, and the weights are collected wherever the rate is lowest. Each collec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,18 +105,22 @@ def run(config: Config) -> Version:
             "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
         )
     depends_on = {"the data set": found.fingerprint, **{f"--init {file}": _digest(file) for file in config.init}}
-    with Run.open(config.method, config.deciding(), depends_on, fresh=config.fresh) as this_run:
+    leader = fabric.is_global_zero
+    with contextlib.ExitStack() as stack:
+        with fabric.rank_zero_first():
+            opened = Run.open(config.method, config.deciding(), depends_on, fresh=config.fresh, leader=leader)
+            this_run = stack.enter_context(opened)
+            for index, state in enumerate(given if leader else ()):
+                save_state(this_run.start_file(f"init-{index}"), state)
         name = config.published_name
         if (done := store.find_run(name, this_run.identity)) is not None:
             say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
             return store.load(name, done)
-        for index, state in enumerate(given):
-            save_state(this_run.start_file(f"init-{index}"), state)
         say(f"run {this_run.folder} on {hardware.describe(fabric)}")
         placed = data.on_device(found, fabric.device)
         legs = plan(config, this_run, loop.iterations_per_epoch(found, config.batch_size))
         seconds = loop.train(config, fabric, this_run, network, placed, legs)
-        if fabric.is_global_zero:
+        if leader:
             steps = loop.iterations_per_epoch(found, config.batch_size)
             publication.publish(
                 store, config, this_run, network, placed, collected(config, this_run, legs, steps),

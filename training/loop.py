@@ -124,6 +124,7 @@ class _Job:
                 }
                 self.log({**row, "seconds": seconds}, sum((index * 10_000, epoch + 1)))
                 self._save(index, leg, epoch + 1, seconds)
+            self.fabric.barrier()  # the next leg may begin from what was just kept
         return seconds
 
     def _epoch(self, index: int, leg: Leg, epoch: int, steps: int) -> float:

@@ -51,7 +51,9 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, door: str, config: dict[str, Any], depends_on: dict[str, str], *, fresh: bool) -> Iterator[Run]:
+    def open(
+        cls, door: str, config: dict[str, Any], depends_on: dict[str, str], *, fresh: bool, leader: bool = True
+    ) -> Iterator[Run]:
         """The run of this config: a new one, or the one that was begun.
 
         Args:
@@ -59,6 +61,7 @@ class Run:
             config: everything that decides what the run computes; its hash names the folder.
             depends_on: fingerprints of data and code that the config names but does not hold.
             fresh: forget what was done.
+            leader: of the processes that train one run together, one locks and writes; the others open it after it did.
 
         Raises:
             RunError: another process works on it, or what it depends on has changed.
@@ -69,13 +72,14 @@ class Run:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if leader:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"Another process is training in {folder}; wait for it, or change the seed.") from None
-            if fresh and folder.exists():
+            if leader and fresh and folder.exists():
                 shutil.rmtree(folder)
             file = folder / "run.json"
-            if not file.exists():
+            if leader and not file.exists():
                 folder.mkdir(exist_ok=True)
                 record = {"format": FORMAT, "run": uuid.uuid4().hex, "depends_on": depends_on, "config": config}
                 write_whole(file, json.dumps(record, indent=2).encode())

@@ -194,6 +194,30 @@ def test_the_users_own_module_data_and_checkpoint(command, tmp_path):
     assert command("training.evaluate", "own").returncode == 0
 
 
+def test_two_processes_train_one_run(command):
+    arguments = [
+        "--epochs",
+        "4",
+        "--members",
+        "2",
+        "--limit",
+        "512",
+        "--name",
+        "pair",
+        "--devices",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    done = command("training.fge", *arguments)
+    assert done.returncode == 0, done.stderr
+    version = Store().load("pair")
+    Store().verify(version)
+    assert "2 processes" in version.manifest.provenance.device
+    assert done.stdout.count("pre-training epoch 1/") == 1
+    assert "already finished" in command("training.fge", *arguments).stdout
+
+
 ARGUMENTS = [
     "--dataset", "digits", "--network", "preresnet8", "--network-options", "width=0.5", "--epochs", "20", "--members", "3",
     "--batch-size", "32", "--name", "r",
