@@ -293,18 +293,21 @@ def report() -> str:
     text += [_table(fixed), ""]
     final = {row[:3]: row for row in comparisons("test", FINAL_SEEDS)}
     text += [f"## Test split, fresh seeds {FINAL_SEEDS}: paired difference with its 95 % t-interval", ""]
-    text += ["The metric that was fixed first; the other for completeness.", ""]
-    kept = [
-        final.get((*row[:2], metric))
-        for row in fixed
-        for metric in (row.metric, *(m for m in METRICS if m != row.metric))
-    ]
-    text += [_table([row for row in kept if row]), ""]
+    kept = [final[row[:3]] for row in fixed if row[:3] in final]
+    text += [_table(kept), ""]
+    for row in fixed:
+        if row[:3] not in final:
+            text += [
+                f"Not in the table, because it diverged on one of these seeds or was not run: {_name(row.base)}.",
+                "",
+            ]
     text += ["## The search: validation split, settings that lost included", ""]
     found = sorted(comparisons("validation", SEARCH_SEEDS), key=lambda row: (row.base.group, row.metric, -row.gain))
     diverged = sorted(
         {(line["base"]["network"], str(line["arm"]), line["seed"]) for line in lines() if line.get("diverged")}
     )
+    trainings = sum(line["seed"] in SEARCH_SEEDS for line in lines())
+    text += [f"Search budget: {trainings} arms trained, plain ones included.", ""]
     text += [_table(found), "", f"Diverged, and so not in the table: {diverged or 'none'}.", ""]
     return "\n".join(text)
 
