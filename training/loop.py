@@ -227,7 +227,7 @@ def _logger(config: Config, run: Run) -> Log:
     if config.log == "tensorboard":
         return cast("Log", TensorBoardLogger(run.folder, name="tensorboard", version="").log_metrics)
     sessions = len(list((run.folder / "csv").glob("version_*")))
-    return CSVLogger(run.folder, name="csv", version=sessions, flush_logs_every_n_steps=1).log_metrics
+    return cast("Log", CSVLogger(run.folder, name="csv", version=sessions, flush_logs_every_n_steps=1).log_metrics)
 
 
 def _derive(seed: int, *path: int) -> int:
