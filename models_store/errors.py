@@ -8,6 +8,7 @@ StoreError
 ├── CorruptionError        a file that is missing, or whose hash is not the manifest's
 └── StoreWriteError        the disk is full, or the store cannot be written
 ProviderError              an execution provider that was asked for and is not there
+DecodeError                an image file that cannot become an array
 """
 
 
@@ -41,3 +42,7 @@ class StoreWriteError(StoreError):
 
 class ProviderError(Exception):
     """An execution provider that was asked for and is not available."""
+
+
+class DecodeError(Exception):
+    """An image file that cannot become an array. The message begins in lower case: who catches it says which image."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import loky as untyped_loky  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 import onnxruntime as untyped_onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
@@ -20,7 +23,8 @@ from models_store.manifest import INPUT_NAME, OUTPUT_NAME, Manifest
 from models_store.uncertainty import Floats, Prediction, combine, softmax
 
 ProviderChoice = Literal["auto", "cpu", "cuda"]
-onnxruntime: Any = untyped_onnxruntime  # it ships no types
+onnxruntime: Any = untyped_onnxruntime  # they ship no types
+loky: Any = untyped_loky
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
@@ -28,17 +32,18 @@ CPU = "CPUExecutionProvider"
 class MemberSession:
     """One member, ready to run."""
 
-    def __init__(self, model: Path | bytes, providers: ProviderChoice = "auto"):
-        """Make a session.
+    def __init__(self, model: Path | bytes, providers: ProviderChoice = "auto", threads: int | None = None):
+        """Make a session. `threads` work on one call, the caller's among them (default: all this process may use).
 
         Raises:
             MemberError: ONNX Runtime refuses the model.
             ProviderError: `providers` is "cuda" and CUDA is not there.
         """
         wanted = _resolve(providers)
-        _share_one_thread_pool()
         options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False
+        options.intra_op_num_threads = threads or default_threads()
+        # A pool that spins while it has nothing to do takes its cores from everybody else.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # its warnings name no cause a user could act on
         # TF32 would round inputs to 10 bits, and the answers would no longer be those that were checked at export.
         named = [(CUDA, {"use_tf32": "0"}) if provider == CUDA else provider for provider in wanted]
@@ -61,11 +66,18 @@ class MemberSession:
 
 
 class EnsembleSession:
-    """All members of one published version, ready to answer."""
+    """All members of one published version, ready to answer. Several threads may ask at once."""
 
-    def __init__(self, folder: Path, manifest: Manifest, providers: ProviderChoice = "auto"):
+    def __init__(
+        self, folder: Path, manifest: Manifest, providers: ProviderChoice = "auto", threads: int | None = None
+    ):
         self.manifest = manifest
-        self._members = [MemberSession(folder / member.file, providers) for member in manifest.members]
+        threads = threads or default_threads()
+        # Members are what runs in parallel: 12 small ones on 2 cores answer 1318 images/s one thread a member, and
+        # 1109 with both threads on each member in turn. Only cores that are left over go inside a member.
+        self._at_once = min(threads, len(manifest.members))
+        within = threads // self._at_once
+        self._members = [MemberSession(folder / member.file, providers, within) for member in manifest.members]
         self._weights: Floats = np.array([member.weight for member in manifest.members])
 
     @property
@@ -75,7 +87,15 @@ class EnsembleSession:
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, C, H, W) in [0, 1] -> (members, batch, classes)."""
-        return np.stack([member.logits(images) for member in self._members])
+        collected: list[NDArray[np.float32]] = [images] * len(self._members)
+        numbers = iter(range(len(self._members)))  # shared: whoever is free takes the next member
+
+        def work() -> None:
+            for number in numbers:
+                collected[number] = self._members[number].logits(images)
+
+        _share(work, self._at_once - 1)
+        return np.stack(collected)
 
     def member_probs(self, images: NDArray[np.float32]) -> Floats:
         """Each member's distribution under the ensemble's temperature: (members, batch, classes)."""
@@ -95,15 +115,28 @@ def in_batches(
     return np.concatenate([session.logits(images[i : i + size]) for i in range(0, len(images), size)], axis=-2)
 
 
+def available_cores() -> int:
+    """Cores this process may use, its affinity and its container's quota counted."""
+    return loky.cpu_count()
+
+
 def default_threads() -> int:
-    """Cores this process may use, or $MODEPATH_THREADS."""
-    return int(os.environ.get("MODEPATH_THREADS", 0)) or len(os.sched_getaffinity(0))
+    """$MODEPATH_THREADS, or all available cores."""
+    return int(os.environ.get("MODEPATH_THREADS", 0)) or available_cores()
+
+
+def _share(work: Callable[[], None], others: int) -> None:
+    """Do `work` here and in so many other threads at once."""
+    shared = [_helpers().submit(work) for _ in range(others)]
+    work()
+    for one in shared:
+        one.result()
 
 
 @functools.cache
-def _share_one_thread_pool() -> None:
-    # A spinning pool for each member fights over the same cores: 970 images/s where one shared pool gives 2330.
-    onnxruntime.set_global_thread_pool_sizes(default_threads(), 1)
+def _helpers() -> ThreadPoolExecutor:
+    # One for the process: many ensembles in it share the same cores.
+    return ThreadPoolExecutor(default_threads(), "members")
 
 
 def _resolve(choice: ProviderChoice) -> list[str]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models_store.errors import ProviderError, StoreError
 from models_store.runtime import EnsembleSession, ProviderChoice
@@ -19,8 +20,27 @@ log = logging.getLogger("bentoml.modepath")  # BentoML shows what is below its o
 class Ensembles:
     """Loaded ensembles by name. Readers see a dict that is replaced, never changed."""
 
-    def __init__(self, store: Store, providers: ProviderChoice, default: str | None):
+    def __init__(
+        self,
+        store: Store,
+        providers: ProviderChoice,
+        default: str | None,
+        *,
+        threads: int | None = None,
+        warm: Callable[[EnsembleSession, NDArray[np.float32]], object] = EnsembleSession.logits,
+    ):
+        """Nothing is loaded yet.
+
+        Args:
+            store: where published ensembles lie.
+            providers: what the members run on.
+            default: the ensemble that answers when none is named; None: the one that was activated last.
+            threads: that run members.
+            warm: is called with each new session and one black image, before the session serves.
+        """
         self._store = store
+        self._threads = threads
+        self._warm = warm
         self._providers: ProviderChoice = providers
         self._default = default
         self._loaded: dict[str, EnsembleSession] = {}
@@ -104,9 +124,8 @@ class Ensembles:
     def _open(self, name: str, number: int) -> EnsembleSession:
         version = self._store.load(name, number)
         self._store.verify(version)
-        session = EnsembleSession(version.folder, version.manifest, self._providers)
-        # The first run allocates and picks kernels; no client should wait for that.
-        session.logits(np.zeros((1, *version.manifest.input.shape), np.float32))
+        session = EnsembleSession(version.folder, version.manifest, self._providers, self._threads)
+        self._warm(session, np.zeros((1, *version.manifest.input.shape), np.float32))
         log.info(
             "serving %s: %d members on %s", version.name, len(version.manifest.members), ", ".join(session.providers)
         )

@@ -1,87 +1,155 @@
-"""From bytes to images. A request is decoded and refused here, alone, before it meets any other."""
+"""From lists, arrays and encoded images to float32 (batch, C, H, W) in [0, 1]. A bad image is refused here, alone."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-import orjson
+from numpy.lib import format as npy
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from service.errors import BadRequestError, MediaTypeError, TooLargeError
-from service.schemas import PredictRequest
+from models_store import decoding
+from models_store.errors import DecodeError
+from models_store.manifest import InputSpec
+from service.errors import BadRequestError, TooLargeError
 
 Images = NDArray[np.float32]
+FORMATS = ("PNG", "JPEG")
+MAX_NPY_HEADER = 4096  # bytes
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def read_request(content_type: str, body: bytes) -> PredictRequest:
-    """Parse a body.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may hold once it is decoded."""
 
-    Raises:
-        MediaTypeError: not a media type we read.
-        BadRequestError: broken JSON, unknown or missing fields.
-    """
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise MediaTypeError(
-            f'Content-Type {media_type or "none"!r} is not read here; send application/json with {{"inputs": [...]}}.'
-        )
-    try:
-        record = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequestError(
-            f'The body is not JSON ({error}); send an object like {{"inputs": [[[[0.0, ...]]]]}}.'
-        ) from None
-    if not isinstance(record, dict):
-        raise BadRequestError(
-            f'The body is a JSON {type(record).__name__}; send an object like {{"inputs": [[[[0.0, ...]]]]}}.'
-        )
-    try:
-        return PredictRequest.model_validate(record)
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(PredictRequest.model_fields)
-        raise BadRequestError(f"Field {place!r}: {first['msg']}. The fields of a request are {known}.") from None
+    rows: int
+    bytes: int  # of float32 pixels as the members take them
+    pixels: int  # of encoded images, before they are resized
 
 
-def as_images(inputs: list[Any], shape: tuple[int, int, int], max_rows: int) -> Images:
-    """Nested lists as float32 (batch, C, H, W) in [0, 1].
+def from_lists(inputs: list[Any], spec: InputSpec, limits: Limits) -> Images:
+    """Nested lists of numbers.
 
     Raises:
         BadRequestError: another shape, something that is no number, or a value outside [0, 1].
         TooLargeError: too many images.
     """
-    if len(inputs) > max_rows:
-        raise TooLargeError(f"{len(inputs)} images in one request; at most {max_rows} are taken. Send them in parts.")
+    _bound(len(inputs), spec, limits)
     try:
         array = np.array(inputs)
     except (ValueError, OverflowError):
         raise BadRequestError(
-            f"`inputs` is ragged: its lists differ in length. Every image must be {_shape(shape)}."
+            f"`inputs` is ragged: its lists differ in length. Every image must be {_shape(spec)}."
         ) from None
     # bool, str, None and mixtures end up as other kinds of array.
     if array.dtype.kind not in "iuf":
         raise BadRequestError(
             "`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1]."
         )
-    if array.shape[1:] != shape or array.ndim != 4 or len(array) == 0:
+    return _checked("`inputs`", array, spec)
+
+
+def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
+    """An array as numpy.save writes it; nothing is ever unpickled.
+
+    Raises:
+        BadRequestError: no such file, pickled objects, another shape or type, or a value outside [0, 1].
+        TooLargeError: too many images.
+    """
+    shape, fortran, dtype, start = _npy_header(body)
+    if dtype.kind not in "iuf":
+        raise BadRequestError(f"The array's dtype is {dtype}; send float32 in [0, 1]. Pickled objects are not read.")
+    if math.prod(shape) * dtype.itemsize != len(body) - start:
         raise BadRequestError(
-            f"`inputs` has the shape {array.shape}; this ensemble takes (batch, {', '.join(map(str, shape))}) with at least one image. "
-            + (
-                "A single image needs a batch axis around it."
-                if array.shape == shape
-                else "The axes are batch, channel, row, column."
-            )
+            f"The array's header says {shape} of {dtype}, but {len(body) - start} bytes follow. Was the file cut off?"
+        )
+    if shape:
+        _bound(shape[0], spec, limits)
+    flat = np.frombuffer(body, dtype, offset=start)
+    return _checked("The array", flat.reshape(shape, order="F" if fortran else "C"), spec)
+
+
+def from_encoded(files: Sequence[bytes], where: str, spec: InputSpec, limits: Limits) -> Images:
+    """PNG or JPEG files. `where` names file {} in a refusal.
+
+    Raises:
+        BadRequestError: none at all, a file that is not PNG or JPEG or is damaged, or a size that the ensemble does not take.
+        TooLargeError: too many images, or too many pixels.
+    """
+    _bound(len(files), spec, limits)
+    if not files:
+        raise BadRequestError("`images` is empty; send at least one.")
+    opened = [_named(where, i, decoding.open_image, file, FORMATS) for i, file in enumerate(files)]
+    pixels = sum(image.width * image.height for image in opened)
+    if pixels > limits.pixels:
+        raise TooLargeError(
+            f"{pixels} pixels to decode in one request; at most {limits.pixels} are. Send smaller images, or fewer."
+        )
+    return np.stack([_named(where, i, decoding.to_array, image, spec) for i, image in enumerate(opened)])
+
+
+def _named(where: str, index: int, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    try:
+        return step(*args, **kwargs)
+    except DecodeError as error:
+        raise BadRequestError(f"{where.format(index)}: {error}") from None
+
+
+def _bound(rows: int, spec: InputSpec, limits: Limits) -> None:
+    allowed = min(limits.rows, limits.bytes // (4 * math.prod(spec.shape)))
+    if rows > allowed:
+        raise TooLargeError(f"{rows} images in one request; at most {allowed} are taken. Send them in parts.")
+
+
+def _npy_header(body: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    # Two bytes of length in version 1, four in versions 2 and 3, which differ only in the encoding of field names.
+    lead = 10 if body[6:7] == b"\x01" else 12
+    start = lead + int.from_bytes(body[8:lead], "little")
+    try:
+        if start > MAX_NPY_HEADER:
+            raise ValueError("a header longer than any array needs")
+        return *_parse_npy_header(body[:start]), start
+    except Exception as error:  # ValueError by contract, but the header is parsed as Python and may fail in many ways
+        raise BadRequestError(
+            f"The body is not an array as numpy.save writes it ({str(error)[:100]}); send numpy.save(file, images.astype('float32'))."
+        ) from None
+
+
+@lru_cache(maxsize=256)  # a client's arrays have the same few shapes, and numpy parses their headers as Python
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    stream = io.BytesIO(header)
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if min(shape, default=0) < 0:
+        raise ValueError("a negative axis")
+    return shape, fortran, dtype
+
+
+def _checked(what: str, array: NDArray[Any], spec: InputSpec) -> Images:
+    if array.shape[1:] != spec.shape or array.ndim != 4 or len(array) == 0:
+        hint = (
+            "A single image needs a batch axis around it."
+            if array.shape == spec.shape
+            else "The axes are batch, channel, row, column."
+        )
+        raise BadRequestError(
+            f"{what} has the shape {array.shape}; this ensemble takes (batch, {_shape(spec)[1:]} with at least one image. {hint}"
         )
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # also false for NaN
         raise BadRequestError(
-            f"`inputs` has values from {low:g} to {high:g}; pixels must lie in [0, 1]. Divide bytes by 255; do not normalise, the ensemble does."
+            f"{what} has values from {low:g} to {high:g}; pixels must lie in [0, 1]. Divide bytes by 255; do not normalise, the ensemble does."
         )
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _shape(shape: tuple[int, int, int]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ")"
+def _shape(spec: InputSpec) -> str:
+    return "(" + ", ".join(map(str, spec.shape)) + ")"

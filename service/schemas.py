@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
 from models_store.manifest import Manifest, Scores
 from models_store.uncertainty import Floats, Prediction
 
+Mode = Literal["average"]
 
-class PredictRequest(BaseModel):
-    """The JSON body of POST /predict."""
 
-    model_config = ConfigDict(extra="forbid")
+class Options(BaseModel):
+    """What every request may say: fields of a JSON body, query parameters beside an array or an image."""
 
-    # Checked by images.as_images: pydantic would walk every pixel.
-    inputs: list[Any] = Field(description="(batch, C, H, W), floats in [0, 1]")
+    model_config = ConfigDict(extra="forbid", strict=True)
+
     ensemble: str | None = Field(
         default=None, max_length=64, description="which ensemble answers (default: the service's)"
     )
-    mode: Literal["average"] = Field(default="average", description="how the members answer")
-    members: bool = Field(default=False, strict=True, description="also give each member's probabilities")
+    mode: Mode = Field(default="average", description="how the members answer")
+    members: bool = Field(default=False, description="also give each member's probabilities")
 
 
-class Uncertainty(BaseModel):
+class PredictRequest(Options):
+    """The JSON body of POST /predict: either `inputs` or `images`."""
+
+    # Checked by images.py: pydantic would walk every pixel.
+    inputs: list[Any] | None = Field(default=None, description="(batch, C, H, W), floats in [0, 1]")
+    images: list[str] | None = Field(default=None, description="PNG or JPEG files in base64")
+
+
+# The answer is made of plain dictionaries: it is written for every row of every request, and nobody parses it here.
+class Uncertainty(TypedDict):
     """Entropies in nats; see models_store/uncertainty.py."""
 
-    predictive_entropy: float = Field(description="entropy of the averaged distribution: all uncertainty")
-    expected_entropy: float = Field(description="mean of the members' entropies: what each is unsure of by itself")
-    mutual_information: float = Field(description="their difference: what the members disagree on")
-    disagreement: float = Field(description="share of members whose top class is not the ensemble's")
+    predictive_entropy: Annotated[float, Field(description="entropy of the averaged distribution: all uncertainty")]
+    expected_entropy: Annotated[
+        float, Field(description="mean of the members' entropies: what each is unsure of by itself")
+    ]
+    mutual_information: Annotated[float, Field(description="their difference: what the members disagree on")]
+    disagreement: Annotated[float, Field(description="share of members whose top class is not the ensemble's")]
 
 
-class RowPrediction(BaseModel):
+class RowPrediction(TypedDict):
     """The answer for one image."""
 
     label: int
@@ -41,15 +53,15 @@ class RowPrediction(BaseModel):
     confidence: float
     probs: list[float]
     uncertainty: Uncertainty
-    members: list[list[float]] | None = Field(default=None, description="only when asked: (members, classes)")
+    members: NotRequired[Annotated[list[list[float]], Field(description="only when asked: (members, classes)")]]
 
 
-class PredictResponse(BaseModel):
+class PredictResponse(TypedDict):
     """The answer to POST /predict."""
 
     ensemble: str
     version: int
-    mode: str
+    mode: Mode
     members_used: int
     request_id: str
     predictions: list[RowPrediction]
@@ -70,6 +82,18 @@ class EnsembleInfo(BaseModel):
     default: bool
 
 
+class EnsembleList(BaseModel):
+    """The answer to GET /ensembles."""
+
+    ensembles: list[EnsembleInfo]
+
+
+class Status(BaseModel):
+    """The answer of the probes."""
+
+    status: str
+
+
 class ErrorBody(BaseModel):
     """Every refusal."""
 
@@ -77,30 +101,42 @@ class ErrorBody(BaseModel):
 
 
 def respond(
-    manifest: Manifest, request_id: str, mode: str, prediction: Prediction, member_probs: Floats | None
+    manifest: Manifest, request_id: str, mode: Mode, prediction: Prediction, member_probs: Floats | None
 ) -> PredictResponse:
     """Put arrays into the response. `member_probs` is (members, batch, classes), or None when not asked for."""
-    rows = [
-        RowPrediction(
-            label=label,
-            class_name=manifest.classes[label],
-            confidence=float(prediction.confidence[i]),
-            probs=prediction.mean_probs[i].tolist(),
-            uncertainty=Uncertainty(
-                **{measure: float(getattr(prediction, measure)[i]) for measure in Uncertainty.model_fields}
-            ),
-            members=None if member_probs is None else member_probs[:, i].tolist(),
+    labels: list[int] = prediction.label.tolist()
+    rows: list[RowPrediction] = [
+        {
+            "label": label,
+            "class_name": manifest.classes[label],
+            "confidence": confidence,
+            "probs": probs,
+            "uncertainty": {
+                "predictive_entropy": predictive_entropy,
+                "expected_entropy": expected_entropy,
+                "mutual_information": mutual_information,
+                "disagreement": disagreement,
+            },
+        }
+        for (
+            label, confidence, probs, predictive_entropy, expected_entropy, mutual_information, disagreement,
+        ) in zip(
+            labels, prediction.confidence.tolist(), prediction.mean_probs.tolist(),
+            prediction.predictive_entropy.tolist(), prediction.expected_entropy.tolist(),
+            prediction.mutual_information.tolist(), prediction.disagreement.tolist(), strict=True,
         )
-        for i, label in enumerate(map(int, prediction.label))
-    ]
-    return PredictResponse(
-        ensemble=manifest.name,
-        version=manifest.version,
-        mode=mode,
-        members_used=len(manifest.members),
-        request_id=request_id,
-        predictions=rows,
-    )
+    ]  # fmt: skip
+    if member_probs is not None:
+        for row, probs in zip(rows, member_probs.transpose(1, 0, 2).tolist(), strict=True):
+            row["members"] = probs
+    return {
+        "ensemble": manifest.name,
+        "version": manifest.version,
+        "mode": mode,
+        "members_used": len(manifest.members),
+        "request_id": request_id,
+        "predictions": rows,
+    }
 
 
 def describe(manifest: Manifest, providers: list[str], *, is_default: bool) -> EnsembleInfo:

@@ -8,24 +8,50 @@ from pathlib import Path
 from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models_store.runtime import ProviderChoice
+from models_store.runtime import ProviderChoice, available_cores
 from models_store.store import default_root
 
 
 class Settings(BaseSettings):
-    """Each field is read from MODEPATH_<FIELD>."""
+    """Each field is read from MODEPATH_<FIELD>. What is said of a queue or of held bytes holds for each worker."""
 
     model_config = SettingsConfigDict(env_prefix="MODEPATH_", frozen=True, extra="ignore")
 
     store: Path = Field(default_factory=default_root, validation_alias=AliasChoices("MODELS_STORE"))
     default: str | None = Field(default=None, description="ensemble that answers when none is named")
     providers: ProviderChoice = Field(default="auto", description="auto, cpu or cuda")
-    max_body_bytes: int = Field(default=16 * 2**20, gt=0)
-    max_rows: int = Field(default=1024, gt=0, description="images in one request")
-    poll_seconds: float = Field(default=1.0, gt=0, description="how often a new activation is looked for")
+    poll_seconds: float = Field(default=0.5, gt=0, description="how often a new activation is looked for")
+
     host: str = Field(default="127.0.0.1", description="an IP address; 0.0.0.0 opens the service to the network")
     port: int = Field(default=3000, gt=0, lt=65536)
-    timeout: float = Field(default=60, gt=0, description="seconds a request may take")
+    metrics_port: int | None = Field(
+        default=None, gt=0, lt=65536, description="give /metrics a listener of its own; the public one then has none"
+    )
+    metrics_host: str = Field(default="127.0.0.1", description="where that listener listens")
+    access_log: bool = Field(default=False, description="one JSON line a request on stdout")
+
+    workers: int = Field(default_factory=lambda: workers_for(available_cores()), gt=0, description="processes")
+    threads: int = Field(
+        default_factory=lambda data: max(1, available_cores() // data["workers"]),
+        gt=0,
+        description="threads of a worker that run members",
+    )
+
+    max_body_bytes: int = Field(default=16 * 2**20, gt=0)
+    max_rows: int = Field(default=1024, gt=0, description="images in one request")
+    max_pixels: int = Field(default=2**24, gt=0, description="pixels of the encoded images of one request")
+    stall_seconds: float = Field(default=5, gt=0, description="how long a body may go without a byte")
+
+    batch_rows: int = Field(default=64, gt=0, description="rows that run together, at most")
+    batch_seconds: float = Field(default=0.05, gt=0, description="how long a batch should take, at most")
+    queue_rows: int = Field(default=4096, gt=0, description="rows that may wait; beyond: 429")
+    queue_seconds: float = Field(default=2, gt=0, description="how long a request may wait; beyond: 429 or 503")
+    held_bytes: int = Field(default=256 * 2**20, gt=0, description="bodies, and again decoded images, held at once")
+
+
+def workers_for(cores: int) -> int:
+    """One process for four cores: members run outside Python's lock, and each worker holds all of them in memory."""
+    return max(1, cores // 4)
 
 
 @cache

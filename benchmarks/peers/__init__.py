@@ -1,0 +1,1 @@
+"""Services that others' documentation would have one write for the same ensemble, to be measured beside ours."""

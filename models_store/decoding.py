@@ -1,0 +1,105 @@
+"""From an encoded image to an array: one way for training on a folder of images and for serving them.
+
+EXIF orientation is applied, alpha is composed on white, 16-bit grey is scaled, grey and RGB are converted to what the
+manifest's input shape says, and another size is treated as its `resize` says.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from models_store.errors import DecodeError
+from models_store.manifest import InputSpec
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def open_image(encoded: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Read the header only: `.size` is known, no pixel is decoded.
+
+    Args:
+        encoded: the file's bytes.
+        formats: Pillow's names of the formats that may be read (default: all it knows).
+
+    Raises:
+        DecodeError: not an image of these formats.
+    """
+    try:
+        return Image.open(io.BytesIO(encoded), formats=formats)
+    except Exception as error:  # a broken header raises whatever the format's parser stumbled on
+        wanted = " or ".join(formats or ["image"])
+        raise DecodeError(
+            f"not a readable {wanted} file ({_said(error)}). Is it complete, and of that format?"
+        ) from None
+
+
+def to_array(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
+    """Decode to float32 (C, H, W) in [0, 1].
+
+    Raises:
+        DecodeError: the file is truncated or damaged, has another size where `resize` is "refuse", or the members
+            take neither one channel nor three.
+    """
+    channels, height, width = spec.shape
+    if channels not in MODES:
+        raise DecodeError(
+            f"this ensemble takes {channels} channels; an encoded image has 1 (grey) or 3 (RGB). Send arrays instead."
+        )
+    try:
+        image = ImageOps.exif_transpose(image)
+        image = _scaled_16_bit(image) if image.mode.startswith("I") else _on_white(image, MODES[channels])
+    except Exception as error:
+        raise DecodeError(f"the image cannot be decoded ({_said(error)}). Is the file truncated or damaged?") from None
+    if image.size != (width, height):
+        image = _resized(image, width, height, spec.resize)
+    pixels = np.asarray(image, np.float32)
+    if image.mode != "F":
+        pixels = pixels / np.float32(255)
+    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.ascontiguousarray(np.broadcast_to(planes, spec.shape))
+
+
+def _on_white(image: Image.Image, mode: str) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def _scaled_16_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float32)
+    pixels = np.clip(values / 65535, 0, 1)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        pixels[values == transparent] = 1
+    return Image.fromarray(pixels)  # mode F
+
+
+def _resized(image: Image.Image, width: int, height: int, how: str) -> Image.Image:
+    if how == "refuse":
+        raise DecodeError(
+            f"the image is {image.width} × {image.height} pixels; this ensemble takes {width} × {height}. Resize it."
+        )
+    if how == "stretch":
+        return _bilinear(image, width, height)
+    # As torchvision's Resize and CenterCrop do it: the side that fits is exact, the other is rounded down.
+    if image.width * height < image.height * width:
+        image = _bilinear(image, width, int(width * image.height / image.width))
+    else:
+        image = _bilinear(image, int(height * image.width / image.height), height)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _bilinear(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _said(error: Any) -> str:
+    # Pillow's messages may hold the address of a buffer.
+    return str(error).split(" <")[0] or type(error).__name__

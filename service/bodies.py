@@ -1,0 +1,124 @@
+"""From a request's bytes to what it asks: the media types and the JSON fields. Pixels are decoded in images.py."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from models_store.manifest import InputSpec
+from service import images
+from service.errors import BadRequestError, MediaTypeError
+from service.images import Images, Limits
+from service.schemas import Options, PredictRequest
+
+JSON = "application/json"
+NPY = "application/x-npy"
+ENCODED = ("image/png", "image/jpeg")
+EXAMPLE = '{"inputs": [[[[0.0, ...]]]]}'
+Model = TypeVar("Model", bound=BaseModel)
+Decode = Callable[[InputSpec, Limits], Images]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request whose fields are right and whose pixels are still to be decoded."""
+
+    options: Options
+    decode: Decode
+
+
+def read_request(content_type: str, query: Sequence[tuple[str, str]], body: bytes) -> Asked:
+    """Parse a body; for arrays and images the other fields come as query parameters.
+
+    Raises:
+        MediaTypeError: not a media type we read.
+        BadRequestError: broken JSON, or a field that is unknown, missing, given twice, or wrong.
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == JSON:
+        if query:
+            raise BadRequestError(
+                f"Query parameter {query[0][0]!r} beside a JSON body; its fields go into the body: {EXAMPLE}."
+            )
+        return _read_json(body)
+    if media_type == NPY:
+        return Asked(_read_query(query), partial(images.from_npy, body))
+    if media_type in ENCODED:
+        return Asked(_read_query(query), partial(images.from_encoded, [body], "The body"))
+    raise MediaTypeError(
+        f"Content-Type {media_type[:80] or 'none'!r} is not read here; send {JSON}, {NPY} (numpy.save), {' or '.join(ENCODED)}."
+    )
+
+
+def _read_json(body: bytes) -> Asked:
+    try:
+        record = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequestError(f"The body is not JSON ({error}); send an object like {EXAMPLE}.") from None
+    if not isinstance(record, dict):
+        raise BadRequestError(
+            f"The body is a JSON {type(cast(object, record)).__name__}; send an object like {EXAMPLE}."
+        )
+    fields = cast(dict[str, Any], record)
+    # orjson keeps the last of two equal keys in silence. In a right request only the keys have colons after them.
+    if body.count(b":") != len(fields):
+        _refuse_duplicates(body)
+    request = _validated(PredictRequest, PredictRequest.model_validate, fields)
+    if (request.inputs is None) == (request.images is None):
+        raise BadRequestError(f'A request has either `inputs` or `images`: {EXAMPLE} or {{"images": [base64, ...]}}.')
+    if request.inputs is not None:
+        return Asked(request, partial(images.from_lists, request.inputs))
+    encoded = [_from_base64(text, i) for i, text in enumerate(request.images or ())]
+    return Asked(request, partial(images.from_encoded, encoded, "`images[{}]`"))
+
+
+def _read_query(query: Sequence[tuple[str, str]]) -> Options:
+    fields = dict(query)
+    if len(fields) != len(query):
+        raise BadRequestError(
+            f"A query parameter is given twice: {', '.join(name for name, _ in query)}. Give each once."
+        )
+    return _validated(Options, Options.model_validate_strings, fields)
+
+
+def _validated(model: type[Model], validate: Callable[[Any], Model], record: object) -> Model:
+    try:
+        return validate(record)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:80]
+        known = ", ".join(model.model_fields)
+        raise BadRequestError(f"Field {place!r}: {first['msg']}. The fields of a request are {known}.") from None
+
+
+def _refuse_duplicates(body: bytes) -> None:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(names) < 100 else None
+        if twice is not None or len(set(names)) < len(names):
+            raise BadRequestError(f"Field {(twice or 'one of many')[:80]!r} is given twice; give each field once.")
+        return dict(pairs)
+
+    try:
+        json.loads(body, object_pairs_hook=unique)
+    except (RecursionError, ValueError):
+        raise BadRequestError(
+            f"The body is nested too deeply to be a request; send an object like {EXAMPLE}."
+        ) from None
+
+
+def _from_base64(text: str, index: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadRequestError(
+            f"`images[{index}]` is not base64. Send the bytes of a PNG or JPEG file in base64; addresses are not fetched."
+        ) from None

@@ -1,0 +1,113 @@
+"""What Prometheus reads. Labels {ensemble, mode}; uncertainties one observation a row, times one a request.
+
+Workers write into files of one folder, made by the process that starts them, and whoever is asked sums them up: the
+numbers are those of all workers, and those of a worker that died stay counted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import shutil
+import tempfile
+
+FOLDER = "MODEPATH_METRICS_FOLDER"
+_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+if FOLDER in os.environ:
+    # BentoML names a folder under its home, and wipes it when a second server starts there.
+    os.environ[_MULTIPROCESS] = os.environ[FOLDER]
+
+import prometheus_client  # noqa: E402 - it reads the folder's variable when it is imported
+from prometheus_client import CollectorRegistry, Counter, Histogram, multiprocess  # noqa: E402
+
+from models_store.manifest import Manifest  # noqa: E402
+from service.batching import Answer  # noqa: E402
+
+prometheus_client.disable_created_metrics()  # they would double the series
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+RATIO = [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
+SECONDS = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
+MEMBERS = [1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0]
+LABELS = ["ensemble", "mode"]
+_own = CollectorRegistry()
+
+
+def _histogram(name: str, what: str, buckets: list[float]) -> Histogram:
+    return Histogram(f"modepath_{name}", what, LABELS, buckets=buckets, registry=_own)
+
+
+_ROW = {
+    "predictive_entropy": _histogram("predictive_entropy_ratio", "entropy of the average, over ln(classes)", RATIO),
+    "expected_entropy": _histogram("expected_entropy_ratio", "mean entropy of the members, over ln(classes)", RATIO),
+    "mutual_information": _histogram("mutual_information_ratio", "their difference, over ln(classes)", RATIO),
+    "disagreement": _histogram("disagreement_ratio", "share of members with another top class", RATIO),
+    "confidence": _histogram("confidence_ratio", "probability of the top class", RATIO),
+}
+_ENTROPIES = {"predictive_entropy", "expected_entropy", "mutual_information"}
+_members_used = _histogram("members_used", "members that answered a row", MEMBERS)
+_TIMES = {
+    "decode": _histogram("decode_seconds", "from the body's bytes to an array", SECONDS),
+    "queue": _histogram("queue_seconds", "waiting for its turn", SECONDS),
+    "members": _histogram("members_seconds", "running members, in turn with others", SECONDS),
+    "reply": _histogram("reply_seconds", "from arrays to the answer's bytes", SECONDS),
+}
+_predictions = Counter("modepath_predictions", "rows answered", [*LABELS, "class"], registry=_own)
+_refused = Counter("modepath_refused", "requests that were refused", ["reason"], registry=_own)
+
+
+def answered(manifest: Manifest, mode: str, answer: Answer, decode_seconds: float, reply_seconds: float) -> None:
+    """Count one request that was answered."""
+    labels = (manifest.name, mode)
+    prediction = answer.prediction
+    to_ratio = 1 / math.log(len(manifest.classes)) if len(manifest.classes) > 1 else 0.0
+    for measure, histogram in _ROW.items():
+        child = histogram.labels(*labels)
+        scale = to_ratio if measure in _ENTROPIES else 1.0
+        values: list[float] = getattr(prediction, measure).tolist()
+        for value in values:
+            child.observe(value * scale)
+    used = _members_used.labels(*labels)
+    labels_of_rows: list[int] = prediction.label.tolist()
+    for label in labels_of_rows:
+        used.observe(len(manifest.members))
+        _predictions.labels(*labels, manifest.classes[label]).inc()
+    spent = {
+        "decode": decode_seconds,
+        "queue": answer.queue_seconds,
+        "members": answer.members_seconds,
+        "reply": reply_seconds,
+    }
+    for stage, seconds in spent.items():
+        _TIMES[stage].labels(*labels).observe(seconds)
+
+
+def refused(reason: str) -> None:
+    """Count one request that was refused."""
+    _refused.labels(reason).inc()
+
+
+def exposition() -> bytes:
+    """All workers' numbers in Prometheus's text format."""
+    return prometheus_client.generate_latest(_all_workers())
+
+
+def prepare() -> None:
+    """In the process that starts the workers: make the folder that they will share, and remove it at the end."""
+    folder = tempfile.mkdtemp(prefix="modepath-metrics-")
+    os.environ[FOLDER] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def listen(host: str, port: int) -> None:
+    """In the process that starts the workers: serve the numbers on a listener of their own."""
+    prometheus_client.start_http_server(port, host, _all_workers())
+
+
+def _all_workers() -> CollectorRegistry:
+    folder = os.environ.get(FOLDER)
+    if folder is None:  # one process, as in tests
+        return _own
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, folder)
+    return registry
