@@ -45,5 +45,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)-service/.installed: pyproject.toml
 	test -x $(VENV)-service/bin/python || $(PYTHON) -m venv $(VENV)-service
-	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service]' pytest pytest-timeout hypothesis httpx
+	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service,client]' pytest pytest-timeout hypothesis jsonschema
 	@touch $@

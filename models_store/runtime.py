@@ -77,29 +77,33 @@ class EnsembleSession:
         # 1109 with both threads on each member in turn. Only cores that are left over go inside a member.
         self._at_once = min(threads, len(manifest.members))
         within = threads // self._at_once
-        self._members = [MemberSession(folder / member.file, providers, within) for member in manifest.members]
+        self.members = [MemberSession(folder / member.file, providers, within) for member in manifest.members]
         self._weights: Floats = np.array([member.weight for member in manifest.members])
 
     @property
     def providers(self) -> list[str]:
         """Execution providers in actual use."""
-        return self._members[0].providers
+        return self.members[0].providers
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, C, H, W) in [0, 1] -> (members, batch, classes)."""
-        collected: list[NDArray[np.float32]] = [images] * len(self._members)
-        numbers = iter(range(len(self._members)))  # shared: whoever is free takes the next member
+        collected: list[NDArray[np.float32]] = [images] * len(self.members)
+        numbers = iter(range(len(self.members)))  # shared: whoever is free takes the next member
 
         def work() -> None:
             for number in numbers:
-                collected[number] = self._members[number].logits(images)
+                collected[number] = self.members[number].logits(images)
 
         _share(work, self._at_once - 1)
         return np.stack(collected)
 
+    def probs(self, logits: NDArray[np.float32]) -> Floats:
+        """Each member's distribution under the ensemble's temperature: (members, batch, classes), as the logits are."""
+        return softmax(logits, self.manifest.temperature)
+
     def member_probs(self, images: NDArray[np.float32]) -> Floats:
-        """Each member's distribution under the ensemble's temperature: (members, batch, classes)."""
-        return softmax(self.logits(images), self.manifest.temperature)
+        """(batch, C, H, W) in [0, 1] -> each member's distribution: (members, batch, classes)."""
+        return self.probs(self.logits(images))
 
     def combine(self, member_probs: Floats) -> Prediction:
         """Mode `average`: the weighted mean of the members' distributions."""

@@ -13,7 +13,8 @@ Decomposition: Depeweg et al. 2018, "Decomposition of Uncertainty in Bayesian De
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,15 @@ class Prediction:
     expected_entropy: Floats
     mutual_information: Floats
     disagreement: Floats
+
+    def rows(self, start: int, stop: int) -> Prediction:
+        """The answers for some rows of the batch."""
+        return Prediction(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+    @staticmethod
+    def joined(parts: Sequence[Prediction]) -> Prediction:
+        """The answers of several batches as those of one."""
+        return Prediction(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Prediction)))
 
 
 # What can rank predictions by uncertainty, largest first: attribute of Prediction -> sign.

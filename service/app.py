@@ -62,7 +62,8 @@ class Worker:
                 rows=chosen.queue_rows,
                 bytes=chosen.held_bytes,
                 seconds=chosen.queue_seconds,
-            )
+            ),
+            chosen.threads,
         )
         self.ensembles = Ensembles(
             Store(chosen.store), chosen.providers, chosen.default, threads=chosen.threads, warm=self._warm

@@ -1,8 +1,9 @@
 """Rows of many requests run together, fairly, and only as many wait as can be answered in time.
 
-One thread of a worker runs one batch after the other; what arrives meanwhile is the next batch, so nobody waits for a
-batch to fill. Requests take turns: a large one runs in pieces, and small ones pass between them. How many rows make a
-batch follows from how long a row of that ensemble takes.
+What arrives while a batch runs is the next batch, so nobody waits for a batch to fill. The members of a batch are
+spread over the worker's threads, and a thread that finds none left begins with the next batch: no core waits for
+another. Requests take turns: a large one runs in pieces, and small ones pass between them. How many rows make a batch
+follows from how long a row of that ensemble takes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from queue import SimpleQueue
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models_store.uncertainty import Floats, Prediction
 from service.errors import BrokenEnsembleError, QueueFullError, QueueTimeError, ServiceError
@@ -27,11 +29,24 @@ log = logging.getLogger("bentoml.modepath")
 SMOOTHING = 0.2  # weight of the newest batch in the mean time of a row
 
 
+class Member(Protocol):
+    """One network: models_store.runtime.MemberSession."""
+
+    def logits(self, images: Images) -> NDArray[np.float32]:
+        """(batch, C, H, W) -> (batch, classes)."""
+        ...
+
+
 class Session(Protocol):
     """What is run: models_store.runtime.EnsembleSession."""
 
-    def member_probs(self, images: Images) -> Floats:
-        """(batch, C, H, W) -> (members, batch, classes)."""
+    @property
+    def members(self) -> Sequence[Member]:
+        """The networks."""
+        ...
+
+    def probs(self, logits: NDArray[np.float32]) -> Floats:
+        """(members, batch, classes), both."""
         ...
 
     def combine(self, member_probs: Floats) -> Prediction:
@@ -60,35 +75,74 @@ class Answer:
     members_seconds: float
 
 
+@dataclass(slots=True, eq=False)
 class _Job:
-    """One request: its rows, and how many of them have run."""
+    """One request: its rows, how many of them are in a batch already, and what has come out."""
 
-    __slots__ = ("arrived", "collected", "done", "future", "images", "loop", "session", "started")
+    session: Session
+    images: Images
+    future: asyncio.Future[Answer]
+    arrived: float = field(default_factory=time.perf_counter)
+    began: float = 0.0
+    taken: int = 0
+    parts: dict[int, tuple[Floats, Prediction]] = field(default_factory=lambda: {})  # by first row
 
-    def __init__(self, session: Session, images: Images, loop: asyncio.AbstractEventLoop):
-        self.session = session
-        self.images = images
-        self.loop = loop
-        self.future: asyncio.Future[Answer] = loop.create_future()
-        self.arrived = time.perf_counter()
-        self.started: float | None = None
-        self.done = 0
-        self.collected: list[Floats] = []
+    def tell(self, outcome: Answer | ServiceError) -> None:
+        """Give the waiting request its outcome, from any thread."""
+        self.future.get_loop().call_soon_threadsafe(self._set, outcome)
+
+    def _set(self, outcome: Answer | ServiceError) -> None:
+        if self.future.done():  # its client gave up
+            return
+        if isinstance(outcome, Answer):
+            self.future.set_result(outcome)
+        else:
+            self.future.set_exception(outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some rows of a request."""
+
+    job: _Job
+    start: int
+    stop: int
+
+    @property
+    def images(self) -> Images:
+        return self.job.images[self.start : self.stop]
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Pieces of one ensemble that run together, and how far its members are."""
+
+    session: Session
+    pieces: list[_Piece]
+    images: Images
+    logits: list[NDArray[np.float32]]
+    begun: int = 0
+    ended: int = 0
+    seconds: float = 0.0  # of all members
+    error: Exception | None = None
 
 
 class Batcher:
-    """The queue of one worker and the thread that empties it."""
+    """The queue of one worker and the threads that empty it."""
 
-    def __init__(self, limits: QueueLimits):
+    def __init__(self, limits: QueueLimits, threads: int):
         self._limits = limits
-        self._arrived: SimpleQueue[_Job | None] = SimpleQueue()  # None: end
-        self._waiting: deque[_Job] = deque()  # what has arrived; only the thread looks at it
-        self._counts = threading.Lock()  # of the two numbers below
+        self._threads = threads
+        # Guards all that follows.
+        self._changed = threading.Condition()
+        self._waiting: deque[_Job] = deque()
+        self._open: _Batch | None = None  # has members that nobody has begun
         self._rows = 0
         self._bytes = 0
         self._row_seconds: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
+        self._closed = False
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"batches-{number}", daemon=True).start()
 
     async def run(self, session: Session, images: Images) -> Answer:
         """Wait for the rows' turn and for their answers.
@@ -98,32 +152,41 @@ class Batcher:
             QueueTimeError: its turn did not come in time.
             BrokenEnsembleError: a member failed or gave NaN.
         """
-        job = _Job(session, images, asyncio.get_running_loop())
-        with self._counts:
+        job = _Job(session, images, asyncio.get_running_loop().create_future())
+        with self._changed:
             self._admit(job)
-        self._arrived.put(job)
+            self._waiting.append(job)
+            self._changed.notify_all()
         return await job.future
 
-    def warm(self, session: Session, images: Images) -> None:
-        """Run the largest batch there may be, so that no client waits for allocations, and learn how long a row takes."""
-        self._timed(session, images)
-        self._timed(session, np.repeat(images, self._batch_rows(session), axis=0))
+    def warm(self, session: Session, image: Images) -> None:
+        """Run one image and the largest batch, so that no client waits for allocations; learn how long a row takes."""
+        for _ in range(2):
+            with self._changed:
+                rows = self._batch_rows(session) if session in self._row_seconds else 1
+            images = np.repeat(image, rows, axis=0)
+            began = time.perf_counter()
+            for member in session.members:
+                member.logits(images)
+            with self._changed:
+                self._learn(session, (time.perf_counter() - began) / rows)
 
     def close(self) -> None:
-        """Let the thread end after its batch."""
-        self._arrived.put(None)
+        """Let the threads end after what they are doing."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _admit(self, job: _Job) -> None:
-        rows = self._rows
-        wait = rows * self._row_seconds.get(job.session, 0.0)
+        wait = self._rows * self._row_seconds.get(job.session, 0.0)
         # Whoever finds nobody waiting is taken, whatever its size: its own limits were checked when it was decoded.
-        if rows and (
-            rows + len(job.images) > self._limits.rows
+        if self._rows and (
+            self._rows + len(job.images) > self._limits.rows
             or self._bytes + job.images.nbytes > self._limits.bytes
             or wait > self._limits.seconds
         ):
             error = QueueFullError(
-                f"{rows} images wait, about {wait:.1f} s of work; no more are taken. Try again after a second, or send fewer at a time."
+                f"{self._rows} images wait, about {wait:.1f} s of work; no more are taken. Try again later, or send fewer at a time."
             )
             error.retry_after = max(1, round(wait))
             raise error
@@ -131,83 +194,118 @@ class Batcher:
         self._bytes += job.images.nbytes
 
     def _work(self) -> None:
-        while self._receive():
-            if pieces := self._take():
-                self._run(pieces)
+        while (task := self._next()) is not None:
+            self._run(*task)
+            del task  # or a thread that waits would keep the last ensemble in memory
 
-    def _receive(self) -> bool:
-        """Let in who has arrived, waiting for somebody where nobody waits. False: it is the end."""
-        while not self._waiting or not self._arrived.empty():
-            if (job := self._arrived.get()) is None:
-                return False
-            self._waiting.append(job)
-        return True
+    def _run(self, batch: _Batch, number: int) -> None:
+        began = time.perf_counter()
+        try:
+            batch.logits[number] = batch.session.members[number].logits(batch.images)
+        except Exception as error:
+            batch.error = error
+        with self._changed:
+            batch.seconds += time.perf_counter() - began
+            batch.ended += 1
+            ended = batch.ended == len(batch.logits)
+        if ended:
+            self._finish(batch)
 
-    def _take(self) -> list[tuple[_Job, int]]:
-        """The next batch: (job, number of its rows), of one ensemble, those in front first."""
+    def _next(self) -> tuple[_Batch, int] | None:
+        """A member of a batch that nobody has begun."""
+        with self._changed:
+            while not self._closed:
+                if self._open is None:
+                    self._open = self._take()
+                if (batch := self._open) is not None:
+                    number = batch.begun
+                    batch.begun += 1
+                    if batch.begun == len(batch.logits):
+                        self._open = None
+                    return batch, number
+                self._changed.wait()
+            return None
+
+    def _take(self) -> _Batch | None:
+        """The next batch, of one ensemble: those in front first, each as many rows as there is room."""
         now = time.perf_counter()
-        pieces: list[tuple[_Job, int]] = []
+        pieces: list[_Piece] = []
         passed: list[_Job] = []
+        unfinished: list[_Job] = []
         room = 0
         while self._waiting and (not pieces or room):
             job = self._waiting.popleft()
-            if job.started is None and now - job.arrived > self._limits.seconds:
+            if not job.taken and now - job.arrived > self._limits.seconds:
                 self._leave(job)
-                _tell(
-                    job,
-                    QueueTimeError(
-                        f"No answer within {self._limits.seconds:g} s of waiting: too much to do. Try again."
-                    ),
-                )
-            elif not pieces or job.session is pieces[0][0].session:
-                if not pieces:
-                    room = self._batch_rows(job.session)
-                count = min(room, len(job.images) - job.done)
-                room -= count
-                pieces.append((job, count))
-            else:
+                job.tell(QueueTimeError(f"It waited for {self._limits.seconds:g} s: too much to do. Try again later."))
+                continue
+            if not pieces:
+                room = self._batch_rows(job.session)
+            elif job.session is not pieces[0].job.session:
                 passed.append(job)
+                continue
+            if not job.taken:
+                job.began = now
+            piece = _Piece(job, job.taken, min(job.taken + room, len(job.images)))
+            pieces.append(piece)
+            room -= piece.stop - piece.start
+            job.taken = piece.stop
+            if job.taken < len(job.images):
+                unfinished.append(job)
         self._waiting.extendleft(reversed(passed))
-        return pieces
+        self._waiting.extend(unfinished)
+        if not pieces:
+            return None
+        session = pieces[0].job.session
+        images = pieces[0].images if len(pieces) == 1 else np.concatenate([piece.images for piece in pieces])
+        return _Batch(session, pieces, images, [images] * len(session.members))
 
-    def _run(self, pieces: list[tuple[_Job, int]]) -> None:
-        session = pieces[0][0].session
-        started = time.perf_counter()
-        for job, _ in pieces:
-            job.started = job.started or started
-        rows = [job.images[job.done : job.done + count] for job, count in pieces]
+    def _finish(self, batch: _Batch) -> None:
         try:
-            member_probs = self._timed(session, rows[0] if len(rows) == 1 else np.concatenate(rows))
+            if batch.error is not None:
+                raise batch.error
+            self._deliver(batch.session, batch.pieces, np.stack(batch.logits))
+            with self._changed:
+                at_once = min(self._threads, len(batch.logits))
+                self._learn(batch.session, batch.seconds / at_once / len(batch.images))
         except Exception as error:
-            if len(pieces) > 1:  # one of them must not cost the others their answers
-                for piece in pieces:
-                    self._run([piece])
+            if len(batch.pieces) == 1:
+                self._fail(batch.pieces[0].job, error)
                 return
-            log.exception("a member failed")
-            self._leave(pieces[0][0])
-            _tell(
-                pieces[0][0],
-                BrokenEnsembleError(f"A member failed on these images: {type(error).__name__}. The log says more."),
-            )
-            return
-        first = 0
-        for job, count in pieces:
-            job.collected.append(member_probs[:, first : first + count])
-            job.done += count
-            first += count
-        finished = [job for job, _ in pieces if job.done == len(job.images)]
-        self._waiting.extend(job for job, _ in pieces if job.done < len(job.images))
-        for job in finished:
-            self._leave(job)
-            _tell(job, _answer(job))
+            for piece in batch.pieces:  # one of them must not cost the others their answers
+                try:
+                    logits = np.stack([member.logits(piece.images) for member in batch.session.members])
+                    self._deliver(batch.session, [piece], logits)
+                except Exception as its_own:
+                    self._fail(piece.job, its_own)
 
-    def _timed(self, session: Session, images: Images) -> Floats:
-        started = time.perf_counter()
-        member_probs = session.member_probs(images)
-        spent = (time.perf_counter() - started) / len(images)
-        known = self._row_seconds.get(session, spent)
-        self._row_seconds[session] = known + SMOOTHING * (spent - known)
-        return member_probs
+    def _deliver(self, session: Session, pieces: list[_Piece], logits: NDArray[np.float32]) -> None:
+        member_probs = session.probs(logits)
+        prediction = session.combine(member_probs)
+        row = 0
+        for piece in pieces:
+            job, stop = piece.job, row + piece.stop - piece.start
+            part = member_probs[:, row:stop], prediction.rows(row, stop)
+            row = stop
+            with self._changed:
+                job.parts[piece.start] = part
+                ended = sum(len(answers.label) for _, answers in job.parts.values()) == len(job.images)
+                if ended:
+                    self._leave(job)
+            if ended:
+                job.tell(_answer(job))
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        log.error("a member failed", exc_info=error)
+        with self._changed:
+            self._leave(job)
+            if job in self._waiting:
+                self._waiting.remove(job)
+        job.tell(BrokenEnsembleError(f"A member failed on these images: {type(error).__name__}. The log says more."))
+
+    def _learn(self, session: Session, row_seconds: float) -> None:
+        known = self._row_seconds.get(session, row_seconds)
+        self._row_seconds[session] = known + SMOOTHING * (row_seconds - known)
 
     def _batch_rows(self, session: Session) -> int:
         known = self._row_seconds.get(session)
@@ -215,27 +313,17 @@ class Batcher:
         return max(1, min(fitting, self._limits.batch_rows))
 
     def _leave(self, job: _Job) -> None:
-        with self._counts:
-            self._rows -= len(job.images)
-            self._bytes -= job.images.nbytes
+        self._rows -= len(job.images)
+        self._bytes -= job.images.nbytes
 
 
 def _answer(job: _Job) -> Answer | ServiceError:
-    member_probs = job.collected[0] if len(job.collected) == 1 else np.concatenate(job.collected, axis=1)
-    prediction = job.session.combine(member_probs)
+    parts = [job.parts[start] for start in sorted(job.parts)]
+    if len(parts) == 1:
+        member_probs, prediction = parts[0]
+    else:
+        member_probs = np.concatenate([probs for probs, _ in parts], axis=1)
+        prediction = Prediction.joined([answers for _, answers in parts])
     if not np.isfinite(prediction.mean_probs).all():
         return BrokenEnsembleError("The ensemble answers one of these images with NaN; it should not be served.")
-    assert job.started is not None
-    return Answer(member_probs, prediction, job.started - job.arrived, time.perf_counter() - job.started)
-
-
-def _tell(job: _Job, outcome: Answer | ServiceError) -> None:
-    def set_outcome() -> None:
-        if job.future.done():  # its client gave up
-            return
-        if isinstance(outcome, Answer):
-            job.future.set_result(outcome)
-        else:
-            job.future.set_exception(outcome)
-
-    job.loop.call_soon_threadsafe(set_outcome)
+    return Answer(member_probs, prediction, job.began - job.arrived, time.perf_counter() - job.began)

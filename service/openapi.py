@@ -103,7 +103,7 @@ def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -
         "type": "array",
         "minItems": 1,
         "maxItems": max_rows,
-        "items": {"type": "string", "contentEncoding": "base64"},
+        "items": {"type": "string", "contentEncoding": "base64", "format": "base64-image"},
     }
     properties["ensemble"] = {
         "description": properties["ensemble"]["description"],

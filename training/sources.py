@@ -6,12 +6,16 @@ import gzip
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from models_store import decoding
+from models_store.errors import DecodeError
+from models_store.manifest import InputSpec
 from training.augment import Augment
 from training.errors import DataError
 
@@ -104,23 +108,16 @@ def image_folder(path: str, size: int) -> Source:
     """Folders of images, one a class. PATH/train with PATH/val and PATH/test; a missing `test` is served by `val`
     (validation then comes off the train split); without PATH/train the classes lie in PATH, and a fifth is the test split.
     """
-    from torchvision import datasets, transforms
+    from torchvision import datasets
 
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"imagefolder:{path} is not a folder.")
-    transform = transforms.Compose(
-        [
-            transforms.Lambda(_as_rgb),
-            transforms.Resize(size, antialias=True),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-        ]
-    )
+    spec = InputSpec(shape=(3, size, size), resize="crop")
 
     def read(folder: Path) -> Any:
         try:
-            return datasets.ImageFolder(str(folder), transform)
+            return datasets.ImageFolder(str(folder), loader=partial(_decoded, spec=spec))
         except (FileNotFoundError, OSError) as error:
             raise DataError(f"imagefolder:{path}: {error}") from None
 
@@ -143,8 +140,12 @@ def image_folder(path: str, size: int) -> Source:
     )
 
 
-def _as_rgb(image: Any) -> Any:
-    return image.convert("RGB")
+def _decoded(path: str, spec: InputSpec) -> torch.Tensor:
+    # By the code that the service decodes with: a network sees in training what it will see in serving.
+    try:
+        return torch.from_numpy(decoding.to_array(decoding.open_image(Path(path).read_bytes()), spec))
+    except DecodeError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def from_user(name: str, made: Any) -> Source:

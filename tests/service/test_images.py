@@ -1,21 +1,37 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from service.errors import BadRequestError, MediaTypeError, TooLargeError
-from service.images import as_images, read_request
+from models_store.manifest import InputSpec
+from service.errors import BadRequestError, TooLargeError
+from service.images import Limits, from_encoded, from_lists, from_npy
 
-SHAPE = (1, 2, 2)
+SPEC = InputSpec(shape=(1, 2, 2))
+LIMITS = Limits(rows=10, bytes=10**6, pixels=10_000)
 good = [[[[0.0, 1.0], [0.5, 0.25]]]]
 
 
+def saved(array, **options):
+    stream = io.BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+def encoded(size=(2, 2), kind="PNG", value=51):
+    stream = io.BytesIO()
+    Image.new("L", size, value).save(stream, kind)
+    return stream.getvalue()
+
+
 def test_lists_become_float32_images():
-    found = as_images(good, SHAPE, 10)
-    assert found.dtype == np.float32
-    assert found.tolist() == good
+    found = from_lists(good, SPEC, LIMITS)
+    assert (found.dtype, found.tolist()) == (np.float32, good)
 
 
 def test_whole_numbers_are_numbers():
-    assert as_images([[[[0, 1], [1, 0]]]], SHAPE, 10).dtype == np.float32
+    assert from_lists([[[[0, 1], [1, 0]]]], SPEC, LIMITS).dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -37,41 +53,92 @@ def test_whole_numbers_are_numbers():
         (["abc"], "no number"),
     ],
 )
-def test_every_other_input_is_refused_with_the_reason(inputs, told):
+def test_every_other_list_is_refused_with_the_reason(inputs, told):
     with pytest.raises(BadRequestError, match=told):
-        as_images(inputs, SHAPE, 10)
+        from_lists(inputs, SPEC, LIMITS)
 
 
-def test_too_many_images_are_refused():
-    with pytest.raises(TooLargeError, match="at most 2"):
-        as_images(good * 3, SHAPE, 2)
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "f2", "f8", "u1", "i8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_every_real_type_and_order_are_read(dtype, order):
+    array = np.asarray(np.array([[[[0, 1], [1, 0]]], [[[1, 1], [0, 0]]]]), dtype=dtype, order=order)
+    found = from_npy(saved(array), SPEC, LIMITS)
+    assert (found.dtype, found.tolist(), found.flags.c_contiguous) == (np.float32, array.tolist(), True)
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_arrays_of_every_file_version_are_read(version):
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.array(good, np.float32), version=version)
+    assert from_npy(stream.getvalue(), SPEC, LIMITS).tolist() == good
+
+
+array = np.array(good, np.float32)
 
 
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b'{"inputs": NaN}', "not JSON"),
-        (b"[1]", "JSON list"),
-        (b"null", "JSON NoneType"),
-        (b"{}", "'inputs'"),
-        (b'{"inputs": [], "extra": 1}', "'extra'"),
-        (b'{"inputs": [], "mode": "random"}', "'mode'"),
-        (b'{"inputs": [], "members": "yes"}', "'members'"),
-        (b'{"inputs": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "not JSON"),
+        (b"", "not an array"),
+        (b"x" * 100, "not an array"),
+        (saved(array)[:30], "not an array"),
+        (saved(array)[:-1], "cut off"),
+        (saved(array) + b"x", "cut off"),
+        (saved(array).replace(b"(1, 1, 2, 2)", b"(9, 9, 9, 9)"), "cut off"),
+        (saved(array).replace(b"(1, 1, 2, 2)", b"(-1,-1,2,2) "), "negative"),
+        (saved(array).replace(b"(1, 1, 2, 2)", b"(10**99,)   "), "not an array"),
+        (saved(array).replace(b"'<f4'", b"'<q9'"), "not an array"),
+        (saved(np.array([{}], object), allow_pickle=True), "Pickled objects are not read"),
+        (saved(array.astype(bool)), "dtype is bool"),
+        (saved(array.astype(complex)), "dtype is complex"),
+        (saved(np.array(["a"])), "dtype is <U1"),
+        (saved(np.zeros(2, [("a", "f4")])), "dtype is"),
+        (saved(np.float32(1)), "shape"),
+        (saved(array[0]), "batch axis"),
+        (saved(array[:0]), "at least one image"),
+        (saved(array * 255), "Divide bytes by 255"),
+        (saved(array * np.nan), r"\[0, 1\]"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b"(" * 100, "longer than any array"),
+        (b"\x93NUMPY\x01\x00\xff\x0f" + b"(" * 4095, "not an array"),
     ],
 )
-def test_bodies_that_are_no_request_are_refused(body, told):
+def test_every_other_array_is_refused_with_the_reason(body, told):
     with pytest.raises(BadRequestError, match=told):
-        read_request("application/json", body)
+        from_npy(body, SPEC, LIMITS)
 
 
-def test_parameters_of_the_media_type_are_ignored():
-    assert read_request("Application/JSON; charset=utf-8", b'{"inputs": [1]}').inputs == [1]
+def test_encoded_images_become_floats():
+    assert from_encoded([encoded(), encoded(kind="JPEG")], "", SPEC, LIMITS) == pytest.approx(
+        np.full((2, 1, 2, 2), 0.2)
+    )
 
 
-@pytest.mark.parametrize("content_type", ["", "text/plain", "application/vnd.bentoml+pickle"])
-def test_other_media_types_are_refused(content_type):
-    with pytest.raises(MediaTypeError):
-        read_request(content_type, b"{}")
+def test_a_bad_file_is_told_by_its_number():
+    with pytest.raises(BadRequestError, match=r"`images\[1\]`: not a readable PNG or JPEG"):
+        from_encoded([encoded(), b"no"], "`images[{}]`", SPEC, LIMITS)
+    with pytest.raises(BadRequestError, match="The body: the image cannot be decoded"):
+        from_encoded([encoded((50, 50))[:60]], "The body", SPEC, LIMITS)
+
+
+def test_no_image_is_refused():
+    with pytest.raises(BadRequestError, match="empty"):
+        from_encoded([], "", SPEC, LIMITS)
+
+
+def test_pixels_are_counted_over_all_images_before_any_is_decoded():
+    with pytest.raises(TooLargeError, match="12000 pixels"):
+        from_encoded([encoded((60, 100))[:60]] * 2, "", SPEC, LIMITS)
+
+
+def test_too_many_images_are_refused_whatever_they_are():
+    few = Limits(rows=2, bytes=10**6, pixels=10_000)
+    for read, what in ((from_lists, good * 3), (from_npy, saved(np.array(good * 3)))):
+        with pytest.raises(TooLargeError, match="at most 2"):
+            read(what, SPEC, few)
+    with pytest.raises(TooLargeError, match="at most 2"):
+        from_encoded([b""] * 3, "", SPEC, few)
+
+
+def test_images_that_would_grow_beyond_the_bytes_are_refused():
+    with pytest.raises(TooLargeError, match="at most 2"):
+        from_encoded([encoded()] * 3, "", SPEC, Limits(rows=10, bytes=32, pixels=10_000))

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, workers_for
 
 
 def test_settings_come_from_the_environment(monkeypatch, tmp_path):
@@ -16,3 +18,19 @@ def test_a_wrong_setting_is_refused(monkeypatch, name, value):
     monkeypatch.setenv(f"MODEPATH_{name}", value)
     with pytest.raises(ValidationError, match=name.lower()):
         Settings()
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (4, 1), (8, 2), (64, 16)])
+def test_workers_and_threads_fit_the_machine(monkeypatch, cores, workers):
+    monkeypatch.setattr("service.settings.available_cores", lambda: cores)
+    assert workers_for(cores) == workers
+    chosen = Settings()
+    assert (chosen.workers, chosen.threads) == (workers, cores // workers)
+    monkeypatch.setenv("MODEPATH_WORKERS", str(2 * cores))
+    assert Settings().threads == 1
+
+
+def test_the_readme_names_every_setting():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    names = {f"MODEPATH_{name.upper()}" for name in Settings.model_fields} - {"MODEPATH_STORE"}
+    assert not {name for name in names if name not in readme}

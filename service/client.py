@@ -1,0 +1,204 @@
+"""A client in Python: numpy in and out, with retries. Needs numpy, httpx and tenacity only (`pip install 'modepath[client]'`).
+
+    with Client("http://127.0.0.1:3000") as client:
+        answer = client.predict(images)                    # (batch, C, H, W), floats in [0, 1]
+        answer.probs, answer.labels, answer.uncertainty["mutual_information"]
+        client.predict([Path("a.png").read_bytes(), …])    # or encoded images
+
+`AsyncClient` is the same with `async with` and `await`. A request that was refused because the service is busy (429, 503),
+or that was lost with its connection, is sent again with growing pauses, and not before the service said to (Retry-After).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import numpy as np
+import tenacity
+from numpy.typing import ArrayLike, NDArray
+
+BUSY = (429, 503)
+Images = ArrayLike | Sequence[bytes]
+
+
+class RefusedError(Exception):
+    """The service answered with an error. `.status` is its HTTP status; the message is the service's own."""
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None):
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.retry_after = retry_after  # seconds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer for a batch."""
+
+    ensemble: str
+    version: int
+    mode: str
+    members_used: int
+    request_id: str
+    labels: NDArray[np.intp]  # (batch,)
+    class_names: list[str]  # (batch,)
+    probs: NDArray[np.float64]  # (batch, classes)
+    confidence: NDArray[np.float64]  # (batch,)
+    uncertainty: dict[str, NDArray[np.float64]]  # each (batch,); entropies in nats
+    members: NDArray[np.float64] | None  # (members, batch, classes), when asked for
+
+
+class Client:
+    """Asks a service."""
+
+    def __init__(self, url: str = "http://127.0.0.1:3000", *, timeout: float = 30, attempts: int = 5):
+        """Connect to nothing yet.
+
+        Args:
+            url: where the service listens.
+            timeout: seconds for one attempt.
+            attempts: how often a request is sent at most.
+        """
+        self._http = httpx.Client(base_url=url, timeout=timeout)
+        self._attempts = attempts
+
+    def predict(
+        self, images: Images, *, ensemble: str | None = None, mode: str | None = None, members: bool = False
+    ) -> Answer:
+        """Classify images: an array (batch, C, H, W) in [0, 1], or the bytes of PNG or JPEG files.
+
+        Raises:
+            RefusedError: the service refused, also after all attempts.
+            httpx.TransportError: it cannot be reached, also after all attempts.
+        """
+        request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None})
+        return _answer(self._send("POST", "/predict", **request))
+
+    def ensembles(self) -> list[dict[str, Any]]:
+        """The ensembles that are served."""
+        return self._send("GET", "/ensembles")["ensembles"]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        def once() -> dict[str, Any]:
+            return _read(self._http.request(method, path, **request))
+
+        return tenacity.Retrying(**_policy(self._attempts))(once)
+
+
+class AsyncClient:
+    """The same for asyncio."""
+
+    def __init__(self, url: str = "http://127.0.0.1:3000", *, timeout: float = 30, attempts: int = 5):
+        """As Client."""
+        self._http = httpx.AsyncClient(base_url=url, timeout=timeout)
+        self._attempts = attempts
+
+    async def predict(
+        self, images: Images, *, ensemble: str | None = None, mode: str | None = None, members: bool = False
+    ) -> Answer:
+        """As Client.predict."""
+        request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None})
+        return _answer(await self._send("POST", "/predict", **request))
+
+    async def ensembles(self) -> list[dict[str, Any]]:
+        """The ensembles that are served."""
+        return (await self._send("GET", "/ensembles"))["ensembles"]
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _send(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        async def once() -> dict[str, Any]:
+            return _read(await self._http.request(method, path, **request))
+
+        return await tenacity.AsyncRetrying(**_policy(self._attempts))(once)
+
+
+def _request(images: Images, options: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(images, Sequence) and images and all(isinstance(image, bytes) for image in images):
+        encoded = [base64.b64encode(image).decode() for image in images]  # pyright: ignore[reportArgumentType]
+        return {"json": {"images": encoded, **given}}
+    array = io.BytesIO()
+    np.save(array, np.asarray(images, np.float32), allow_pickle=False)
+    return {"content": array.getvalue(), "headers": {"Content-Type": "application/x-npy"}, "params": given}
+
+
+def _read(response: httpx.Response) -> dict[str, Any]:
+    if response.is_success:
+        return response.json()
+    try:
+        message = response.json()["error"]
+    except (ValueError, KeyError, TypeError):  # somebody between us and the service answered
+        message = response.text[:200]
+    after = response.headers.get("Retry-After", "")
+    raise RefusedError(response.status_code, message, float(after) if after.isdecimal() else None)
+
+
+def _answer(body: dict[str, Any]) -> Answer:
+    rows = body["predictions"]
+    members = None
+    if "members" in rows[0]:
+        members = np.array([row["members"] for row in rows]).transpose(1, 0, 2)
+    return Answer(
+        ensemble=body["ensemble"],
+        version=body["version"],
+        mode=body["mode"],
+        members_used=body["members_used"],
+        request_id=body["request_id"],
+        labels=np.array([row["label"] for row in rows]),
+        class_names=[row["class_name"] for row in rows],
+        probs=np.array([row["probs"] for row in rows]),
+        confidence=np.array([row["confidence"] for row in rows]),
+        uncertainty={
+            measure: np.array([row["uncertainty"][measure] for row in rows]) for measure in rows[0]["uncertainty"]
+        },
+        members=members,
+    )
+
+
+def _policy(attempts: int) -> dict[str, Any]:
+    backoff = tenacity.wait_random_exponential(multiplier=0.1, max=5)
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.retry_after if isinstance(error, RefusedError) and error.retry_after else 0.0
+        return asked + backoff(state)
+
+    return {
+        "retry": tenacity.retry_if_exception(_passing),
+        "stop": tenacity.stop_after_attempt(attempts),
+        "wait": wait,
+        "reraise": True,
+    }
+
+
+def _passing(error: BaseException) -> bool:
+    # Asking twice does no harm: a prediction changes nothing.
+    return isinstance(error, httpx.TransportError) or (isinstance(error, RefusedError) and error.status in BUSY)

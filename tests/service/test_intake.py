@@ -1,0 +1,103 @@
+import asyncio
+
+import pytest
+from starlette.requests import Request
+
+from service.errors import BadRequestError, BusyError, SlowBodyError, TooLargeError
+from service.intake import Intake
+
+
+def request(*messages, headers=()):
+    waiting = list(messages)
+
+    async def receive():
+        if not waiting:
+            await asyncio.Event().wait()
+        return waiting.pop(0)
+
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": list(headers)}, receive)
+
+
+def part(body, more=False):
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def read(intake, asked):
+    async def go():
+        async with intake.body(asked) as body:
+            return body, intake.held
+
+    return asyncio.run(go())
+
+
+def test_parts_are_joined_and_held_while_they_are_worked_on():
+    intake = Intake(100, 100, 1)
+    assert read(intake, request(part(b"ab", True), part(b""  , True), part(b"c"))) == (b"abc", 3)  # fmt: skip
+    assert intake.held == 0
+
+
+def test_no_body_is_an_empty_one():
+    assert read(Intake(100, 100, 1), request(part(b""))) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda: request(part(b"x" * 11)),
+        lambda: request(part(b"x" * 6, True), part(b"x" * 6)),
+        lambda: request(part(b"x"), headers=[(b"content-length", b"11")]),
+        lambda: request(part(b"x"), headers=[(b"content-length", b"9" * 5000)]),
+        lambda: request(part(b"x" * 11), headers=[(b"content-length", b"2")]),
+    ],
+)
+def test_a_body_over_the_limit_is_refused_whatever_it_announces(asked):
+    intake = Intake(10, 100, 1)
+    with pytest.raises(TooLargeError, match="10 bytes"):
+        read(intake, asked())
+    assert intake.held == 0
+
+
+def test_what_is_still_coming_is_read_before_the_answer():
+    asked = request(part(b"x" * 11, True), part(b"x", True), part(b"x"))
+    with pytest.raises(TooLargeError):
+        read(Intake(10, 100, 1), asked)
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(asked.receive(), 0.05))  # nothing is left
+
+
+def test_all_bodies_together_are_bounded():
+    intake = Intake(10, 15, 1)
+
+    async def go():
+        async with intake.body(request(part(b"x" * 10))):
+            with pytest.raises(BusyError):
+                async with intake.body(request(part(b"x" * 10))):
+                    raise AssertionError
+            async with intake.body(request(part(b"x" * 5))):
+                pass
+
+    asyncio.run(go())
+    assert intake.held == 0
+
+
+def test_a_body_that_stops_coming_is_given_up():
+    with pytest.raises(SlowBodyError, match="0.05 s"):
+        read(Intake(10, 100, 0.05), request(part(b"x", True)))
+
+
+def test_a_slow_body_that_goes_on_coming_is_waited_for():
+    parts = [part(b"x", True)] * 4 + [part(b"x")]
+
+    async def receive():
+        await asyncio.sleep(0.05)
+        return parts.pop(0)
+
+    slow = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
+    assert read(Intake(10, 100, 0.15), slow)[0] == b"xxxxx"
+
+
+def test_a_client_that_goes_away_leaves_nothing_held():
+    intake = Intake(10, 100, 1)
+    with pytest.raises(BadRequestError, match="went away"):
+        read(intake, request(part(b"x", True), {"type": "http.disconnect"}))
+    assert intake.held == 0
