@@ -1,9 +1,12 @@
 """Every bad input that the service must refuse with 4xx: (what, expected status, the bytes of a whole HTTP request)."""
 
 import base64
+import contextlib
+import http.client
 import io
 import json
 import pickle
+import socket
 import struct
 import zlib
 from typing import NamedTuple
@@ -22,7 +25,7 @@ class Bad(NamedTuple):
     stall: bool = False  # the rest never comes: the service has to give up by itself
 
 
-def http(path, body=b"", content_type=None, method="POST", headers=()):
+def message(path, body=b"", content_type=None, method="POST", headers=()):
     lines = [f"{method} {path} HTTP/1.1", "Host: test", "Connection: close", *headers]
     lines += [f"Content-Type: {content_type}"] if content_type else []
     if not any(header.lower().startswith(("content-length", "transfer-encoding")) for header in headers):
@@ -32,13 +35,13 @@ def http(path, body=b"", content_type=None, method="POST", headers=()):
 
 def of_json(record, status=400, **options):
     body = record if isinstance(record, bytes) else json.dumps(record).encode()
-    return status, http("/predict", body, "application/json", **options)
+    return status, message("/predict", body, "application/json", **options)
 
 
 def of_npy(array, status=400, pickled=False):
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=pickled)
-    return status, http("/predict", stream.getvalue(), "application/x-npy")
+    return status, message("/predict", stream.getvalue(), "application/x-npy")
 
 
 def png(width, height, data=None):
@@ -57,13 +60,13 @@ def picture(kind="PNG", size=SHAPE[:0:-1]):
 
 
 def encoded(body, status=400, media_type="image/png", query=""):
-    return status, http(f"/predict{query}", body, media_type)
+    return status, message(f"/predict{query}", body, media_type)
 
 
 def chunked(body, size=2**16):
     parts = [body[i : i + size] for i in range(0, len(body), size)]
     coded = b"".join(f"{len(part):x}\r\n".encode() + part + b"\r\n" for part in parts) + b"0\r\n\r\n"
-    return http("/predict", coded, "application/json", headers=["Transfer-Encoding: chunked"])
+    return message("/predict", coded, "application/json", headers=["Transfer-Encoding: chunked"])
 
 
 def requests(*, body_limit, rows_limit, elsewhere):
@@ -108,7 +111,7 @@ def requests(*, body_limit, rows_limit, elsewhere):
         "path traversal in a name": of_json({"inputs": [image], "ensemble": "../../etc/passwd"}, 404),
         "NUL in a name": of_json({"inputs": [image], "ensemble": "a\0b"}, 404),
         "a very long name": of_json({"inputs": [image], "ensemble": "a" * 100_000}),
-        "path traversal in an address": (404, http("/ensembles/..%2F..%2Fetc%2Fpasswd", method="GET")),
+        "path traversal in an address": (404, message("/ensembles/..%2F..%2Fetc%2Fpasswd", method="GET")),
         "path traversal in a query": encoded(picture(), 404, query="?ensemble=" + quote("../secret")),
         "address as image": of_json({"images": [elsewhere]}),
         "address as inputs": of_json({"inputs": elsewhere}),
@@ -126,14 +129,14 @@ def requests(*, body_limit, rows_limit, elsewhere):
         "npy of too many rows": of_npy(np.repeat(good, rows_limit + 1, axis=0), 413),
         "npy that claims more": (
             400,
-            http(
+            message(
                 "/predict",
                 b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 1), }".ljust(118),
                 "application/x-npy",
             ),
         ),
-        "npz": (400, http("/predict", b"PK\x03\x04" + bytes(100), "application/x-npy")),
-        "bare pickle as npy": (400, http("/predict", pickle.dumps([1]), "application/x-npy")),
+        "npz": (400, message("/predict", b"PK\x03\x04" + bytes(100), "application/x-npy")),
+        "bare pickle as npy": (400, message("/predict", pickle.dumps([1]), "application/x-npy")),
         "truncated PNG": encoded(picture(size=(64, 64))[:-40]),
         "truncated JPEG": encoded(picture("JPEG", (64, 64))[:300], media_type="image/jpeg"),
         "PNG of another size": encoded(picture(size=(9, 9))),
@@ -146,36 +149,36 @@ def requests(*, body_limit, rows_limit, elsewhere):
         "GIF": encoded(picture("GIF")),
         "empty PNG": encoded(b""),
         "unknown query": encoded(picture(), query="?top_k=5"),
-        "query beside JSON": (400, http("/predict?members=true", json.dumps({"inputs": [image]}).encode(), "application/json")),
+        "query beside JSON": (400, message("/predict?members=true", json.dumps({"inputs": [image]}).encode(), "application/json")),
         "query twice": encoded(picture(), query="?members=true&members=true"),
-        "unknown media type": (415, http("/predict", b"x", "text/plain")),
-        "no media type": (415, http("/predict", b"x")),
+        "unknown media type": (415, message("/predict", b"x", "text/plain")),
+        "no media type": (415, message("/predict", b"x")),
         "BentoML pickle": (
             415,
-            http("/predict", pickle.dumps({"inputs": good}), "application/vnd.bentoml+pickle", headers=["Payload-Container: NdarrayContainer"]),
+            message("/predict", pickle.dumps({"inputs": good}), "application/vnd.bentoml+pickle", headers=["Payload-Container: NdarrayContainer"]),
         ),
-        "form": (415, http("/predict", b"inputs=1", "application/x-www-form-urlencoded")),
-        "multipart": (415, http("/predict", b"--x--", "multipart/form-data; boundary=x")),
+        "form": (415, message("/predict", b"inputs=1", "application/x-www-form-urlencoded")),
+        "multipart": (415, message("/predict", b"--x--", "multipart/form-data; boundary=x")),
         "body over the limit": of_json(large, 413),
         "chunked body over the limit": (413, chunked(large)),
         "Content-Length over the limit, little sent": (
             413,
-            http("/predict", b"{}", "application/json", headers=[f"Content-Length: {body_limit + 1}"]),
+            message("/predict", b"{}", "application/json", headers=[f"Content-Length: {body_limit + 1}"]),
         ),
         "Content-Length too small": (
             400,
-            http("/predict", json.dumps({"inputs": [image]}).encode(), "application/json", headers=["Content-Length: 7"]),
+            message("/predict", json.dumps({"inputs": [image]}).encode(), "application/json", headers=["Content-Length: 7"]),
         ),
         "no Content-Length": (
             400,
-            http("/predict", b"", "application/json", headers=["Transfer-Encoding: chunked"]) + b"0\r\n\r\n",
+            message("/predict", b"", "application/json", headers=["Transfer-Encoding: chunked"]) + b"0\r\n\r\n",
         ),
-        "wrong method": (405, http("/predict", method="GET")),
-        "wrong method on a list": (405, http("/ensembles", method="DELETE")),
-        "unknown address": (404, http("/admin", method="GET")),
-        "an address of BentoML's": (404, http("/schema.json", method="GET")),
+        "wrong method": (405, message("/predict", method="GET")),
+        "wrong method on a list": (405, message("/ensembles", method="DELETE")),
+        "unknown address": (404, message("/admin", method="GET")),
+        "an address of BentoML's": (404, message("/schema.json", method="GET")),
     }  # fmt: skip
-    stalled = http("/predict", b'{"inputs"', "application/json", headers=["Content-Length: 1000"])
+    stalled = message("/predict", b'{"inputs"', "application/json", headers=["Content-Length: 1000"])
     return [
         *(Bad(what, status, request) for what, (status, request) in found.items()),
         Bad("Content-Length too large", 408, stalled, stall=True),
@@ -184,14 +187,10 @@ def requests(*, body_limit, rows_limit, elsewhere):
 
 def answer(address, request, timeout=30):
     """Send the bytes, and read the answer: (status, its JSON)."""
-    import http.client
-    import socket
-
     with socket.create_connection(address, timeout) as connection:
-        try:
+        # Refused before all of it was sent: the answer may be there.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(request)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # refused before all of it was sent; the answer may be there
         response = http.client.HTTPResponse(connection)
         response.begin()
         return response.status, json.loads(response.read())

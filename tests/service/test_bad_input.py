@@ -82,7 +82,8 @@ def test_what_schemathesis_makes_of_the_description_is_answered_as_described(sto
     report = tmp_path / "report.json"
     done = subprocess.run(
         [
-            Path(sys.executable).parent / "schemathesis", "run", server.url + "/docs.json", "--checks", "all",
+            Path(sys.executable).parent / "schemathesis", "--config-file",
+            ROOT / "tests/service/schemathesis.toml", "run", server.url + "/docs.json", "--checks", "all",
             "--max-examples", os.environ.get("SCHEMATHESIS_EXAMPLES", "50"), "--seed", "1", "--continue-on-failure",
             "--no-color", "--report-json-path", report,
         ],

@@ -202,7 +202,7 @@ def test_whoever_could_not_be_answered_in_time_is_told_at_once(batcher):
         ensemble.gate.clear()
         accepted = asyncio.ensure_future(made.run(ensemble, rows(*[0.1] * 10)))
         await until(lambda: made._rows == 10)
-        with pytest.raises(QueueFullError, match="about 3.0 s") as refused:
+        with pytest.raises(QueueFullError, match=r"about 3\.0 s") as refused:
             await made.run(ensemble, rows(0.1))
         assert refused.value.retry_after == 3
         ensemble.gate.set()

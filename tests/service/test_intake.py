@@ -81,7 +81,7 @@ def test_all_bodies_together_are_bounded():
 
 
 def test_a_body_that_stops_coming_is_given_up():
-    with pytest.raises(SlowBodyError, match="0.05 s"):
+    with pytest.raises(SlowBodyError, match=r"0\.05 s"):
         read(Intake(10, 100, 0.05), request(part(b"x", True)))
 
 
