@@ -39,6 +39,7 @@ from service.settings import settings
 
 T = TypeVar("T")
 INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
+LOADING_SECONDS = 20
 INLINE_NUMBERS = 4096  # the same for what is written
 
 log = logging.getLogger("bentoml.modepath")
@@ -243,8 +244,10 @@ class Modepath:
     def __init__(self) -> None:
         global _running
         _running = Worker()
-        # In the background: the sockets already listen, and /readyz can say why it is not ready.
         _running.ensembles.follow(settings().poll_seconds)
+        # A worker that takes no connections yet leaves them to those that can answer. One that loads for very long
+        # begins all the same, or whoever watches over it would take it for dead; then /readyz says why it is not ready.
+        _running.ensembles.wait(LOADING_SECONDS)
 
     @bentoml.on_deployment
     def prepare() -> None:  # pyright: ignore[reportSelfClsParameterName] - the decorator makes it static

@@ -46,7 +46,7 @@ class Ensembles:
         self._loaded: dict[str, EnsembleSession] = {}
         self._latest: str | None = None
         self._refused: dict[str, str] = {}
-        self._looked = False
+        self._looked = threading.Event()
         self._stop = threading.Event()
 
     def refresh(self) -> None:
@@ -70,11 +70,15 @@ class Ensembles:
                 loaded[name] = current
         self._latest = max((n for n in loaded if n in activated), key=lambda n: activated[n], default=None)
         self._loaded = loaded
-        self._looked = True
+        self._looked.set()
 
     def follow(self, seconds: float) -> None:
         """Refresh in the background, at once and then every so often, until `close`."""
         threading.Thread(target=self._follow, args=(seconds,), name="activations", daemon=True).start()
+
+    def wait(self, seconds: float) -> None:
+        """Until the first look is over, whatever it found, but no longer than that."""
+        self._looked.wait(seconds)
 
     def close(self) -> None:
         """Stop following."""
@@ -82,7 +86,7 @@ class Ensembles:
 
     def why_not_ready(self) -> str | None:
         """None when a request could be answered now."""
-        if not self._looked:
+        if not self._looked.is_set():
             return "The ensembles are being loaded; ask again in a moment."
         if not self._loaded:
             if self._refused:
@@ -103,7 +107,7 @@ class Ensembles:
             if (why := self.why_not_ready()) is not None:
                 raise NotReadyError(why)
             name = self.default_name
-        elif not self._looked:
+        elif not self._looked.is_set():
             raise NotReadyError("The ensembles are being loaded; ask again in a moment.")
         found = self._loaded.get(name or "")
         if found is None:
