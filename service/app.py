@@ -36,6 +36,7 @@ from service.images import Images, Limits
 from service.intake import Intake
 from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, Status, describe, respond
 from service.settings import settings
+from service.supervision import replace_dead_workers
 
 T = TypeVar("T")
 INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
@@ -253,6 +254,7 @@ class Modepath:
     def prepare() -> None:  # pyright: ignore[reportSelfClsParameterName] - the decorator makes it static
         """Once, in the process that starts the workers."""
         metrics.prepare()
+        replace_dead_workers()
         if (port := settings().metrics_port) is not None:
             metrics.listen(settings().metrics_host, port)
 

@@ -5,7 +5,8 @@
     curl -s localhost:3200/predict -H 'Content-Type: application/x-npy' --data-binary @image.npy
 
 One image (1, C, H, W) a request, as LitServe's batching wants it; answers the mean of the members' softmax, {"output": [0.1, …]}.
-MAX_BATCH_SIZE and BATCH_TIMEOUT (seconds) default to the values in the documentation of `litserve.LitAPI`. Uses nothing of ours.
+MAX_BATCH_SIZE and BATCH_TIMEOUT (seconds) default to the values in the documentation of `litserve.LitAPI`, WORKERS to LitServe's
+own default, 1. Uses nothing of ours.
 """
 # No `from __future__ import annotations`: LitServe hands the annotation of decode_request to FastAPI as it stands.
 
@@ -51,5 +52,6 @@ class Ensemble(litserve.LitAPI):
 
 if __name__ == "__main__":
     size, seconds = int(os.environ.get("MAX_BATCH_SIZE", "8")), float(os.environ.get("BATCH_TIMEOUT", "0.1"))
-    server = litserve.LitServer(Ensemble(max_batch_size=size, batch_timeout=seconds), accelerator="cpu")
+    api = Ensemble(max_batch_size=size, batch_timeout=seconds)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(os.environ.get("WORKERS", "1")))
     server.run(host="127.0.0.1", port=int(os.environ["PORT"]), generate_client_file=False)

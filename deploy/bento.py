@@ -1,0 +1,107 @@
+"""Build a bento that serves one published ensemble, with its code and its pinned requirements: `make bento NAME=…`.
+
+    python -m deploy.bento NAME[@VERSION] [--out dist]
+
+Leaves the bento `modepath:NAME-VERSION` in BentoML's store (for `bentoml containerize`, `bentoml push`) and unpacked in OUT, where
+`bentoml serve OUT/…` needs neither this checkout nor torch. Requirements are pinned to the versions that are installed now: those
+that the tests have run with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import shutil
+import sys
+import tarfile
+import tempfile
+import tomllib
+from pathlib import Path
+
+import bentoml
+import bentoml.exceptions
+from packaging.requirements import Requirement
+
+from models_store.errors import StoreError
+from models_store.store import Store, Version
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("service", "models_store")
+DESCRIPTION = """\
+`{name}`, an ensemble of {members} members. `bentoml serve` this folder, then:
+
+    POST /predict     images as JSON, application/x-npy, image/png or image/jpeg -> averaged probabilities and how uncertain they are
+    GET /docs.json    the whole interface      GET /metrics    for Prometheus      GET /readyz    is it ready
+
+Settings are environment variables `MODEPATH_…`, such as `MODEPATH_HOST=0.0.0.0` and `MODEPATH_WORKERS`.
+"""
+
+
+def main() -> int:
+    """Build, and say where it lies."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("name", metavar="NAME[@VERSION]")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where the unpacked bento goes (default: dist)")
+    args = parser.parse_args()
+    try:
+        store = Store()
+        version = store.resolve(args.name)
+        store.verify(version)
+    except StoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    tag = f"modepath:{version.manifest.name}-{version.manifest.version}".lower()
+    unpacked: Path = args.out / tag.replace(":", "-")
+    if unpacked.exists():
+        print(f"error: {unpacked} exists already; give another --out, or remove it.", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        context = Path(folder)
+        copy_sources(context, version)
+        with contextlib.suppress(bentoml.exceptions.NotFound):
+            bentoml.delete(tag)  # a published version never changes, but the code may have
+        bento = bentoml.build(
+            "service.app:Modepath",
+            version=tag.partition(":")[2],
+            include=["**"],
+            description=DESCRIPTION.format(name=version.name, members=len(version.manifest.members)),
+            python={"packages": pinned_requirements(), "lock_packages": False},
+            build_ctx=str(context),
+        )
+        archive = context / "packed.tar"
+        bentoml.export_bento(bento.tag, str(archive), output_format="tar")
+        with tarfile.open(archive) as packed:
+            packed.extractall(unpacked, filter="data")
+    print(f"{bento.tag} is in BentoML's store, and unpacked in {unpacked}. To serve it anywhere:")
+    print(f"  pip install -r {unpacked}/env/python/requirements.txt && bentoml serve {unpacked}")
+    return 0
+
+
+def copy_sources(context: Path, version: Version) -> None:
+    """The rooms that serving needs, and a store of the one version in its default place."""
+    for room in ROOMS:
+        ignored = shutil.ignore_patterns("ensembles", "__pycache__")
+        shutil.copytree(ROOT / room, context / room, ignore=ignored)
+    ensemble = context / "models_store" / "ensembles" / version.manifest.name
+    shutil.copytree(version.folder, ensemble / str(version.manifest.version))
+    (ensemble / "active").write_text(f"{version.manifest.version}\n")
+
+
+def pinned_requirements() -> list[str]:
+    """What the service needs, each at the version installed here where it is installed here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [_pinned(Requirement(r)) for r in (*project["dependencies"], *project["optional-dependencies"]["service"])]
+
+
+def _pinned(requirement: Requirement) -> str:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:  # for other platforms
+        return str(requirement)
+    marker = f"; {requirement.marker}" if requirement.marker else ""
+    return f"{requirement.name}=={version}{marker}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
