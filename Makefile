@@ -5,7 +5,7 @@ PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install --quiet
 export BENTOML_DO_NOT_TRACK = True
 
-.PHONY: help serve test test-service lint format clean
+.PHONY: help serve bento test test-service lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -15,11 +15,14 @@ serve: $(VENV)/.installed  ## install, train the default ensemble if there is no
 		--epochs 80 --batch-size 64 --name digits-fge
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" exec $(VENV)/bin/bentoml serve
 
+bento: $(VENV)/.installed  ## NAME=…: the service with one published ensemble, to be served anywhere
+	@$(PY) -m deploy.bento $(if $(NAME),$(NAME),$(error make bento NAME=…: which ensemble? python -m models_store list))
+
 test: $(VENV)/.installed-dev test-service  ## everything that must hold
 	$(PY) -m pytest
 
 test-service: $(VENV)-service/.installed  ## the service and the store where torch is not installed
-	$(VENV)-service/bin/python -m pytest tests/service tests/models_store
+	$(VENV)-service/bin/python -m pytest tests/service tests/models_store tests/deploy
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(VENV)/bin/ruff check .

@@ -1,9 +1,9 @@
 """Rows of many requests run together, fairly, and only as many wait as can be answered in time.
 
-What arrives while a batch runs is the next batch, so nobody waits for a batch to fill. The members of a batch are
-spread over the worker's threads, and a thread that finds none left begins with the next batch: no core waits for
-another. Requests take turns: a large one runs in pieces, and small ones pass between them. How many rows make a batch
-follows from how long a row of that ensemble takes.
+Nobody waits for a batch to fill: a batch is half of the rows that are there, so that while one half runs, the answers
+to the other are written and its next questions read. The parts of a batch are spread over the worker's threads, and a
+thread that finds none left begins with the next batch: no core waits for another. Requests take turns: a large one runs
+in pieces, and small ones pass between them. How many rows a batch may have follows from how long a row takes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ log = logging.getLogger("bentoml.modepath")
 SMOOTHING = 0.2  # weight of the newest batch in the mean time of a row
 
 
-class Member(Protocol):
-    """One network: models_store.runtime.MemberSession."""
+class Part(Protocol):
+    """Members that one thread runs together: models_store.runtime.Part."""
 
     def logits(self, images: Images) -> NDArray[np.float32]:
-        """(batch, C, H, W) -> (batch, classes)."""
+        """(batch, C, H, W) -> (these members, batch, classes)."""
         ...
 
 
@@ -41,8 +41,12 @@ class Session(Protocol):
     """What is run: models_store.runtime.EnsembleSession."""
 
     @property
-    def members(self) -> Sequence[Member]:
-        """The networks."""
+    def parts(self) -> Sequence[Part]:
+        """All members."""
+        ...
+
+    def joined(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """What the parts answered, as (members, batch, classes)."""
         ...
 
     def probs(self, logits: NDArray[np.float32]) -> Floats:
@@ -115,15 +119,15 @@ class _Piece:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Pieces of one ensemble that run together, and how far its members are."""
+    """Pieces of one ensemble that run together, and how far its parts are."""
 
     session: Session
     pieces: list[_Piece]
     images: Images
-    logits: list[NDArray[np.float32]]
+    logits: list[NDArray[np.float32]]  # of each part
     begun: int = 0
     ended: int = 0
-    seconds: float = 0.0  # of all members
+    seconds: float = 0.0  # of all parts
     error: Exception | None = None
 
 
@@ -136,7 +140,8 @@ class Batcher:
         # Guards all that follows.
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
-        self._open: _Batch | None = None  # has members that nobody has begun
+        self._open: _Batch | None = None  # has parts that nobody has begun
+        self._running = 0  # rows in batches
         self._rows = 0
         self._bytes = 0
         self._row_seconds: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
@@ -166,8 +171,8 @@ class Batcher:
                 rows = self._batch_rows(session) if session in self._row_seconds else 1
             images = np.repeat(image, rows, axis=0)
             began = time.perf_counter()
-            for member in session.members:
-                member.logits(images)
+            for part in session.parts:
+                part.logits(images)
             with self._changed:
                 self._learn(session, (time.perf_counter() - began) / rows)
 
@@ -201,18 +206,20 @@ class Batcher:
     def _run(self, batch: _Batch, number: int) -> None:
         began = time.perf_counter()
         try:
-            batch.logits[number] = batch.session.members[number].logits(batch.images)
+            batch.logits[number] = batch.session.parts[number].logits(batch.images)
         except Exception as error:
             batch.error = error
         with self._changed:
             batch.seconds += time.perf_counter() - began
             batch.ended += 1
             ended = batch.ended == len(batch.logits)
+            if ended:
+                self._running -= len(batch.images)
         if ended:
             self._finish(batch)
 
     def _next(self) -> tuple[_Batch, int] | None:
-        """A member of a batch that nobody has begun."""
+        """A part of a batch that nobody has begun."""
         with self._changed:
             while not self._closed:
                 if self._open is None:
@@ -233,6 +240,7 @@ class Batcher:
         passed: list[_Job] = []
         unfinished: list[_Job] = []
         room = 0
+        half = (sum(len(job.images) - job.taken for job in self._waiting) + self._running + 1) // 2
         while self._waiting and (not pieces or room):
             job = self._waiting.popleft()
             if not job.taken and now - job.arrived > self._limits.seconds:
@@ -240,7 +248,7 @@ class Batcher:
                 job.tell(QueueTimeError(f"It waited for {self._limits.seconds:g} s: too much to do. Try again later."))
                 continue
             if not pieces:
-                room = self._batch_rows(job.session)
+                room = min(self._batch_rows(job.session), half)
             elif job.session is not pieces[0].job.session:
                 passed.append(job)
                 continue
@@ -258,13 +266,14 @@ class Batcher:
             return None
         session = pieces[0].job.session
         images = pieces[0].images if len(pieces) == 1 else np.concatenate([piece.images for piece in pieces])
-        return _Batch(session, pieces, images, [images] * len(session.members))
+        self._running += len(images)
+        return _Batch(session, pieces, images, [images] * len(session.parts))
 
     def _finish(self, batch: _Batch) -> None:
         try:
             if batch.error is not None:
                 raise batch.error
-            self._deliver(batch.session, batch.pieces, np.stack(batch.logits))
+            self._deliver(batch.session, batch.pieces, batch.session.joined(batch.logits))
             with self._changed:
                 at_once = min(self._threads, len(batch.logits))
                 self._learn(batch.session, batch.seconds / at_once / len(batch.images))
@@ -274,7 +283,7 @@ class Batcher:
                 return
             for piece in batch.pieces:  # one of them must not cost the others their answers
                 try:
-                    logits = np.stack([member.logits(piece.images) for member in batch.session.members])
+                    logits = batch.session.joined([part.logits(piece.images) for part in batch.session.parts])
                     self._deliver(batch.session, [piece], logits)
                 except Exception as its_own:
                     self._fail(piece.job, its_own)

@@ -6,7 +6,7 @@ import contextlib
 import signal
 from typing import Any
 
-from circus.exc import ConflictError  # BentoML's own dependency
+from circus.exc import ConflictError  # pyright: ignore[reportMissingTypeStubs] - BentoML's own dependency
 
 DELAY_SECONDS = 0.5  # so that a worker that cannot start is not started in a frenzy
 

@@ -20,20 +20,24 @@ def store(tmp_path):
 
 
 class Server:
-    """A real `bentoml serve` of a store."""
+    """A real `bentoml serve` of a store, or of an unpacked bento with its own."""
 
-    def __init__(self, store, folder, **environment):
+    def __init__(self, store, folder, bento=None, **environment):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"serve-{port}.log"
+        inherited = {name: value for name, value in os.environ.items() if name != "MODELS_STORE"}
+        if store is not None:
+            inherited["MODELS_STORE"] = str(store.root)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [Path(sys.executable).parent / "bentoml", "serve"], cwd=ROOT, start_new_session=True,
+                [Path(sys.executable).parent / "bentoml", "serve", *([bento] if bento else [])],
+                cwd=folder if bento else ROOT, start_new_session=True,
                 stdout=log, stderr=subprocess.STDOUT,
                 env={
-                    **os.environ, "MODELS_STORE": str(store.root), "MODEPATH_PORT": str(port), "MODEPATH_POLL_SECONDS": "0.2",
+                    **inherited, "MODEPATH_PORT": str(port), "MODEPATH_POLL_SECONDS": "0.2",
                     "BENTOML_HOME": str(folder / f"bentoml-{port}"), **environment,
                 },
             )  # fmt: skip

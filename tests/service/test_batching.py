@@ -14,8 +14,8 @@ from service.errors import BrokenEnsembleError, QueueFullError, QueueTimeError
 LIMITS = QueueLimits(batch_rows=8, batch_seconds=10, rows=100, bytes=10**9, seconds=10)
 
 
-class Member:
-    """Logits that tell the image and the member; may wait, count, and fail."""
+class Part:
+    """One member. Logits that tell the image and the member; may wait, count, and fail."""
 
     def __init__(self, number, ensemble):
         self.number, self.ensemble = number, ensemble
@@ -27,7 +27,8 @@ class Member:
             raise RuntimeError("a bad row")
         if self.number == 0:
             self.ensemble.sizes.append(len(images))
-        return np.stack([value, value * 2 + self.number, np.where(value == 0.25, np.nan, 0)], axis=1).astype(np.float32)
+        logits = np.stack([value, value * 2 + self.number, np.where(value == 0.25, np.nan, 0)], axis=1)
+        return logits[None].astype(np.float32)
 
 
 class Ensemble:
@@ -35,17 +36,20 @@ class Ensemble:
         self.gate = threading.Event()
         self.gate.set()
         self.sizes = []
-        self.members = [Member(number, self) for number in range(members)]
+        self.parts = [Part(number, self) for number in range(members)]
+
+    def joined(self, logits):
+        return np.concatenate(logits)
 
     def probs(self, logits):
         return softmax(logits)
 
     def combine(self, member_probs):
-        return combine(member_probs, np.full(len(self.members), 1 / len(self.members)))
+        return combine(member_probs, np.full(len(self.parts), 1 / len(self.parts)))
 
     def expected(self, images):
         with np.errstate(all="ignore"):
-            return softmax(np.stack([member.logits(images) for member in self.members]))
+            return softmax(self.joined([part.logits(images) for part in self.parts]))
 
 
 def rows(*values):
@@ -92,20 +96,21 @@ def test_everyone_gets_the_answers_to_their_own_rows(batcher, threads):
     assert made._rows == made._bytes == 0
 
 
-def test_what_waits_becomes_one_batch_up_to_its_bound(batcher):
+@pytest.mark.parametrize(("waiting", "expected"), [(10, [1, 5, 3, 1, 1]), (20, [1, 8, 6, 3, 2, 1])])
+def test_a_batch_is_half_of_what_waits_up_to_its_bound(batcher, waiting, expected):
     ensemble, made = Ensemble(1), batcher(threads=1)
 
     async def go():
         ensemble.gate.clear()
         first = asyncio.ensure_future(made.run(ensemble, rows(0.1)))
         await until(lambda: not made._waiting and made._rows == 1)
-        others = [asyncio.ensure_future(made.run(ensemble, rows(0.1))) for _ in range(10)]
-        await until(lambda: len(made._waiting) == 10)
+        others = [asyncio.ensure_future(made.run(ensemble, rows(0.1))) for _ in range(waiting)]
+        await until(lambda: len(made._waiting) == waiting)
         ensemble.gate.set()
         await asyncio.gather(first, *others)
 
     asyncio.run(go())
-    assert ensemble.sizes == [1, 8, 2]
+    assert ensemble.sizes == expected
 
 
 def test_ensembles_are_not_mixed(batcher):
