@@ -80,7 +80,7 @@ def main() -> None:
         RESULT.write_text(report)
 
 
-def publish(root: Path, count: int) -> Path:
+def publish(root: Path, count: int, seed: int = 0) -> Path:
     """An ensemble of preresnet8 with random weights; the folder of its members."""
     import torch
 
@@ -95,7 +95,7 @@ def publish(root: Path, count: int) -> Path:
         (staged / "members").mkdir()
         members = []
         for index in range(count):
-            torch.manual_seed(index)
+            torch.manual_seed(seed + index)
             network = Normalised(build("preresnet8", CLASSES, SHAPE, {}), (0.286,), (0.353,))
             model, _ = exporter.export(network, images, torch.device("cpu"))
             (staged / f"members/{index:03d}.onnx").write_bytes(model)
@@ -137,9 +137,10 @@ def peers_python() -> Path:
     return python
 
 
-def write_bodies(folder: Path) -> dict[str, tuple[Path, np.ndarray]]:
+def write_bodies(folder: Path, image: np.ndarray | None = None) -> dict[str, tuple[Path, np.ndarray]]:
     """The body of each form, a script that has wrk send it, and the image."""
-    image = np.random.default_rng(0).integers(0, 256, (1, *SHAPE)).astype(np.float32) / np.float32(255)
+    if image is None:
+        image = np.random.default_rng(0).integers(0, 256, (1, *SHAPE)).astype(np.float32) / np.float32(255)
     array = io.BytesIO()
     np.save(array, image)
     # Six digits are what a client sends who knows what a float32 holds.

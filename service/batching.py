@@ -89,6 +89,7 @@ class _Job:
     arrived: float = field(default_factory=time.perf_counter)
     began: float = 0.0
     taken: int = 0
+    left: bool = False
     parts: dict[int, tuple[Floats, Prediction]] = field(default_factory=lambda: {})  # by first row
 
     def tell(self, outcome: Answer | ServiceError) -> None:
@@ -141,8 +142,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._open: _Batch | None = None  # has parts that nobody has begun
-        self._running = 0  # rows in batches
-        self._rows = 0
+        self._rows = 0  # of all requests that are not answered yet
         self._bytes = 0
         self._row_seconds: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         self._closed = False
@@ -174,7 +174,7 @@ class Batcher:
             for part in session.parts:
                 part.logits(images)
             with self._changed:
-                self._learn(session, (time.perf_counter() - began) / rows)
+                self._learn(session, (time.perf_counter() - began) / min(self._threads, len(session.parts)) / rows)
 
     def close(self) -> None:
         """Let the threads end after what they are doing."""
@@ -199,9 +199,14 @@ class Batcher:
         self._bytes += job.images.nbytes
 
     def _work(self) -> None:
-        while (task := self._next()) is not None:
-            self._run(*task)
-            del task  # or a thread that waits would keep the last ensemble in memory
+        while True:
+            try:
+                if (task := self._next()) is None:
+                    return
+                self._run(*task)
+                del task  # or a thread that waits would keep the last ensemble in memory
+            except Exception:  # a thread that is gone would never come back
+                log.exception("a batch was lost")
 
     def _run(self, batch: _Batch, number: int) -> None:
         began = time.perf_counter()
@@ -213,8 +218,6 @@ class Batcher:
             batch.seconds += time.perf_counter() - began
             batch.ended += 1
             ended = batch.ended == len(batch.logits)
-            if ended:
-                self._running -= len(batch.images)
         if ended:
             self._finish(batch)
 
@@ -240,7 +243,6 @@ class Batcher:
         passed: list[_Job] = []
         unfinished: list[_Job] = []
         room = 0
-        half = (sum(len(job.images) - job.taken for job in self._waiting) + self._running + 1) // 2
         while self._waiting and (not pieces or room):
             job = self._waiting.popleft()
             if not job.taken and now - job.arrived > self._limits.seconds:
@@ -248,7 +250,7 @@ class Batcher:
                 job.tell(QueueTimeError(f"It waited for {self._limits.seconds:g} s: too much to do. Try again later."))
                 continue
             if not pieces:
-                room = min(self._batch_rows(job.session), half)
+                room = min(self._batch_rows(job.session), (self._rows + 1) // 2)
             elif job.session is not pieces[0].job.session:
                 passed.append(job)
                 continue
@@ -266,7 +268,6 @@ class Batcher:
             return None
         session = pieces[0].job.session
         images = pieces[0].images if len(pieces) == 1 else np.concatenate([piece.images for piece in pieces])
-        self._running += len(images)
         return _Batch(session, pieces, images, [images] * len(session.parts))
 
     def _finish(self, batch: _Batch) -> None:
@@ -322,6 +323,9 @@ class Batcher:
         return max(1, min(fitting, self._limits.batch_rows))
 
     def _leave(self, job: _Job) -> None:
+        if job.left:  # several of its pieces may fail
+            return
+        job.left = True
         self._rows -= len(job.images)
         self._bytes -= job.images.nbytes
 

@@ -164,7 +164,7 @@ def test_a_failing_piece_ends_its_request_only(batcher):
     ensemble, made = Ensemble(), batcher(threads=2)
 
     async def go():
-        large = rows(*[0.1] * 30, 0.5, *[0.1] * 30)
+        large = rows(*[0.1] * 30, 0.5, *[0.1] * 30, 0.5)  # two of its pieces fail
         return await asyncio.gather(made.run(ensemble, large), made.run(ensemble, rows(0.1)), return_exceptions=True)
 
     failed, good = asyncio.run(go())
@@ -232,6 +232,19 @@ def test_whoever_waited_too_long_is_told(batcher):
 
     asyncio.run(go())
     assert made._rows == made._bytes == 0
+
+
+def test_a_failure_beyond_the_members_ends_no_thread(batcher):
+    ensemble, made = Ensemble(), batcher(threads=1)
+    joined, ensemble.joined = ensemble.joined, None  # what must never happen
+
+    async def go():
+        with pytest.raises(BrokenEnsembleError):
+            await made.run(ensemble, rows(0.1))
+        ensemble.joined = joined
+        return await made.run(ensemble, rows(0.1))
+
+    assert asyncio.run(go()).prediction.label.shape == (1,)
 
 
 def test_a_client_that_gave_up_is_no_trouble(batcher):

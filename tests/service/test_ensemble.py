@@ -74,3 +74,36 @@ def test_a_damaged_ensemble_does_not_stop_another(store):
     (version.folder / "manifest.json").write_text("{}")
     ensembles = loaded(store)
     assert [s.manifest.name for s in ensembles.all()] == ["b"]
+
+
+def test_a_version_of_another_schema_is_refused_and_the_old_one_goes_on(store, caplog):
+    publish(store, "a")
+    ensembles = loaded(store)
+    newer = publish(store, "a").folder / "manifest.json"
+    newer.chmod(0o644)
+    newer.write_text(newer.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    ensembles.refresh()
+    assert ensembles.get("a").manifest.version == 1
+    assert "schema version 99" in caplog.text
+
+
+def test_a_provider_that_is_asked_for_and_missing_is_told(store):
+    from models_store import runtime
+
+    if runtime._gpu_present():
+        pytest.skip("this machine has a GPU")
+    publish(store, "a")
+    ensembles = Ensembles(store, "cuda", None)
+    ensembles.refresh()
+    assert "cuda" in ensembles.why_not_ready()
+    with pytest.raises(NotReadyError, match="cuda"):
+        ensembles.get(None)
+
+
+def test_each_new_session_is_warmed_before_it_serves(store):
+    publish(store, "a")
+    warmed = []
+    ensembles = Ensembles(store, "cpu", None, warm=lambda session, image: warmed.append((session, image.shape)))
+    ensembles.refresh()
+    ensembles.refresh()
+    assert warmed == [(ensembles.get("a"), (1, 1, 4, 4))]
