@@ -3,7 +3,7 @@
     python -m deploy.bento NAME[@VERSION] [--out dist]
 
 Leaves the bento `modepath:NAME-VERSION` in BentoML's store (for `bentoml containerize`, `bentoml push`) and unpacked in OUT, where
-`bentoml serve OUT/…` needs neither this checkout nor torch. Requirements are pinned to the versions that are installed now: those
+`bentoml serve` needs neither this checkout nor torch. Requirements are pinned to the versions that are installed now: those
 that the tests have run with.
 """
 
@@ -74,7 +74,7 @@ def main() -> int:
         with tarfile.open(archive) as packed:
             packed.extractall(unpacked, filter="data")
     print(f"{bento.tag} is in BentoML's store, and unpacked in {unpacked}. To serve it anywhere:")
-    print(f"  pip install -r {unpacked}/env/python/requirements.txt && bentoml serve {unpacked}")
+    print(f"  cd {unpacked} && pip install -r env/python/requirements.txt && bentoml serve")
     return 0
 
 

@@ -41,30 +41,26 @@ class Intake:
         """
         parts: list[bytes] = []
         try:
-            try:
-                await self._read(request, parts)
-            except (TooLargeError, BusyError):
-                await _drain(request)
-                raise
+            await self._read(request, parts)
             yield parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
             self.held -= sum(map(len, parts))
 
     async def _read(self, request: Request, parts: list[bytes]) -> None:
-        # Announced too large: told at once. Content-Length may also be missing or lie, so bytes are counted as they come.
-        announced = request.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > self._body_bytes:
-            raise TooLargeError(self._too_large())
-        taken = 0
+        more = True
         try:
+            # Announced too large: told at once. Content-Length may also be missing or lie, so bytes are counted as they come.
+            announced = request.headers.get("content-length", "")
+            if announced.isdecimal() and int(announced[:20]) > self._body_bytes:
+                raise TooLargeError(self._too_large())
+            taken = 0
             async with asyncio.timeout(self._stall_seconds) as stall:
-                more = True
                 while more:
                     message = await request.receive()
                     if message["type"] == "http.disconnect":
                         raise BadRequestError("The client went away before its body was complete.")
-                    part: bytes = message.get("body", b"")
                     more = message.get("more_body", False)
+                    part: bytes = message.get("body", b"")
                     parts.append(part)
                     taken += len(part)
                     self.held += len(part)
@@ -77,6 +73,10 @@ class Intake:
             raise SlowBodyError(
                 f"No byte of the body came for {self._stall_seconds:g} s. Is Content-Length larger than what was sent?"
             ) from None
+        except (TooLargeError, BusyError):
+            if more:
+                await _drain(request)
+            raise
 
     def _too_large(self) -> str:
         return f"The body is larger than {self._body_bytes} bytes; send fewer images at a time."
