@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import base64
 import io
+import json
 import random
 import statistics
 import tempfile
@@ -19,8 +20,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import httpx
+import aiohttp
 import numpy as np
+import orjson
 import psutil
 from PIL import Image
 
@@ -46,18 +48,25 @@ def main() -> None:
 
 
 def make_request(members: Path, size: int, seed: int) -> tuple[dict[str, object], np.ndarray]:
-    """Keyword arguments for httpx, and the probabilities that are the right answer."""
+    """Keyword arguments of the request, and the probabilities that are the right answer."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, *SHAPE), np.uint8)
     images = pixels.astype(np.float32) / np.float32(255)
     probs = np.stack([expected(members, image[None]) for image in images])
     form = seed % 3
     if form == 0:
-        return {"json": {"inputs": images.tolist()}}, probs
+        return sent(
+            "application/json", json.dumps({"inputs": np.round(images.astype(float), 6).tolist()}).encode()
+        ), probs
     if form == 1:
-        return {"json": {"images": [base64.b64encode(png(one[0])).decode() for one in pixels]}}, probs
+        files = [base64.b64encode(png(one[0])).decode() for one in pixels]
+        return sent("application/json", json.dumps({"images": files}).encode()), probs
     array = io.BytesIO()
     np.save(array, images)
-    return {"content": array.getvalue(), "headers": {"Content-Type": "application/x-npy"}}, probs
+    return sent("application/x-npy", array.getvalue()), probs
+
+
+def sent(media_type: str, body: bytes) -> dict[str, object]:
+    return {"data": body, "headers": {"Content-Type": media_type}}
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -67,8 +76,8 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 async def go(url: str, process: psutil.Process, requests: list, args: argparse.Namespace) -> None:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
-    async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as client:
         answered = Answered()
         began = time.perf_counter()
         await asyncio.gather(*(closed_loop(client, url, requests, answered, began + 10) for _ in range(16)))
@@ -78,8 +87,8 @@ async def go(url: str, process: psutil.Process, requests: list, args: argparse.N
 
         answered = Answered()
         began = time.perf_counter()
-        watcher = asyncio.ensure_future(watch(process, answered, began))
         rate = args.factor * capacity / statistics.mean(SIZES)
+        watcher = asyncio.ensure_future(watch(process, answered, began, rate))
         tasks: set[asyncio.Task] = set()
         chance = random.Random(0)
         due = began
@@ -107,40 +116,47 @@ class Answered:
         self.memory: list[float] = []
 
 
-async def closed_loop(client: httpx.AsyncClient, url: str, requests: list, answered: Answered, until: float) -> None:
+async def closed_loop(
+    client: aiohttp.ClientSession, url: str, requests: list, answered: Answered, until: float
+) -> None:
     while time.perf_counter() < until:
         await ask(client, url, random.choice(requests), answered)
 
 
-async def ask(client: httpx.AsyncClient, url: str, request: tuple, answered: Answered) -> None:
+async def ask(client: aiohttp.ClientSession, url: str, request: tuple, answered: Answered) -> None:
     keywords, probs = request
     began = time.perf_counter()
     try:
-        response = await client.post(url, **keywords)
-    except httpx.TransportError as error:
+        async with client.post(url, **keywords) as response:
+            body = await response.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
         answered.wrong.append(repr(error))
         return
-    status = response.status_code
+    status = response.status
     answered.statuses[status] += 1
     answered.seconds.setdefault(status, []).append(time.perf_counter() - began)
     if status == 200:
         answered.rows += len(probs)
-        found = np.array([row["probs"] for row in response.json()["predictions"]])
+        found = np.array([row["probs"] for row in orjson.loads(body)["predictions"]])
         if found.shape != probs.shape or np.abs(found - probs).max() > 1e-5:
             answered.wrong.append("a wrong answer")
-    elif status not in (429, 503) or set(response.json()) != {"error"}:
-        answered.wrong.append(response.text)
-    elif "retry-after" not in response.headers:
+    elif status not in (429, 503) or set(orjson.loads(body)) != {"error"}:
+        answered.wrong.append(body.decode())
+    elif "Retry-After" not in response.headers:
         answered.without_retry_after += 1
 
 
-async def watch(process: psutil.Process, answered: Answered, began: float) -> None:
+async def watch(process: psutil.Process, answered: Answered, began: float, rate: float) -> None:
     while True:
         await asyncio.sleep(10)
         resident = sum(one.memory_info().rss for one in [process, *process.children(recursive=True)]) / 2**20
         answered.memory.append(resident)
         seconds = time.perf_counter() - began
-        print(f"{seconds:5.0f} s: {resident:.0f} MiB resident, {dict(answered.statuses)}", flush=True)
+        sent = rate * seconds
+        print(
+            f"{seconds:5.0f} s: {sent:.0f} requests due, {resident:.0f} MiB resident, {answered.rows / seconds:.0f} images/s, {dict(answered.statuses)}",
+            flush=True,
+        )
 
 
 def report(answered: Answered, capacity: float, seconds: float, rate: float) -> None:

@@ -27,6 +27,7 @@ from models_store.errors import StoreError
 from models_store.store import Store, Version
 
 ROOT = Path(__file__).parents[1]
+MAX_TAG = 63
 ROOMS = ("service", "models_store")
 DESCRIPTION = """\
 `{name}`, an ensemble of {members} members. `bentoml serve` this folder, then:
@@ -51,7 +52,14 @@ def main() -> int:
     except StoreError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    tag = f"modepath:{version.manifest.name}-{version.manifest.version}".lower()
+    tag = f"modepath:{version.manifest.name}-{version.manifest.version}"
+    if version.manifest.name.lower() != version.manifest.name or len(tag.partition(":")[2]) > MAX_TAG:
+        print(
+            f"error: {version.manifest.name!r} cannot be a bento's version: BentoML takes lower case and {MAX_TAG} characters at most. "
+            "Publish it under another name.",
+            file=sys.stderr,
+        )
+        return 1
     unpacked: Path = args.out / tag.replace(":", "-")
     if unpacked.exists():
         print(f"error: {unpacked} exists already; give another --out, or remove it.", file=sys.stderr)

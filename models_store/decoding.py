@@ -11,12 +11,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from models_store.errors import DecodeError
 from models_store.manifest import InputSpec
 
 MODES = {1: "L", 3: "RGB"}
+# A small file can ask for hours of work: each scan of a progressive JPEG passes over the whole image, each piece of
+# EXIF data is joined to those before it, and a PNG may unpack text without end.
+MAX_JPEG_SCANS = 64
+MAX_EXIF_PIECES = 8
+MAX_ASPECT = 20
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**18
 
 
 def open_image(encoded: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
@@ -29,6 +35,10 @@ def open_image(encoded: bytes, formats: tuple[str, ...] | None = None) -> Image.
     Raises:
         DecodeError: not an image of these formats.
     """
+    if encoded.startswith(b"\xff\xd8") and (
+        encoded.count(b"\xff\xda") > MAX_JPEG_SCANS or encoded.count(b"Exif\0\0") > MAX_EXIF_PIECES
+    ):
+        raise DecodeError("a JPEG of more scans or EXIF data than cameras and editors make. Save it anew.")
     try:
         return Image.open(io.BytesIO(encoded), formats=formats)
     except Exception as error:  # a broken header raises whatever the format's parser stumbled on
@@ -53,10 +63,12 @@ def to_array(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
     try:
         image = ImageOps.exif_transpose(image)
         image = _scaled_16_bit(image) if image.mode.startswith("I") else _on_white(image, MODES[channels])
+        if image.size != (width, height):
+            image = _resized(image, width, height, spec.resize)
+    except DecodeError:
+        raise
     except Exception as error:
         raise DecodeError(f"the image cannot be decoded ({_said(error)}). Is the file truncated or damaged?") from None
-    if image.size != (width, height):
-        image = _resized(image, width, height, spec.resize)
     pixels = np.asarray(image, np.float32)
     if image.mode != "F":
         pixels = pixels / np.float32(255)
@@ -87,6 +99,8 @@ def _resized(image: Image.Image, width: int, height: int, how: str) -> Image.Ima
         )
     if how == "stretch":
         return _bilinear(image, width, height)
+    if max(image.size) > MAX_ASPECT * min(image.size):  # scaled before it is cropped, it would grow without bound
+        raise DecodeError(f"the image is {image.width} × {image.height} pixels, a strip. Crop it.")
     # As torchvision's Resize and CenterCrop do it: the side that fits is exact, the other is rounded down.
     if image.width * height < image.height * width:
         image = _bilinear(image, width, int(width * image.height / image.width))

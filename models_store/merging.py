@@ -16,21 +16,21 @@ import onnx.compose
 MERGED_BYTES = 64 * 2**20
 
 
-def worth_merging(models: Sequence[Path]) -> bool:
-    """Whether these files are small enough together."""
-    return sum(model.stat().st_size for model in models) <= MERGED_BYTES
+def load_to_merge(models: Sequence[Path]) -> list[onnx.ModelProto] | None:
+    """The models, where they are small together and plain enough to be joined; else None."""
+    if sum(model.stat().st_size for model in models) > MERGED_BYTES:
+        return None
+    loaded = [onnx.load_from_string(model.read_bytes()) for model in models]
+    return loaded if all(map(_plain, loaded)) else None
 
 
-def merged(models: Sequence[Path]) -> bytes:
+def merged(models: Sequence[onnx.ModelProto]) -> bytes:
     """One model with the members' one input, and an output for each member, in their order.
 
     Args:
-        models: members as FORMAT.md has them: the same input and opset, no functions.
+        models: plain members as FORMAT.md has them, of the same input and opset.
     """
-    parts = [
-        onnx.compose.add_prefix(onnx.load_from_string(model.read_bytes()), f"{i}.", rename_inputs=False)
-        for i, model in enumerate(models)
-    ]
+    parts = [onnx.compose.add_prefix(model, f"{i}.", rename_inputs=False) for i, model in enumerate(models)]
     graph = onnx.helper.make_graph(
         nodes=[node for part in parts for node in part.graph.node],
         name="members",
@@ -41,3 +41,9 @@ def merged(models: Sequence[Path]) -> bytes:
     return onnx.helper.make_model(
         graph, opset_imports=parts[0].opset_import, ir_version=max(part.ir_version for part in parts)
     ).SerializeToString()
+
+
+def _plain(model: onnx.ModelProto) -> bool:
+    # onnx's renaming loses track of branches and loops, and functions and sparse weights would be left behind.
+    branches = any(attribute.HasField("g") or attribute.graphs for n in model.graph.node for attribute in n.attribute)
+    return not (branches or model.functions or model.graph.sparse_initializer)

@@ -51,10 +51,9 @@ class MemberSession:
 class Part:
     """Some members of an ensemble that one thread runs with one call."""
 
-    def __init__(self, models: Sequence[Path], providers: ProviderChoice, threads: int):
-        """As MemberSession."""
-        model = models[0] if len(models) == 1 else merging.merged(models)
-        self._session = _open(model, ", ".join(map(str, models)), providers, threads)
+    def __init__(self, model: Path | bytes, label: str, providers: ProviderChoice, threads: int):
+        """As MemberSession; `label` names the model in errors."""
+        self._session = _open(model, label, providers, threads)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.providers: list[str] = self._session.get_providers()
 
@@ -75,10 +74,14 @@ class EnsembleSession:
         # Members are what runs in parallel: 12 small ones on 2 cores answer 1318 images/s one thread a member, and
         # 1109 with both threads on each member in turn. Only cores that are left over go inside a member.
         self._at_once = min(threads, len(files))
-        number = self._at_once if merging.worth_merging(files) else len(files)
-        groups = [list(range(first, len(files), number)) for first in range(number)]
         within = threads // self._at_once
-        self.parts = [Part([files[i] for i in group], providers, within) for group in groups]
+        if self._at_once < len(files) and (models := merging.load_to_merge(files)) is not None:
+            groups = [list(range(first, len(files), self._at_once)) for first in range(self._at_once)]
+            joined = [merging.merged([models[i] for i in group]) for group in groups]
+            self.parts = [Part(model, f"the members of {folder}", providers, within) for model in joined]
+        else:
+            groups = [[i] for i in range(len(files))]
+            self.parts = [Part(file, str(file), providers, within) for file in files]
         self._order = np.argsort(np.concatenate(groups))
         self._weights: Floats = np.array([member.weight for member in manifest.members])
 

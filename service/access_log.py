@@ -45,11 +45,12 @@ class AccessLog:
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
                 "client": (scope.get("client") or [None])[0],
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": scope["path"][:200],
                 "status": status,
                 "seconds": round(time.perf_counter() - started, 6),
                 "bytes": sent,
                 **told,
             }
-            # One write a line, so that those of several workers do not mix; JSON keeps a client's line breaks out of the log.
+            # One write of less than a pipe's 4096 bytes, so that lines of several workers do not mix; JSON keeps a client's
+            # line breaks out of the log.
             os.write(sys.stdout.fileno(), orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))

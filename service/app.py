@@ -29,9 +29,9 @@ from models_store.store import Store
 from service import metrics, openapi
 from service.access_log import AccessLog
 from service.batching import Answer, Batcher, QueueLimits
-from service.bodies import ENCODED, read_request
+from service.bodies import read_request
 from service.ensemble import Ensembles
-from service.errors import BadRequestError, NoRouteError, NotReadyError, ServiceError
+from service.errors import BadRequestError, NoRouteError, NotReadyError, ServiceError, TooLargeError
 from service.images import Images, Limits
 from service.intake import Intake
 from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, Status, describe, respond
@@ -40,8 +40,10 @@ from service.supervision import replace_dead_workers
 
 T = TypeVar("T")
 INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
+INLINE_ROWS = 32  # the same for what is written and counted
+INLINE_NUMBERS = 4096
 LOADING_SECONDS = 20
-INLINE_NUMBERS = 4096  # the same for what is written
+MAX_ADDRESS_BYTES = 4096  # path and query
 
 log = logging.getLogger("bentoml.modepath")
 logging.getLogger("uvicorn.error").propagate = False  # or every traceback is printed twice
@@ -52,6 +54,7 @@ class Worker:
 
     def __init__(self) -> None:
         chosen = settings()
+        metrics.begin()
         log.info(
             "%d worker(s), of %d thread(s) each (MODEPATH_WORKERS, MODEPATH_THREADS)", chosen.workers, chosen.threads
         )
@@ -86,16 +89,19 @@ class Worker:
 async def predict(request: Request) -> Response:
     """POST /predict."""
     worker = _worker()
-    content_type = request.headers.get("content-type", "")
+    content_type, query = request.headers.get("content-type", ""), request.query_params.multi_items()
     async with worker.intake.body(request) as body:
+        worker.batcher.refuse_if_full()
         began = time.perf_counter()
-        options, session, images = await worker.beside(
-            len(body) > INLINE_BYTES or content_type.startswith(ENCODED) or b'"images"' in body[:4096],
-            lambda: _decode(worker, content_type, request.query_params.multi_items(), body),
-        )
+        large = len(body) > INLINE_BYTES
+        asked = await worker.beside(large, lambda: read_request(content_type, query, body))
+        options = asked.options
+        session = worker.ensembles.get(options.ensemble)
+        spec = session.manifest.input
+        images = await worker.beside(large or asked.encoded, lambda: asked.decode(spec, worker.limits))
+        _bound_answer(session, len(images), options.members)
         decode_seconds = time.perf_counter() - began
         answer = await worker.batcher.run(session, images)
-        numbers = answer.member_probs.size if options.members else answer.prediction.mean_probs.size
         request_id = secrets.token_hex(8)
         if (told := request.scope.get("told")) is not None:
             manifest = session.manifest
@@ -103,17 +109,19 @@ async def predict(request: Request) -> Response:
                 "request_id": request_id, "ensemble": manifest.name, "version": manifest.version, "rows": len(images),
             }  # fmt: skip
         reply = await worker.beside(
-            numbers > INLINE_NUMBERS, lambda: _reply(session, options, request_id, answer, decode_seconds)
+            len(images) > INLINE_ROWS or answer.member_probs.size > INLINE_NUMBERS,
+            lambda: _reply(session, options, request_id, answer, decode_seconds),
         )
     return Response(reply, media_type="application/json")
 
 
-def _decode(
-    worker: Worker, content_type: str, query: list[tuple[str, str]], body: bytes
-) -> tuple[Options, EnsembleSession, Images]:
-    asked = read_request(content_type, query, body)
-    session = worker.ensembles.get(asked.options.ensemble)
-    return asked.options, session, asked.decode(session.manifest.input, worker.limits)
+def _bound_answer(session: EnsembleSession, rows: int, members: bool) -> None:
+    manifest = session.manifest
+    numbers = rows * len(manifest.classes) * (len(manifest.members) if members else 1)
+    if numbers > settings().max_numbers:
+        raise TooLargeError(
+            f"The answer would hold {numbers} numbers; at most {settings().max_numbers} are given at once. Send fewer images, or do not ask for members."
+        )
 
 
 def _reply(session: EnsembleSession, options: Options, request_id: str, answer: Answer, decode_seconds: float) -> bytes:
@@ -206,11 +214,12 @@ ROUTES = [
     Route("/readyz", readyz, methods=["GET"]),
     Route("/docs.json", docs, methods=["GET"]),
 ]
-app: ASGIApp = Starlette(
+routed = Starlette(
     routes=ROUTES,
     exception_handlers={ServiceError: _refuse, HTTPException: _no_route, Exception: _broken},
 )
-app = AccessLog(app) if settings().access_log else app
+routed.router.redirect_slashes = False  # a redirection has no error body, and goes where the client's Host says
+app: ASGIApp = AccessLog(routed) if settings().access_log else routed
 _running: Worker | None = None
 
 
@@ -227,13 +236,21 @@ class OwnRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event."""
-        await (app if scope["type"] == "http" else self._inner)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+        elif len(scope["raw_path"]) + len(scope["query_string"]) > MAX_ADDRESS_BYTES:
+            metrics.refused(TooLargeError.reason)
+            long = ErrorBody(error=f"The address is longer than {MAX_ADDRESS_BYTES} bytes; options are short.")
+            await _json(long, 414)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
 
 
 @bentoml.service(
     name="modepath",
     workers=settings().workers,
-    traffic={"timeout": 3600},  # bodies and queues have time limits of their own, and answers in our form
+    # Beyond it BentoML answers 504, with a body like ours. Not longer: it keeps a timer of 800 bytes for each request until then.
+    traffic={"timeout": settings().timeout},
     http={"host": settings().host, "port": settings().port},  # pyright: ignore[reportArgumentType] - all keys are optional
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},

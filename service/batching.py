@@ -9,6 +9,7 @@ in pieces, and small ones pass between them. How many rows a batch may have foll
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -89,12 +90,15 @@ class _Job:
     arrived: float = field(default_factory=time.perf_counter)
     began: float = 0.0
     taken: int = 0
+    answered: int = 0
     left: bool = False
+    turn_seconds: float = 0.0  # that its next piece will take
     parts: dict[int, tuple[Floats, Prediction]] = field(default_factory=lambda: {})  # by first row
 
     def tell(self, outcome: Answer | ServiceError) -> None:
         """Give the waiting request its outcome, from any thread."""
-        self.future.get_loop().call_soon_threadsafe(self._set, outcome)
+        with contextlib.suppress(RuntimeError):  # the service is going down, and its loop is closed
+            self.future.get_loop().call_soon_threadsafe(self._set, outcome)
 
     def _set(self, outcome: Answer | ServiceError) -> None:
         if self.future.done():  # its client gave up
@@ -124,12 +128,23 @@ class _Batch:
 
     session: Session
     pieces: list[_Piece]
-    images: Images
-    logits: list[NDArray[np.float32]]  # of each part
+    logits: list[NDArray[np.float32] | None]  # of each part
+    joined: Images | None = None
     begun: int = 0
     ended: int = 0
     seconds: float = 0.0  # of all parts
     error: Exception | None = None
+
+    def images(self) -> Images:
+        """All rows. Not joined before a thread needs them, so that nobody waits for that with the queue locked."""
+        if self.joined is None:
+            rows = [piece.images for piece in self.pieces]
+            self.joined = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return self.joined
+
+    @property
+    def rows(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
 
 
 class Batcher:
@@ -144,6 +159,7 @@ class Batcher:
         self._open: _Batch | None = None  # has parts that nobody has begun
         self._rows = 0  # of all requests that are not answered yet
         self._bytes = 0
+        self._seconds = 0.0  # until a newcomer's turn
         self._row_seconds: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         self._closed = False
         for number in range(threads):
@@ -160,21 +176,24 @@ class Batcher:
         job = _Job(session, images, asyncio.get_running_loop().create_future())
         with self._changed:
             self._admit(job)
-            self._waiting.append(job)
+            self._queue(job)
             self._changed.notify_all()
         return await job.future
 
     def warm(self, session: Session, image: Images) -> None:
         """Run one image and the largest batch, so that no client waits for allocations; learn how long a row takes."""
-        for _ in range(2):
-            with self._changed:
-                rows = self._batch_rows(session) if session in self._row_seconds else 1
-            images = np.repeat(image, rows, axis=0)
-            began = time.perf_counter()
-            for part in session.parts:
-                part.logits(images)
-            with self._changed:
-                self._learn(session, (time.perf_counter() - began) / min(self._threads, len(session.parts)) / rows)
+        self._run_alone(session, image)  # loads libraries, chooses algorithms: no measure of anything
+        spent = self._run_alone(session, image)
+        with self._changed:
+            self._learn(session, spent)
+            rows = self._batch_rows(session)
+        self._run_alone(session, np.repeat(image, rows, axis=0))
+
+    def _run_alone(self, session: Session, images: Images) -> float:
+        began = time.perf_counter()
+        for part in session.parts:
+            part.logits(images)
+        return (time.perf_counter() - began) / min(self._threads, len(session.parts)) / len(images)
 
     def close(self) -> None:
         """Let the threads end after what they are doing."""
@@ -182,21 +201,44 @@ class Batcher:
             self._closed = True
             self._changed.notify_all()
 
+    def refuse_if_full(self) -> None:
+        """Before a request costs any work: would it wait for too long?
+
+        Raises:
+            QueueFullError: it would.
+        """
+        if self._seconds > self._limits.seconds:
+            raise self._full()
+
     def _admit(self, job: _Job) -> None:
-        wait = self._rows * self._row_seconds.get(job.session, 0.0)
         # Whoever finds nobody waiting is taken, whatever its size: its own limits were checked when it was decoded.
         if self._rows and (
             self._rows + len(job.images) > self._limits.rows
             or self._bytes + job.images.nbytes > self._limits.bytes
-            or wait > self._limits.seconds
+            or self._seconds > self._limits.seconds
         ):
-            error = QueueFullError(
-                f"{self._rows} images wait, about {wait:.1f} s of work; no more are taken. Try again later, or send fewer at a time."
-            )
-            error.retry_after = max(1, round(wait))
-            raise error
+            raise self._full()
         self._rows += len(job.images)
         self._bytes += job.images.nbytes
+
+    def _queue(self, job: _Job, *, first: bool = False) -> None:
+        # Everybody gets a piece in turn, so a newcomer waits for one piece of each of those in front.
+        rows = min(len(job.images) - job.taken, self._batch_rows(job.session))
+        job.turn_seconds = rows * self._row_seconds.get(job.session, 0.0)
+        self._seconds += job.turn_seconds
+        (self._waiting.appendleft if first else self._waiting.append)(job)
+
+    def _unqueue(self) -> _Job:
+        job = self._waiting.popleft()
+        self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
+        return job
+
+    def _full(self) -> QueueFullError:
+        error = QueueFullError(
+            f"{self._rows} images wait, the next for about {self._seconds:.1f} s; no more are taken. Try again later, or send fewer at a time."
+        )
+        error.retry_after = max(1, round(self._seconds))
+        return error
 
     def _work(self) -> None:
         while True:
@@ -211,7 +253,7 @@ class Batcher:
     def _run(self, batch: _Batch, number: int) -> None:
         began = time.perf_counter()
         try:
-            batch.logits[number] = batch.session.parts[number].logits(batch.images)
+            batch.logits[number] = batch.session.parts[number].logits(batch.images())
         except Exception as error:
             batch.error = error
         with self._changed:
@@ -244,7 +286,10 @@ class Batcher:
         unfinished: list[_Job] = []
         room = 0
         while self._waiting and (not pieces or room):
-            job = self._waiting.popleft()
+            job = self._unqueue()
+            if job.future.done():  # its client gave up
+                self._leave(job)
+                continue
             if not job.taken and now - job.arrived > self._limits.seconds:
                 self._leave(job)
                 job.tell(QueueTimeError(f"It waited for {self._limits.seconds:g} s: too much to do. Try again later."))
@@ -262,22 +307,24 @@ class Batcher:
             job.taken = piece.stop
             if job.taken < len(job.images):
                 unfinished.append(job)
-        self._waiting.extendleft(reversed(passed))
-        self._waiting.extend(unfinished)
+        for job in reversed(passed):
+            self._queue(job, first=True)
+        for job in unfinished:
+            self._queue(job)
         if not pieces:
             return None
         session = pieces[0].job.session
-        images = pieces[0].images if len(pieces) == 1 else np.concatenate([piece.images for piece in pieces])
-        return _Batch(session, pieces, images, [images] * len(session.parts))
+        return _Batch(session, pieces, [None] * len(session.parts))
 
     def _finish(self, batch: _Batch) -> None:
         try:
             if batch.error is not None:
                 raise batch.error
-            self._deliver(batch.session, batch.pieces, batch.session.joined(batch.logits))
+            logits = [part for part in batch.logits if part is not None]
+            self._deliver(batch.session, batch.pieces, batch.session.joined(logits))
             with self._changed:
                 at_once = min(self._threads, len(batch.logits))
-                self._learn(batch.session, batch.seconds / at_once / len(batch.images))
+                self._learn(batch.session, batch.seconds / at_once / batch.rows)
         except Exception as error:
             if len(batch.pieces) == 1:
                 self._fail(batch.pieces[0].job, error)
@@ -299,7 +346,8 @@ class Batcher:
             row = stop
             with self._changed:
                 job.parts[piece.start] = part
-                ended = sum(len(answers.label) for _, answers in job.parts.values()) == len(job.images)
+                job.answered += piece.stop - piece.start
+                ended = job.answered == len(job.images)
                 if ended:
                     self._leave(job)
             if ended:
@@ -311,6 +359,7 @@ class Batcher:
             self._leave(job)
             if job in self._waiting:
                 self._waiting.remove(job)
+                self._seconds -= job.turn_seconds
         job.tell(BrokenEnsembleError(f"A member failed on these images: {type(error).__name__}. The log says more."))
 
     def _learn(self, session: Session, row_seconds: float) -> None:

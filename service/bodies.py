@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ class Asked:
 
     options: Options
     decode: Decode
+    encoded: bool = False  # decoding takes long
 
 
 def read_request(content_type: str, query: Sequence[tuple[str, str]], body: bytes) -> Asked:
@@ -52,7 +54,7 @@ def read_request(content_type: str, query: Sequence[tuple[str, str]], body: byte
     if media_type == NPY:
         return Asked(_read_query(query), partial(images.from_npy, body))
     if media_type in ENCODED:
-        return Asked(_read_query(query), partial(images.from_encoded, [body], "The body"))
+        return Asked(_read_query(query), partial(images.from_encoded, [body], "The body"), encoded=True)
     raise MediaTypeError(
         f"Content-Type {media_type[:80] or 'none'!r} is not read here; send {JSON}, {NPY} (numpy.save), {' or '.join(ENCODED)}."
     )
@@ -75,9 +77,10 @@ def _read_json(body: bytes) -> Asked:
     if (request.inputs is None) == (request.images is None):
         raise BadRequestError(f'A request has either `inputs` or `images`: {EXAMPLE} or {{"images": [base64, ...]}}.')
     if request.inputs is not None:
+        _refuse_texts(body, fields)
         return Asked(request, partial(images.from_lists, request.inputs))
     encoded = [_from_base64(text, i) for i, text in enumerate(request.images or ())]
-    return Asked(request, partial(images.from_encoded, encoded, "`images[{}]`"))
+    return Asked(request, partial(images.from_encoded, encoded, "`images[{}]`"), encoded=True)
 
 
 def _read_query(query: Sequence[tuple[str, str]]) -> Options:
@@ -89,23 +92,25 @@ def _read_query(query: Sequence[tuple[str, str]]) -> Options:
     return _validated(Options, Options.model_validate_strings, fields)
 
 
-def _validated(model: type[Model], validate: Callable[[Any], Model], record: object) -> Model:
+def _validated(model: type[Model], validate: Callable[[Any], Model], record: dict[str, Any]) -> Model:
+    known = ", ".join(model.model_fields)
+    # Before pydantic, which would describe every one of a million unknown fields.
+    if unknown := next((name for name in record if name not in model.model_fields), None):
+        raise BadRequestError(f"Field {unknown[:80]!r} is unknown. The fields of a request are {known}.")
     try:
         return validate(record)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])[:80]
-        known = ", ".join(model.model_fields)
         raise BadRequestError(f"Field {place!r}: {first['msg']}. The fields of a request are {known}.") from None
 
 
 def _refuse_duplicates(body: bytes) -> None:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None) if len(names) < 100 else None
-        if twice is not None or len(set(names)) < len(names):
-            raise BadRequestError(f"Field {(twice or 'one of many')[:80]!r} is given twice; give each field once.")
-        return dict(pairs)
+        if len(found := dict(pairs)) < len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise BadRequestError(f"Field {twice[:80]!r} is given twice; give each field once.")
+        return found
 
     try:
         json.loads(body, object_pairs_hook=unique)
@@ -113,6 +118,18 @@ def _refuse_duplicates(body: bytes) -> None:
         raise BadRequestError(
             f"The body is nested too deeply to be a request; send an object like {EXAMPLE}."
         ) from None
+
+
+def _refuse_texts(body: bytes, fields: dict[str, Any]) -> None:
+    # One text among numbers would have numpy make texts of all of them, each as long as the longest; and true is 1 to it.
+    texts = [value for value in fields.values() if isinstance(value, str)]
+    quotes = 2 * (len(fields) + len(texts))
+    words = sum(isinstance(value, bool) for value in fields.values())
+    words += sum(text.count("true") + text.count("false") for text in texts)
+    if body.count(b'"') != quotes or body.count(b"true") + body.count(b"false") != words:
+        raise BadRequestError(
+            "`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1]."
+        )
 
 
 def _from_base64(text: str, index: int) -> bytes:

@@ -200,5 +200,6 @@ def _policy(attempts: int) -> dict[str, Any]:
 
 
 def _passing(error: BaseException) -> bool:
-    # Asking twice does no harm: a prediction changes nothing.
-    return isinstance(error, httpx.TransportError) or (isinstance(error, RefusedError) and error.status in BUSY)
+    # Asking twice does no harm: a prediction changes nothing. But whoever was too slow is not helped by more work.
+    lost = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ReadTimeout)
+    return lost or (isinstance(error, RefusedError) and error.status in BUSY)

@@ -44,7 +44,7 @@ def from_lists(inputs: list[Any], spec: InputSpec, limits: Limits) -> Images:
     _bound(len(inputs), spec, limits)
     try:
         array = np.array(inputs)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, MemoryError):
         raise BadRequestError(
             f"`inputs` is ragged: its lists differ in length. Every image must be {_shape(spec)}."
         ) from None
@@ -128,8 +128,8 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[An
     version = npy.read_magic(stream)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, fortran, dtype = read(stream)
-    if min(shape, default=0) < 0:
-        raise ValueError("a negative axis")
+    if not all(0 <= axis < 2**40 for axis in shape):
+        raise ValueError("a negative or absurd axis")
     return shape, fortran, dtype
 
 

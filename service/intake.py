@@ -11,6 +11,7 @@ from starlette.requests import Request
 from service.errors import BadRequestError, BusyError, SlowBodyError, TooLargeError
 
 DRAIN_SECONDS = 0.5
+PACE_BYTES = 64 * 1024
 
 
 class Intake:
@@ -22,7 +23,7 @@ class Intake:
         Args:
             body_bytes: one body.
             held_bytes: all bodies together.
-            stall_seconds: how long a body may go without a byte.
+            stall_seconds: how long a body may take for its beginning, and for every 64 KiB.
         """
         self._body_bytes = body_bytes
         self._held_bytes = held_bytes
@@ -36,7 +37,7 @@ class Intake:
         Raises:
             TooLargeError: it is larger than a body may be, whatever Content-Length says.
             BusyError: together with the others it is more than may be held.
-            SlowBodyError: no byte came for too long.
+            SlowBodyError: it came too slowly, or stopped.
             BadRequestError: the client went away in the middle.
         """
         parts: list[bytes] = []
@@ -54,6 +55,7 @@ class Intake:
             if announced.isdecimal() and int(announced[:20]) > self._body_bytes:
                 raise TooLargeError(self._too_large())
             taken = 0
+            began = asyncio.get_running_loop().time()
             async with asyncio.timeout(self._stall_seconds) as stall:
                 while more:
                     message = await request.receive()
@@ -68,10 +70,11 @@ class Intake:
                         raise TooLargeError(self._too_large())
                     if self.held > self._held_bytes:
                         raise BusyError("The service holds as many bytes of requests as it may. Try again in a second.")
-                    stall.reschedule(asyncio.get_running_loop().time() + self._stall_seconds)
+                    # A byte now and then is no progress: held bytes would never be given back.
+                    stall.reschedule(began + self._stall_seconds * (1 + taken / PACE_BYTES))
         except TimeoutError:
             raise SlowBodyError(
-                f"No byte of the body came for {self._stall_seconds:g} s. Is Content-Length larger than what was sent?"
+                f"The body came too slowly: {PACE_BYTES} bytes may take {self._stall_seconds:g} s. Is Content-Length larger than what was sent?"
             ) from None
         except (TooLargeError, BusyError):
             if more:

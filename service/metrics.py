@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, multiproces
 
 from models_store.manifest import Manifest  # noqa: E402
 from service.batching import Answer  # noqa: E402
+from service.errors import ServiceError  # noqa: E402
 
 prometheus_client.disable_created_metrics()  # they would double the series
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -85,6 +86,12 @@ def answered(manifest: Manifest, mode: str, answer: Answer, decode_seconds: floa
 def refused(reason: str) -> None:
     """Count one request that was refused."""
     _refused.labels(reason).inc()
+
+
+def begin() -> None:
+    """In each worker: let every reason stand at 0, so that its first refusal is an increase that alerts can see."""
+    for error in (ServiceError, *ServiceError.__subclasses__()):
+        _refused.labels(error.reason)
 
 
 def exposition() -> bytes:

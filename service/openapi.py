@@ -31,7 +31,7 @@ REFUSALS = {
 
 
 def document(served: Sequence[Manifest], max_rows: int, *, has_metrics: bool) -> dict[str, Any]:
-    """OpenAPI 3.1. `served` are the ensembles' manifests, the default one first."""
+    """OpenAPI 3.1. `served` are the ensembles' manifests."""
     schemas = dict(_schemas())
     schemas["PredictRequest"] = _either(schemas["PredictRequest"], served, max_rows)
     predict = {

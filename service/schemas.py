@@ -30,7 +30,7 @@ class PredictRequest(Options):
 
     # Checked by images.py: pydantic would walk every pixel.
     inputs: list[Any] | None = Field(default=None, description="(batch, C, H, W), floats in [0, 1]")
-    images: list[str] | None = Field(default=None, description="PNG or JPEG files in base64")
+    images: list[str] | None = Field(default=None, fail_fast=True, description="PNG or JPEG files in base64")
 
 
 # The answer is made of plain dictionaries: it is written for every row of every request, and nobody parses it here.

@@ -40,7 +40,11 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=16 * 2**20, gt=0)
     max_rows: int = Field(default=1024, gt=0, description="images in one request")
     max_pixels: int = Field(default=2**24, gt=0, description="pixels of the encoded images of one request")
-    stall_seconds: float = Field(default=5, gt=0, description="how long a body may go without a byte")
+    max_numbers: int = Field(default=2**21, gt=0, description="probabilities in one answer")
+    timeout: float = Field(
+        default=60, gt=0, description="seconds a request may take from its first byte on; beyond: 504"
+    )
+    stall_seconds: float = Field(default=5, gt=0, description="how long 64 KiB of a body may take; then 408")
 
     batch_rows: int = Field(default=64, gt=0, description="rows that run together, at most")
     batch_seconds: float = Field(default=0.05, gt=0, description="how long a batch should take, at most")

@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from models_store.decoding import open_image, to_array
 from models_store.errors import DecodeError
@@ -117,3 +117,23 @@ def test_the_size_is_known_before_any_pixel_is_decoded():
 def test_channels_that_no_image_has_are_told():
     with pytest.raises(DecodeError, match="takes 5 channels"):
         decoded(file(grey), InputSpec(shape=(5, 4, 6)))
+
+
+def test_small_files_that_ask_for_much_work_are_refused():
+    crop = InputSpec(shape=(3, 224, 224), resize="crop")
+    with pytest.raises(DecodeError, match="a strip"):
+        decoded(file(Image.new("L", (1, 3000))), crop)
+    stream = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8)).save(stream, "JPEG", progressive=True)
+    whole = stream.getvalue()
+    assert decoded(whole, InputSpec(shape=(1, 64, 64))).shape == (1, 64, 64)
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    with pytest.raises(DecodeError, match="more scans"):
+        decoded(whole[:-2] + scan * 100 + whole[-2:], InputSpec(shape=(1, 64, 64)))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "a" * 2**20, zip=True)
+    with pytest.raises(DecodeError):
+        decoded(file(grey, pnginfo=text), GREY)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "a" * 2**10, zip=True)
+    assert decoded(file(grey, pnginfo=text), GREY).shape == (1, 4, 6)

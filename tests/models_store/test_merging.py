@@ -20,7 +20,7 @@ def save(folder, models):
 
 def test_a_merged_graph_answers_as_its_members_do_to_the_last_bit(tmp_path):
     files = save(tmp_path, [linear(seed) for seed in range(5)])
-    model = merging.merged(files)
+    model = merging.merged(merging.load_to_merge(files))
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     found = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"images": images})
     for file, logits in zip(files, found, strict=True):
@@ -71,7 +71,34 @@ def test_networks_of_every_kind_merge(tmp_path):
         files.append(tmp_path / f"{number}.onnx")
         files[-1].write_bytes(to_onnx(Normalised(make(), (0.5,), (0.5,)), (1, 8, 8)))
     batch = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
-    model = merging.merged(files)
+    model = merging.merged(merging.load_to_merge(files))
     found = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"images": batch})
     for file, logits in zip(files, found, strict=True):
         assert logits == pytest.approx(MemberSession(file, "cpu").logits(batch), abs=1e-6)
+
+
+def test_models_that_onnx_cannot_join_run_one_by_one(tmp_path):
+    from onnx import TensorProto, helper
+
+    plain = linear(0)
+    branching = linear(1)
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["logits_"], ["out"])],
+        "b",
+        [],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+    )
+    branching.graph.node[-1].output[0] = "logits_"
+    condition = helper.make_tensor("always", TensorProto.BOOL, [], [True])
+    branching.graph.initializer.append(condition)
+    branching.graph.node.append(helper.make_node("If", ["always"], ["logits"], then_branch=branch, else_branch=branch))
+    calling = linear(2)
+    calling.functions.append(
+        helper.make_function(
+            "mine", "Twice", ["x"], ["y"], [helper.make_node("Add", ["x", "x"], ["y"])], [helper.make_opsetid("", 18)]
+        )
+    )
+    for other in (branching, calling):
+        files = save(tmp_path, [plain, other])
+        assert merging.load_to_merge(files) is None
+    assert len(merging.load_to_merge(save(tmp_path, [plain, linear(3)]))) == 2

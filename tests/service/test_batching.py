@@ -205,15 +205,39 @@ def test_whoever_could_not_be_answered_in_time_is_told_at_once(batcher):
 
     async def go():
         ensemble.gate.clear()
-        accepted = asyncio.ensure_future(made.run(ensemble, rows(*[0.1] * 10)))
-        await until(lambda: made._rows == 10)
-        with pytest.raises(QueueFullError, match=r"about 3\.0 s") as refused:
+        made.refuse_if_full()
+        accepted = [asyncio.ensure_future(made.run(ensemble, rows(0.1)))]
+        await until(lambda: made._rows == 1 and not made._waiting)
+        accepted += [asyncio.ensure_future(made.run(ensemble, rows(0.1))) for _ in range(4)]
+        await until(lambda: len(made._waiting) == 4)
+        with pytest.raises(QueueFullError, match=r"about 1\.2 s") as refused:
             await made.run(ensemble, rows(0.1))
-        assert refused.value.retry_after == 3
+        assert refused.value.retry_after == 1
+        with pytest.raises(QueueFullError):
+            made.refuse_if_full()
         ensemble.gate.set()
-        await accepted
+        await asyncio.gather(*accepted)
+        made.refuse_if_full()
 
     asyncio.run(go())
+    assert made._seconds == 0
+
+
+def test_a_large_request_to_a_slow_ensemble_shuts_nobody_out(batcher):
+    slow, quick = Ensemble(1), Ensemble(1)
+    made = batcher(QueueLimits(8, 0.5, 10_000, 10**9, seconds=1), threads=1)
+    made._row_seconds[slow] = 0.4  # a hundred rows are 40 s of work, but each piece of it one row
+
+    async def go():
+        slow.gate.clear()
+        large = asyncio.ensure_future(made.run(slow, rows(*[0.1] * 100)))
+        await until(lambda: made._rows == 100)
+        small = [asyncio.ensure_future(made.run(quick, rows(0.1))) for _ in range(10)]
+        await until(lambda: made._rows == 110)
+        slow.gate.set()
+        return await asyncio.gather(large, *small)
+
+    assert len(asyncio.run(go())) == 11
 
 
 def test_whoever_waited_too_long_is_told(batcher):
@@ -253,12 +277,18 @@ def test_a_client_that_gave_up_is_no_trouble(batcher):
     async def go():
         ensemble.gate.clear()
         gone = asyncio.ensure_future(made.run(ensemble, rows(0.1)))
-        await until(lambda: made._rows == 1)
-        gone.cancel()
+        await until(lambda: made._rows == 1 and not made._waiting)
+        waiting = [asyncio.ensure_future(made.run(ensemble, rows(0.1))) for _ in range(5)]
+        await until(lambda: len(made._waiting) == 5)
+        for one in (gone, *waiting):
+            one.cancel()
+        await asyncio.sleep(0)
         ensemble.gate.set()
         return await made.run(ensemble, rows(0.2))
 
     assert asyncio.run(go()).prediction.label.shape == (1,)
+    assert sum(ensemble.sizes) == 2  # whoever had gone before their turn was not computed
+    assert made._rows == made._bytes == 0
 
 
 def test_a_batch_is_as_large_as_its_time_allows(batcher):
@@ -268,10 +298,10 @@ def test_a_batch_is_as_large_as_its_time_allows(batcher):
         assert made._batch_rows(ensemble) == expected
 
 
-def test_warming_runs_one_image_and_the_largest_batch(batcher):
+def test_warming_runs_one_image_twice_and_the_largest_batch(batcher):
     ensemble, made = Ensemble(), batcher()
     made.warm(ensemble, rows(0.1))
-    assert ensemble.sizes == [1, 8]
+    assert ensemble.sizes == [1, 1, 8]
     assert made._row_seconds[ensemble] > 0
 
 

@@ -83,6 +83,11 @@ def test_options_come_in_the_json_body_or_in_the_query():
         (b'{"ensemble": "a", "inputs": [2], "ensemble": "b"}', "'ensemble' is given twice"),
         (b'{"inputs": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "not JSON"),
         (b'{"inputs": ' + b'{"a":' * 1_000 + b"1" + b"}" * 1_001, "."),
+        (b'{"inputs": [[[[0.5, "' + b"a" * 300_000 + b'"]]]]}', "no number"),
+        (b'{"inputs": [[[[0.5, true]]]]}', "no number"),
+        (b'{"inputs": [[[[0.5, {"a": 1}]]]]}', "no number"),
+        (b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b"}", "'0' is unknown"),
+        (b'{"images": [' + b"1," * 100_000 + b"1]}", r"'images\.0'"),
         (b'{"images": "abcd"}', "'images'"),
         (b'{"images": [1]}', r"'images\.0'"),
         (b'{"images": ["http://127.0.0.1/a.png"]}', "addresses are not fetched"),
@@ -93,6 +98,11 @@ def test_options_come_in_the_json_body_or_in_the_query():
 def test_bodies_that_are_no_request_are_refused(body, told):
     with pytest.raises(BadRequestError, match=told):
         read_request("application/json", [], body)
+
+
+def test_words_and_quotes_elsewhere_are_no_pixels():
+    body = b'{"inputs": [1], "members": true, "ensemble": "true-false"}'
+    assert read_request("application/json", [], body).options.ensemble == "true-false"
 
 
 def test_a_colon_in_a_name_is_no_duplicate():

@@ -114,6 +114,13 @@ def test_what_does_not_pass_is_not_asked_again(scripted, status):
     assert not pauses
 
 
+def test_a_service_that_was_too_slow_is_not_given_the_same_work_again(scripted):
+    client, pauses, _ = scripted(httpx.ReadTimeout("slow"), (200, {}))
+    with pytest.raises(httpx.ReadTimeout):
+        client.predict(images)
+    assert not pauses
+
+
 def test_it_gives_up_with_the_last_reason(scripted):
     client, pauses, left = scripted(*[(503, {})] * 5, attempts=3)
     with pytest.raises(RefusedError, match="503"):

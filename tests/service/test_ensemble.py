@@ -107,3 +107,43 @@ def test_each_new_session_is_warmed_before_it_serves(store):
     ensembles.refresh()
     ensembles.refresh()
     assert warmed == [(ensembles.get("a"), (1, 1, 4, 4))]
+
+
+def test_an_ensemble_that_fails_in_an_unknown_way_stops_no_other(store, caplog):
+    publish(store, "a")
+    publish(store, "b")
+
+    def warm(session, image):
+        if session.manifest.name == "a":
+            raise RuntimeError("out of something")
+
+    ensembles = Ensembles(store, "cpu", None, warm=warm)
+    ensembles.refresh()
+    assert [s.manifest.name for s in ensembles.all()] == ["b"]
+    assert ensembles.why_not_ready() is None
+    assert "out of something" in caplog.text
+
+
+def test_what_was_refused_is_not_hashed_at_every_look_but_tried_again_later(store, monkeypatch):
+    publish(store, "a")
+    tries = []
+
+    def warm(session, image):
+        tries.append(session)
+        if len(tries) < 3:
+            raise RuntimeError("not yet")
+
+    clock = [1000.0]
+    monkeypatch.setattr("service.ensemble.time.monotonic", lambda: clock[0])
+    ensembles = Ensembles(store, "cpu", None, warm=warm)
+    for _ in range(10):
+        ensembles.refresh()
+    assert len(tries) == 1
+    clock[0] += 1.5
+    for _ in range(10):
+        ensembles.refresh()
+    assert len(tries) == 2
+    store.activate("a", 1)
+    os.utime(store.root / "a" / "active", (2e9, 2e9))  # activated anew
+    ensembles.refresh()
+    assert ensembles.get("a").manifest.version == 1

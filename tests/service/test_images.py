@@ -86,6 +86,11 @@ array = np.array(good, np.float32)
         (saved(array) + b"x", "cut off"),
         (saved(array).replace(b"(1, 1, 2, 2)", b"(9, 9, 9, 9)"), "cut off"),
         (saved(array).replace(b"(1, 1, 2, 2)", b"(-1,-1,2,2) "), "negative"),
+        (
+            b"\x93NUMPY\x01\x00\xd0\x0f"
+            + (b"{'descr': '<f4', 'fortran_order': False, 'shape': (0x" + b"f" * 3900 + b",), }").ljust(4048),
+            "absurd",
+        ),
         (saved(array).replace(b"(1, 1, 2, 2)", b"(10**99,)   "), "not an array"),
         (saved(array).replace(b"'<f4'", b"'<q9'"), "not an array"),
         (saved(np.array([{}], object), allow_pickle=True), "Pickled objects are not read"),

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from models_store.uncertainty import combine, softmax
 from service import metrics
 from service.batching import Answer
+from service.errors import ServiceError
 from tests.onnx_members import publish
 
 logits = np.random.default_rng(0).normal(size=(4, 7, 3)) * 3
@@ -52,3 +53,9 @@ def test_refusals_are_counted_by_their_reason():
     before = read().get(("modepath_refused_total", (("reason", "too_large"),)), 0)
     metrics.refused("too_large")
     assert read()["modepath_refused_total", (("reason", "too_large"),)] == before + 1
+
+
+def test_every_reason_stands_at_0_before_the_first_refusal():
+    metrics.begin()
+    found = {dict(labels)["reason"] for name, labels in read() if name == "modepath_refused_total"}
+    assert found == {error.reason for error in (ServiceError, *ServiceError.__subclasses__())}

@@ -1,0 +1,1 @@
+from tests.service.conftest import serve, store  # noqa: F401 - fixtures
