@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
+from starlette.types import Message
 
 from service.errors import BadRequestError, BusyError, SlowBodyError, TooLargeError
 
 DRAIN_SECONDS = 0.5
+GRACE_SECONDS = 0.05
 PACE_BYTES = 64 * 1024
 
 
@@ -56,22 +58,20 @@ class Intake:
                 raise TooLargeError(self._too_large())
             taken = 0
             began = asyncio.get_running_loop().time()
-            async with asyncio.timeout(self._stall_seconds) as stall:
-                while more:
-                    message = await request.receive()
-                    if message["type"] == "http.disconnect":
-                        raise BadRequestError("The client went away before its body was complete.")
-                    more = message.get("more_body", False)
-                    part: bytes = message.get("body", b"")
-                    parts.append(part)
-                    taken += len(part)
-                    self.held += len(part)
-                    if taken > self._body_bytes:
-                        raise TooLargeError(self._too_large())
-                    if self.held > self._held_bytes:
-                        raise BusyError("The service holds as many bytes of requests as it may. Try again in a second.")
-                    # A byte now and then is no progress: held bytes would never be given back.
-                    stall.reschedule(began + self._stall_seconds * (1 + taken / PACE_BYTES))
+            while more:
+                # A byte now and then is no progress: held bytes would never be given back.
+                message = await _receive(request, began + self._stall_seconds * (1 + taken / PACE_BYTES))
+                if message["type"] == "http.disconnect":
+                    raise BadRequestError("The client went away before its body was complete.")
+                more = message.get("more_body", False)
+                part: bytes = message.get("body", b"")
+                parts.append(part)
+                taken += len(part)
+                self.held += len(part)
+                if taken > self._body_bytes:
+                    raise TooLargeError(self._too_large())
+                if self.held > self._held_bytes:
+                    raise BusyError("The service holds as many bytes of requests as it may. Try again in a second.")
         except TimeoutError:
             raise SlowBodyError(
                 f"The body came too slowly: {PACE_BYTES} bytes may take {self._stall_seconds:g} s. Is Content-Length larger than what was sent?"
@@ -83,6 +83,16 @@ class Intake:
 
     def _too_large(self) -> str:
         return f"The body is larger than {self._body_bytes} bytes; send fewer images at a time."
+
+
+async def _receive(request: Request, deadline: float) -> Message:
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await request.receive()
+    except TimeoutError:
+        # The loop may have been held up itself, by another request's parsing: what has come meanwhile still counts.
+        async with asyncio.timeout(GRACE_SECONDS):
+            return await request.receive()
 
 
 async def _drain(request: Request) -> None:

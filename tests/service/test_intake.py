@@ -1,4 +1,5 @@
 import asyncio
+import time
 
 import pytest
 from starlette.requests import Request
@@ -107,3 +108,20 @@ def test_a_client_that_goes_away_leaves_nothing_held():
     with pytest.raises(BadRequestError, match="went away"):
         read(intake, request(part(b"x", True), {"type": "http.disconnect"}))
     assert intake.held == 0
+
+
+def test_a_loop_that_was_held_up_is_not_the_clients_fault():
+    waiting = [part(b"x" * 3)]
+
+    async def receive():
+        await asyncio.sleep(0.01)
+        return waiting.pop(0)
+
+    async def go():
+        intake = Intake(10, 100, 0.05)
+        asked = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
+        asyncio.get_running_loop().call_soon(time.sleep, 0.2)
+        async with intake.body(asked) as body:
+            return body
+
+    assert asyncio.run(go()) == b"xxx"
