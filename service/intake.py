@@ -7,11 +7,14 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
+from starlette.types import Message
 
 from service.errors import BadRequestError, BusyError, SlowBodyError, TooLargeError
 
 DRAIN_SECONDS = 0.5
 GRACE_SECONDS = 0.25
+GRACES = 8
+ON_TIME_SECONDS = 0.02
 PACE_BYTES = 64 * 1024
 
 
@@ -55,22 +58,12 @@ class Intake:
             announced = request.headers.get("content-length", "")
             if announced.isdecimal() and int(announced[:20]) > self._body_bytes:
                 raise TooLargeError(self._too_large())
-            taken, late = 0, False
+            taken = 0
             began = asyncio.get_running_loop().time()
             while more:
                 # A byte now and then is no progress: held bytes would never be given back.
                 deadline = began + self._stall_seconds * (1 + taken / PACE_BYTES)
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        message = await request.receive()
-                except TimeoutError:
-                    if late:
-                        raise
-                    late = True
-                    # The loop may have been held up itself, by another request's parsing: what has come meanwhile counts.
-                    held_up = asyncio.get_running_loop().time() - deadline
-                    async with asyncio.timeout(GRACE_SECONDS + held_up):
-                        message = await request.receive()
+                message = await _receive(request, deadline)
                 if message["type"] == "http.disconnect":
                     raise BadRequestError("The client went away before its body was complete.")
                 more = message.get("more_body", False)
@@ -93,6 +86,21 @@ class Intake:
 
     def _too_large(self) -> str:
         return f"The body is larger than {self._body_bytes} bytes; send fewer images at a time."
+
+
+async def _receive(request: Request, deadline: float) -> Message:
+    """The next message. It is late only if the loop was on time to see that: another request's parsing may hold it up."""
+    loop = asyncio.get_running_loop()
+    graces = GRACES
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await request.receive()
+        except TimeoutError:
+            if graces == 0 or loop.time() - deadline < ON_TIME_SECONDS:
+                raise
+            graces -= 1
+            deadline = loop.time() + GRACE_SECONDS
 
 
 async def _drain(request: Request) -> None:

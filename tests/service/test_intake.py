@@ -110,18 +110,28 @@ def test_a_client_that_goes_away_leaves_nothing_held():
     assert intake.held == 0
 
 
-def test_a_loop_that_was_held_up_is_not_the_clients_fault():
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_loop_that_was_held_up_is_not_the_clients_fault(monkeypatch, times):
+    monkeypatch.setattr("service.intake.GRACE_SECONDS", 0.05)
     waiting = [part(b"x" * 3)]
 
     async def receive():
-        await asyncio.sleep(0.01)
+        await came.wait()
         return waiting.pop(0)
+
+    async def hold_up():
+        for _ in range(times):
+            time.sleep(0.2)  # that is the point
+            await asyncio.sleep(0.01)
+        came.set()
 
     async def go():
         intake = Intake(10, 100, 0.05)
         asked = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
-        asyncio.get_running_loop().call_soon(time.sleep, 0.2)
+        holding = asyncio.create_task(hold_up())
         async with intake.body(asked) as body:
+            await holding
             return body
 
+    came = asyncio.Event()
     assert asyncio.run(go()) == b"xxx"
