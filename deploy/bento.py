@@ -14,7 +14,6 @@ import contextlib
 import importlib.metadata
 import shutil
 import sys
-import tarfile
 import tempfile
 import tomllib
 from pathlib import Path
@@ -77,10 +76,7 @@ def main() -> int:
             python={"packages": pinned_requirements(), "lock_packages": False},
             build_ctx=str(context),
         )
-        archive = context / "packed.tar"
-        bentoml.export_bento(bento.tag, str(archive), output_format="tar")
-        with tarfile.open(archive) as packed:
-            packed.extractall(unpacked, filter="data")
+        shutil.copytree(bento.path, unpacked)
     print(f"{bento.tag} is in BentoML's store, and unpacked in {unpacked}. To serve it anywhere:")
     print(f"  cd {unpacked} && pip install -r env/python/requirements.txt && bentoml serve")
     return 0
