@@ -22,6 +22,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Two path parts, no dots before the suffix: a manifest cannot point outside its own folder.
 MemberFile = Annotated[str, Field(pattern=r"^members/[0-9]{3,6}\.onnx$")]
 WeightsFile = Annotated[str, Field(pattern=r"^weights/[0-9]{3,6}\.safetensors$")]
+VertexFile = Annotated[str, Field(pattern=r"^vertices/[0-9]{3,6}\.safetensors$")]
+BANK_FILES = ("bank/template.onnx", "bank/vertices.safetensors", "bank/points.safetensors")
 
 
 class _Record(BaseModel):
@@ -84,6 +86,24 @@ class Member(_Record):
     validation: Scores | None = None
 
 
+class Geometry(_Record):
+    """The shape in weight space that the members lie on."""
+
+    shape: str = Field(min_length=1, description="segment, polychain, bezier, …")
+    vertices: list[VertexFile] = Field(min_length=1, description="its trained weight sets by torch name")
+    components: list[list[int]] = Field(
+        min_length=1, description="indices into vertices: of each curve, in order; of each simplex"
+    )
+
+
+class Bank(_Record):
+    """Many networks of the path in one place: `bank/`."""
+
+    points: int = Field(ge=1, description="how many networks")
+    accuracy_mean: float = Field(ge=0, le=1, description="of the points on the validation split")
+    accuracy_min: float = Field(ge=0, le=1, description="of the worst point")
+
+
 class Provenance(_Record):
     """For the operator, never for a client: with it the training can be repeated."""
 
@@ -107,6 +127,8 @@ class Draft(_Record):
     members: list[Member] = Field(min_length=1)
     temperature: float = Field(default=1.0, gt=0, description="one T for all members' logits in `average`")
     validation: Scores | None = Field(default=None, description="the average's scores on the validation split")
+    geometry: Geometry | None = Field(default=None, description="null when each member was trained itself")
+    bank: Bank | None = Field(default=None, description="null when there is no bank/")
     calibration: None = Field(default=None, description="reserved; must be null in schema version 1")
     provenance: Provenance = Provenance()
 
@@ -118,6 +140,10 @@ class Draft(_Record):
             raise ValueError("two members share one file")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("class names must be distinct")
+        if self.geometry is not None:
+            count = len(self.geometry.vertices)
+            if any(not 0 <= index < count for component in self.geometry.components for index in component):
+                raise ValueError(f"a component names a vertex that is not among the {count}")
         return self
 
 
@@ -136,6 +162,10 @@ class Manifest(Draft):
             for file in (member.file, member.weights):
                 if file is not None and file not in self.files:
                     raise ValueError(f"{file} has no entry in `files`")
+        named = [*(self.geometry.vertices if self.geometry else ()), *(BANK_FILES if self.bank else ())]
+        for file in named:
+            if file not in self.files:
+                raise ValueError(f"{file} has no entry in `files`")
         for path in self.files:
             if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
                 raise ValueError(f"{path!r} in `files` leaves the version's folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -22,6 +23,38 @@ def check_member(file: Path, input_shape: tuple[int, int, int], classes: int) ->
     """
     model = load(file)
     refuse_external_data(model, file)
+    _check_graph(model, file, input_shape, classes)
+
+
+def check_template(
+    file: Path, input_shape: tuple[int, int, int], classes: int, external: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Hold a bank's template against the contract: a member, but for the initializers that are given from memory.
+
+    Args:
+        file: the template.
+        input_shape: (C, H, W).
+        classes: how many.
+        external: shape of each initializer that must be declared external; no other may be.
+
+    Raises:
+        MemberError: as for members, or other external initializers.
+    """
+    model = load(file)
+    declared = {
+        tensor.name: tuple(tensor.dims)
+        for tensor in _all_tensors(model.graph)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+    if declared != dict(external):
+        wrong = sorted(set(declared.items()) ^ set(external.items()))[0][0]
+        raise MemberError(
+            f"{file.name} and the weights beside it disagree about the initializer {wrong!r}. Publish again."
+        )
+    _check_graph(model, file, input_shape, classes)
+
+
+def _check_graph(model: onnx.ModelProto, file: Path, input_shape: tuple[int, int, int], classes: int) -> None:
     refuse_unknown_domains(model, file)
     opset = {entry.domain: entry.version for entry in model.opset_import}.get("", 0)
     if opset != ONNX_OPSET:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -33,15 +33,24 @@ CPU = "CPUExecutionProvider"
 class MemberSession:
     """One member, ready to run."""
 
-    def __init__(self, model: Path | bytes, providers: ProviderChoice = "auto", threads: int | None = None):
+    def __init__(
+        self,
+        model: Path | bytes,
+        providers: ProviderChoice = "auto",
+        threads: int | None = None,
+        weights: Mapping[str, NDArray[np.float32]] | None = None,
+    ):
         """Make a session. `threads` work on one call, the caller's among them (default: all this process may use).
+
+        `weights` are the initializers that the model declares external: a bank's template with the weights of a point.
 
         Raises:
             MemberError: ONNX Runtime refuses the model.
             ProviderError: `providers` is "cuda" and CUDA is not there.
         """
         label = "the model" if isinstance(model, bytes) else str(model)
-        self._session = _open(model, label, providers, threads or default_threads())
+        self._weights = weights  # ONNX Runtime may go on reading from them
+        self._session = _open(model, label, providers, threads or default_threads(), weights)
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, C, H, W) in [0, 1] -> (batch, classes)."""
@@ -152,12 +161,22 @@ def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(default_threads(), "members")
 
 
-def _open(model: Path | bytes, label: str, providers: ProviderChoice, threads: int) -> Any:
+def _open(
+    model: Path | bytes,
+    label: str,
+    providers: ProviderChoice,
+    threads: int,
+    weights: Mapping[str, NDArray[np.float32]] | None = None,
+) -> Any:
     wanted = _resolve(providers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # A pool that spins while it has nothing to do takes its cores from everybody else.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if weights:
+        # Not add_initializer: its weights come after fusions have already used the template's own.
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(weight) for weight in weights.values()]
+        options.add_external_initializers(list(weights), values)
     options.log_severity_level = 3  # its warnings name no cause a user could act on
     # TF32 would round inputs to 10 bits, and the answers would no longer be those that were checked at export.
     named = [(CUDA, {"use_tf32": "0"}) if provider == CUDA else provider for provider in wanted]

@@ -19,6 +19,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from models_store.bank import check_bank
 from models_store.errors import (
     CorruptionError,
     EnsembleNotFoundError,
@@ -183,6 +184,8 @@ class Store:
         """
         for member in draft.members:
             check_member(staged / member.file, draft.input.shape, len(draft.classes))
+        if draft.bank is not None:
+            check_bank(staged / "bank", draft.input.shape, len(draft.classes), draft.bank.points)
         home = self._folder(name)
         taken = [int(d.name) for d in home.iterdir() if d.name.isdecimal()]
         version = max(taken, default=0) + 1
@@ -246,6 +249,8 @@ class Store:
                 )
         for member in manifest.members:
             check_member(folder / member.file, manifest.input.shape, len(manifest.classes))
+        if manifest.bank is not None:
+            check_bank(folder / "bank", manifest.input.shape, len(manifest.classes), manifest.bank.points)
 
     def _folder(self, name: str) -> Path:
         if not NAME_PATTERN.fullmatch(name):

@@ -2,6 +2,9 @@
 
 Statistics gathered while the weights moved do not belong to where they stopped. Re-estimating them on clean training
 images took a network from 10.9 to 9.7 % test error in one probe, so it is done for every member and every baseline.
+
+Batch and instance norm are known, and averaged exactly. Any other layer whose buffers move when it runs in training mode
+(a norm of the user's own, spectral norm) is found by watching, and moves them by its own rule over the same images.
 """
 
 from __future__ import annotations
@@ -10,27 +13,61 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 
 @torch.no_grad()
 def reestimate(network: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     """Replace the running statistics by their averages over the batches of normalised images (batch, C, H, W).
 
-    Only batch norm is put in training mode: dropout would shift what it sees. Networks without it are left alone.
+    Only layers with statistics are put in training mode: dropout would shift what they see. Networks without are left alone.
     """
-    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not layers:
+    if not _float_buffers(network):
         return
-    momenta = [layer.momentum for layer in layers]
-    training = network.training
-    network.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a plain average over batches
-        layer.train()
+    modes = {module: module.training for module in network.modules()}
+    averaged = [m for m in network.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    momenta = [layer.momentum for layer in averaged]
+    seen = 0
     for images in batches:
+        if seen == 0:
+            found = statistics(network, images)
+            if not found:
+                break
+            network.eval()
+            for name in found:
+                network.get_submodule(name.rpartition(".")[0]).training = True  # it alone, not its children
+            for layer in averaged:
+                layer.reset_running_stats()
+                layer.train()
+        seen += len(images)
+        for layer in averaged:
+            layer.momentum = len(images) / seen  # an average over images; InstanceNorm knows no None
         network(images)
-    for layer, momentum in zip(layers, momenta, strict=True):
+    for layer, momentum in zip(averaged, momenta, strict=True):
         layer.momentum = momentum
-    network.train(training)
+    for module, mode in modes.items():
+        module.training = mode
+
+
+@torch.no_grad()
+def statistics(network: nn.Module, images: torch.Tensor) -> set[str]:
+    """Names of the floating-point buffers that move when the network runs in training mode on images (batch, C, H, W)."""
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    modes = {module: module.training for module in network.modules()}
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # dropout draws; whoever asks must not notice
+        network.train()
+        network(images)
+    moved: set[str] = set()
+    for name, buffer in network.named_buffers():
+        if not torch.equal(buffer, before[name]):
+            buffer.copy_(before[name])
+            if buffer.is_floating_point():
+                moved.add(name)
+    for module, mode in modes.items():
+        module.training = mode
+    return moved
+
+
+def _float_buffers(network: nn.Module) -> list[str]:
+    return [name for name, buffer in network.named_buffers() if buffer.is_floating_point()]

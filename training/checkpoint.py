@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,40 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from models_store.store import Store, Version
 from training.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "network", "net")
 PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Weights that a user names."""
+
+    file: Path
+    version: Version | None = None  # the published ensemble that they are of
+
+
+def find(reference: str, store: Store) -> Given:
+    """A checkpoint file, or the weights of a published member, NAME[@VERSION]/INDEX.
+
+    Raises:
+        CheckpointError: neither.
+        StoreError: no such ensemble.
+    """
+    file = Path(reference)
+    name, slash, index = reference.rpartition("/")
+    if file.exists() or not slash or "/" in name or not index.isdecimal():
+        return Given(file)
+    version = store.resolve(name)
+    members = version.manifest.members
+    if int(index) >= len(members) or (weights := members[int(index)].weights) is None:
+        raise CheckpointError(
+            f"{version.name} has no member {index} with weights of its own ({len(members)} members, counted from 0; "
+            "imported ones have none)."
+        )
+    return Given(version.folder / weights, version)
 
 
 def load_into(network: nn.Module, file: Path) -> None:

@@ -29,7 +29,9 @@ class Config:
     network_options: tuple[str, ...] = ()
     """Arguments of the network's factory, as width=0.5 bottleneck=True."""
     epochs: int = 40
-    """The budget B, in epochs over the training split."""
+    """The budget B of a run, in epochs over the training split."""
+    runs: int = 1
+    """Independent runs, each from a fresh network: k of them cost kB."""
     seed: int = 0
     """Decides initial weights, order, augmentation, dropout. A CPU run is bit-reproducible."""
 
@@ -90,7 +92,7 @@ class Config:
     """Serve the new version at once."""
 
     def __post_init__(self) -> None:
-        positive = {"epochs", "batch_size", "lr", "bn_images", "devices", "memory_gib"}
+        positive = {"epochs", "runs", "batch_size", "lr", "bn_images", "devices", "memory_gib"}
         for key in positive:
             if getattr(self, key) <= 0:
                 raise ConfigError(f"--{key.replace('_', '-')} must be positive; got {getattr(self, key)}.")
@@ -108,6 +110,14 @@ class Config:
     def published_name(self) -> str:
         """The name that is published."""
         return self.name or f"{self.dataset.split(':')[-1].rsplit('/', 1)[-1]}-{self.method}"
+
+    def given(self) -> tuple[str, ...]:
+        """Weights that the run begins from: checkpoint files, or members of published ensembles."""
+        return ()
+
+    def initial_networks(self) -> int:
+        """How many networks with initial weights of their own the run needs."""
+        return 0 if self.given() else self.runs
 
     def deciding(self) -> dict[str, Any]:
         """What decides the result, as JSON: it names the run and is kept as provenance."""

@@ -2,6 +2,7 @@
 
 Prints a table of the average, each member and the best single member; pairwise disagreement; how well each uncertainty
 measure finds the ensemble's errors and a foreign data set. Writes them as Markdown and JSON beside a reliability diagram.
+With --path: loss and error along a curve instead, and along the straight segment between its ends.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from models_store.manifest import ECE_BINS
 from models_store.runtime import EnsembleSession, in_batches
 from models_store.store import Store, Version
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction, softmax
-from training import data, door, metrics
+from training import data, door, metrics, path_evaluation
 from training.config import data_options
 from training.errors import ConfigError
+from training.probing import Subset
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,28 @@ class Config:
     output: Path | None = None
     """Folder for report.md, report.json and reliability.png (default: evaluation/NAME-VERSION)."""
 
+    path: bool = False
+    """Measure points along a curve: path.md, path.json and path.png. Goes on where it was killed."""
+    points: int = 61
+    """How many, equally spaced."""
+    component: int = 0
+    """Which curve, where --runs made several."""
+    train_images: int | None = None
+    """Train loss and error on so many training images only; said in the output."""
+    bn_images: int = 8192
+    """Clean training images on which batch norm is re-estimated at every point."""
+
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate, print, write; returns what report.json holds."""
     version = Store().resolve(config.name)
+    if config.path:
+        if config.dataset or config.ood:
+            raise ConfigError("--path measures on the data of the training; leave --dataset and --ood out.")
+        if config.points < 2:
+            raise ConfigError(f"--points {config.points}: at least the two ends.")
+        subset = Subset(config.train_images, config.limit, config.bn_images)
+        return path_evaluation.evaluate(version, config.points, config.component, subset, _folder(config, version))
     kept = version.manifest.provenance.config
     if config.dataset is None and "dataset" not in kept:
         raise ConfigError(f"{version.name} does not say what it was trained on; name the data set with --dataset.")
@@ -89,7 +109,7 @@ def run(config: Config) -> dict[str, Any]:
             )
             for name, sign in UNCERTAINTY_MEASURES.items()
         }
-    folder = config.output or Path("evaluation") / version.name.replace("@", "-")
+    folder = _folder(config, version)
     folder.mkdir(parents=True, exist_ok=True)
     text = as_markdown(report)
     (folder / "report.md").write_text(text)
@@ -98,6 +118,10 @@ def run(config: Config) -> dict[str, Any]:
     print(text)
     print(f"written to {folder}")
     return report
+
+
+def _folder(config: Config, version: Version) -> Path:
+    return config.output or Path("evaluation") / version.name.replace("@", "-")
 
 
 def pairwise_disagreement(probs: Floats) -> Floats:

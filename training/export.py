@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -84,15 +84,57 @@ def to_template(network: Normalised, shape: tuple[int, int, int]) -> onnx.ModelP
     return program.model_proto
 
 
+def to_open_template(
+    network: Normalised, shape: tuple[int, int, int], names: Collection[str]
+) -> tuple[bytes, set[str]]:
+    """The traced graph with the named weights left out: declared external, to be given when a session is made.
+
+    Returns:
+        The graph, and those of the names that it has; what its answers do not depend on it lacks.
+
+    Raises:
+        ExportError: torch cannot export this network.
+    """
+    model = to_template(network, shape)
+    graph = model.graph
+    left_out = {tensor.name: tensor for tensor in graph.initializer if tensor.name in names}
+    inlined = [tensor for tensor in graph.initializer if tensor.name not in left_out]
+    del graph.initializer[:]
+    graph.initializer.extend(inlined)
+    # As inputs while constants are folded, so that nothing is computed from one point's weights.
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+        for name, tensor in left_out.items()
+    )
+    with _quiet():
+        model = onnxscript.optimizer.optimize(model)
+    _forget_sources(model)
+    graph = model.graph
+    images = [value for value in graph.input if value.name not in left_out]
+    del graph.input[:]
+    graph.input.extend(images)
+    used = {name for node in graph.node for name in node.input}
+    for name in sorted(left_out.keys() & used):
+        tensor = onnx.TensorProto(name=name, data_type=left_out[name].data_type, dims=left_out[name].dims)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="given-from-memory")
+        graph.initializer.append(tensor)
+    return model.SerializeToString(), left_out.keys() & used
+
+
 def _fold(template: onnx.ModelProto) -> bytes:
     # Constants folded, batch norm merged into convolutions: ONNX Runtime leaves a traced graph half as fast.
     with _quiet():
         model = onnxscript.optimizer.optimize(template)
+    _forget_sources(model)
+    return model.SerializeToString()
+
+
+def _forget_sources(model: onnx.ModelProto) -> None:
     # The exporter notes source lines of this machine at every node; they are no business of whoever holds the file.
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
-    return model.SerializeToString()
 
 
 class Exporter:
@@ -207,14 +249,14 @@ def check_parity(
         )
 
 
-def open_exported(model: bytes) -> MemberSession:
-    """A session on what was exported.
+def open_exported(model: bytes, weights: Mapping[str, NDArray[np.float32]] | None = None) -> MemberSession:
+    """A session on what was exported; `weights` are those that a template leaves open.
 
     Raises:
         ExportError: ONNX Runtime refuses it.
     """
     try:
-        return MemberSession(model)
+        return MemberSession(model, weights=weights)
     except MemberError as error:
         raise ExportError(f"{error} Nothing was published.") from error
 

@@ -6,23 +6,19 @@ low loss, and the weights are collected wherever the rate is lowest. Each collec
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import nn
-
 from models_store.manifest import Origin
-from models_store.store import Store, Version
-from training import checkpoint, data, door, hardware, loop, networks, publication
+from models_store.store import Version
+from training import door, walk
 from training.config import Config as BaseConfig
-from training.errors import CheckpointError, ConfigError
+from training.errors import ConfigError
 from training.loop import Leg
-from training.runs import Run, load_state, save_state
+from training.runs import Run
 from training.schedules import fge_collections, fge_rate, plain_rate
+from training.walk import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +46,10 @@ class Config(BaseConfig):
         super().__post_init__()
         if not 0 < self.alpha_2 < self.alpha_1:
             raise ConfigError(f"0 < alpha_2 < alpha_1 is needed; got {self.alpha_2:g} and {self.alpha_1:g}.")
+        if self.init and self.runs > 1:
+            raise ConfigError(
+                "--runs are runs from fresh networks; with --init every given network has its own cycles."
+            )
         if self.init and self.starts:
             raise ConfigError("--starts are epochs of the pre-training; with --init there is none.")
         if not self.init and not 0 < self.pretrain_epochs < self.epochs:
@@ -61,6 +61,10 @@ class Config(BaseConfig):
             raise ConfigError("--members must be at least 1 and --cycle positive.")
         if wrong := [epoch for epoch in self.starts if not 1 <= epoch <= self.pretrain_epochs]:
             raise ConfigError(f"--starts {wrong[0]} is no epoch of the pre-training (1 … {self.pretrain_epochs}).")
+
+    def given(self) -> tuple[str, ...]:
+        """See Config."""
+        return tuple(str(file) for file in self.init)
 
     @property
     def pretrain_epochs(self) -> int:
@@ -89,100 +93,48 @@ class Config(BaseConfig):
         return cycle, tuple(collect if self.cycle is not None else collect[: self.members])
 
 
-def run(config: Config) -> Version:
-    """Train, or go on training, and publish; a finished run is found and left alone."""
-    store = Store()
-    store.check_writable()
-    fabric = hardware.launch(config)
-    say = print if fabric.is_global_zero else (lambda line: None)
-    found = data.load(config.data_options(), say)
-    loop.initialise(config.seed)
-    network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
-    given = [_given(network, file) for file in config.init]
-    if given and found.validation_cut:
-        say(
-            "warning: the validation images were set aside from the training images just now. If the given network was trained on "
-            "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
-        )
-    depends_on = {"the data set": found.fingerprint, **{f"--init {file}": _digest(file) for file in config.init}}
-    leader = fabric.is_global_zero
-    with contextlib.ExitStack() as stack:
-        with fabric.rank_zero_first():
-            opened = Run.open(config.method, config.deciding(), depends_on, fresh=config.fresh, leader=leader)
-            this_run = stack.enter_context(opened)
-            for index, state in enumerate(given if leader else ()):
-                save_state(this_run.start_file(f"init-{index}"), state)
-        name = config.published_name
-        if (done := store.find_run(name, this_run.identity)) is not None:
-            say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
-            return store.load(name, done)
-        say(f"run {this_run.folder} on {hardware.describe(fabric)}")
-        placed = data.on_device(found, fabric.device)
-        legs = plan(config, this_run, loop.iterations_per_epoch(found, config.batch_size))
-        seconds = loop.train(config, fabric, this_run, network, placed, legs)
-        if leader:
-            steps = loop.iterations_per_epoch(found, config.batch_size)
-            publication.publish(
-                store, config, this_run, network, placed, collected(config, this_run, legs, steps),
-                device=fabric.device, described=hardware.describe(fabric), seconds=seconds,
-                epochs_spent=sum(leg.iterations for leg in legs) / steps,
-            )  # fmt: skip
-        fabric.barrier()
-        return store.load(name, store.find_run(name, this_run.identity))
-
-
-def plan(config: Config, run: Run, steps: int) -> list[Leg]:
-    """The legs of one run: pre-training, unless weights were given, and the cycles after each start."""
+def plan(config: Config, run: Run, steps: int) -> Plan:
+    """Pre-training, unless weights were given, and the cycles after each start; so for each run."""
     cycle, collect = config.cycles(steps)
-    starts = config.starts or (config.pretrain_epochs,)
-    files = [
-        run.start_file(f"init-{i}" if config.init else f"epoch-{starts[i]}") for i in range(len(config.init or starts))
-    ]
-    cycles = [
-        Leg(
-            label="cycles" if len(files) == 1 else f"cycles from {file.stem}",
-            iterations=collect[-1],
-            rate=lambda i: fge_rate(i, cycle, config.alpha_1, config.alpha_2),
-            start=file,
-            collect=collect,
-        )
-        for file in files
-    ]
     if config.init:
-        return cycles
+        files = [run.start_file(f"given-{i}") for i in range(len(config.init))]
+        legs = [_cycles(config, cycle, collect, file) for file in files]
+        given = [(file, Origin(cycle=0, epoch=0)) for file in files]
+        return Plan(legs, [*given, *walk.collected(run, legs, steps)])
+    legs = [leg for number in range(config.runs) for leg in _one_run(config, run, steps, number)]
+    return Plan(legs, walk.collected(run, legs, steps))
+
+
+def _one_run(config: Config, run: Run, steps: int, number: int) -> list[Leg]:
+    cycle, collect = config.cycles(steps)
     total = config.epochs * steps
+    starts = config.starts or (config.pretrain_epochs,)
+    files = [run.start_file(f"run-{number}-epoch-{epoch}") for epoch in starts]
+    of_run = f" of run {number + 1}" if config.runs > 1 else ""
     pretraining = Leg(
-        label="pre-training",
+        label=f"pre-training{of_run}",
         iterations=config.pretrain_epochs * steps,
         rate=lambda i: plain_rate(i, total, config.lr),
+        start=run.start_file(f"fresh-{number}"),
         keep=tuple(zip(starts, files, strict=True)),
     )
-    return [pretraining, *cycles]
+    return [pretraining, *(_cycles(config, cycle, collect, file, of_run) for file in files)]
 
 
-def collected(config: Config, run: Run, legs: list[Leg], steps: int) -> Iterator[publication.Point]:
-    """The vertices in order of collection, each a path point of its own; given networks come first."""
-    for index in range(len(config.init)):
-        state = load_state(run.start_file(f"init-{index}"))
-        yield {k.removeprefix("network."): v for k, v in state.items()}, Origin(cycle=0, epoch=0)
-    spent, number = 0, 0
-    for leg_index, leg in enumerate(legs):
-        for index, iteration in enumerate(leg.collect):
-            number += 1
-            yield load_state(run.vertex_file(leg_index, index)), Origin(cycle=number, epoch=(spent + iteration) / steps)
-        spent += leg.iterations
+def _cycles(config: Config, cycle: int, collect: tuple[int, ...], file: Path, of_run: str = "") -> Leg:
+    several = len(config.init or config.starts or (0,)) > 1
+    return Leg(
+        label=(f"cycles from {file.stem}" if several else "cycles") + of_run,
+        iterations=collect[-1],
+        rate=lambda i: fge_rate(i, cycle, config.alpha_1, config.alpha_2),
+        start=file,
+        collect=collect,
+    )
 
 
-def _given(network: nn.Module, file: Path) -> dict:
-    checkpoint.load_into(network, file)
-    return {f"network.{name}": tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-def _digest(file: Path) -> str:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
+def run(config: Config) -> Version:
+    """Train, or go on training, and publish."""
+    return walk.run(config, plan)
 
 
 if __name__ == "__main__":

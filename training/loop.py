@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +21,17 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from training import batch_norm, member
 from training.config import Config
 from training.data import Data, in_order
 from training.errors import ConfigError, DivergenceError
 from training.import_string import import_string
-from training.runs import Progress, Run, State, load_state, save_state
+from training.runs import Progress, Run, load_state, load_weights, save_state
+from training.steps import BetweenVertices, OneNetwork, Span, Steps
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Log = Callable[[Mapping[str, float], int], None]
+SHOWN_BN_IMAGES = 2048  # for the validation line of a path; members get --bn-images
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Leg:
     start: Path | None = None  # weights and momenta to begin from; None: where the previous leg ended
     collect: tuple[int, ...] = ()  # iterations after which the weights are kept as a vertex
     keep: tuple[tuple[int, Path], ...] = ()  # (epoch, file): checkpoints that later legs begin from
+    span: Span | None = None  # trained are the free vertices of a path, not a network
+    passes: int = 1  # forward and backward passes of an iteration: what it costs in units of a plain one
 
 
 def iterations_per_epoch(data: Data, batch_size: int) -> int:
@@ -48,9 +53,9 @@ def iterations_per_epoch(data: Data, batch_size: int) -> int:
     return max(1, len(data.train) // batch_size)
 
 
-def initialise(seed: int) -> None:
-    """Seed what networks draw their initial weights from."""
-    _seed_everything(_derive(seed, 0, 0, 0))
+def initialise(seed: int, number: int = 0) -> None:
+    """Seed what the `number`-th network of a run draws its initial weights from."""
+    _seed_everything(_derive(seed, 0, 0, number))
 
 
 def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Data, legs: list[Leg]) -> float:
@@ -62,29 +67,25 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
     Raises:
         DivergenceError: the loss is NaN or infinite.
     """
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=fabric.device.type == "cuda" or None,
-    )
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     compiled: nn.Module = torch.compile(network) if config.compile else network  # pyright: ignore[reportAssignmentType]
-    wrapped, optimizer = fabric.setup(compiled, optimizer)
+    wrapped = fabric.setup_module(compiled)
     done = run.progress()
-    if done != Progress():
-        _restore(network, optimizer, run.load_checkpoint())
-        _say(fabric, f"resuming {legs[done.leg].label} after epoch {done.epoch}")
-    job = _Job(config, fabric, run, network, wrapped, optimizer, data, _loss(config), _logger(config, run))
+    job = _Job(config, fabric, run, network, wrapped, data, _loss(config), _logger(config, run))
+    plain: OneNetwork | None = None
     seconds = done.seconds
     for index in range(done.leg, len(legs)):
-        first = done.epoch if index == done.leg else 0
-        if first == 0 and (start := legs[index].start) is not None:
-            _restore(network, optimizer, load_state(start))
-        seconds = job.run_leg(index, legs[index], first, seconds)
+        leg, first = legs[index], done.epoch if index == done.leg else 0
+        # One optimizer for all plain legs: a leg without a start goes on with the momenta of the one before.
+        plain = None if leg.span else plain or OneNetwork(config, fabric, network)
+        steps = plain or job.between(index, leg)
+        if index == done.leg and done != Progress():
+            steps.restore(run.load_checkpoint())
+            _say(fabric, f"resuming {leg.label} after epoch {done.epoch}")
+        elif leg.start is not None:
+            steps.restore(load_state(leg.start))
+        seconds = job.run_leg(index, leg, steps, first, seconds)
     return seconds
 
 
@@ -95,20 +96,30 @@ class _Job:
     run: Run
     network: nn.Module
     wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
     data: Data
     loss: Loss
     log: Log
+    draws: list[np.random.Generator] = field(default_factory=list)  # this epoch's, for what is drawn between vertices
 
-    def run_leg(self, index: int, leg: Leg, first: int, seconds: float) -> float:
-        steps = iterations_per_epoch(self.data, self.config.batch_size)
-        epochs = math.ceil(leg.iterations / steps)
+    def between(self, index: int, leg: Leg) -> BetweenVertices:
+        assert leg.span is not None
+        fixed = [load_weights(file) for file in leg.span.vertices if file is not None]
+        images = next(member.clean_images(self.data, 2, self.fabric.device))
+        moving = batch_norm.statistics(self.network, images)
+        return BetweenVertices(self.config, self.fabric, self.network, leg.span, fixed, moving, lambda: self.draws[0])
+
+    def run_leg(self, index: int, leg: Leg, steps: Steps, first: int, seconds: float) -> float:
+        an_epoch = iterations_per_epoch(self.data, self.config.batch_size)
+        epochs = math.ceil(leg.iterations / an_epoch)
         for epoch in range(first, epochs):
             began = time.monotonic()
-            loss = self._epoch(index, leg, epoch, steps)
+            loss = self._epoch(index, leg, steps, epoch, an_epoch)
+            if isinstance(steps, BetweenVertices):
+                steps.show()
+                member.settle(self.network, self.data, SHOWN_BN_IMAGES, self.fabric.device)
             accuracy, nll = self._validate()
             seconds += time.monotonic() - began
-            rate = leg.rate(min((epoch + 1) * steps, leg.iterations))
+            rate = leg.rate(min((epoch + 1) * an_epoch, leg.iterations))
             _say(
                 self.fabric,
                 f"{leg.label} epoch {epoch + 1}/{epochs}  rate {rate:.2e}  train loss {loss:.4f}  "
@@ -123,41 +134,40 @@ class _Job:
                     "validation_nll": nll,
                 }
                 self.log({**row, "seconds": seconds}, sum((index * 10_000, epoch + 1)))
-                self._save(index, leg, epoch + 1, seconds)
+                self._save(index, leg, steps, epoch + 1, seconds)
             self.fabric.barrier()  # the next leg may begin from what was just kept
         return seconds
 
-    def _epoch(self, index: int, leg: Leg, epoch: int, steps: int) -> float:
+    def _epoch(self, index: int, leg: Leg, steps: Steps, epoch: int, an_epoch: int) -> float:
         device, size = self.fabric.device, self.config.batch_size
         seed = _derive(self.config.seed, 1, index, epoch)
-        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))[: steps * size]
+        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))[: an_epoch * size]
         rank, world = self.fabric.global_rank, self.fabric.world_size
         if world > 1:  # each process takes its share of every batch
-            order = order.view(steps, -1)[:, rank::world].reshape(-1)
-            size = order.numel() // steps
+            order = order.view(an_epoch, -1)[:, rank::world].reshape(-1)
+            size = order.numel() // an_epoch
         generator = torch.Generator().manual_seed(_derive(self.config.seed, 2 + rank, index, epoch))
         _seed_everything(_derive(self.config.seed, 1002 + rank, index, epoch))
+        # Points between vertices are the same in all processes: their gradients are averaged.
+        self.draws[:] = [np.random.default_rng(_derive(self.config.seed, 0, 1 + index, epoch))]
         mean, std = _normaliser(self.data, device)
         total, count = torch.zeros((), device=device), 0
         self.wrapped.train()
         batches = self.data.train.batches(order, size)
-        bar = tqdm(batches, f"{leg.label} {epoch + 1}", steps, leave=False, disable=None if rank == 0 else True)
+        bar = tqdm(batches, f"{leg.label} {epoch + 1}", an_epoch, leave=False, disable=None if rank == 0 else True)
         for step, (images, labels) in enumerate(bar, 1):
-            i = epoch * steps + step
-            for group in self.optimizer.param_groups:
-                group["lr"] = leg.rate(i)
+            i = epoch * an_epoch + step
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             images = (self.data.augment(images, generator) - mean) / std
             if self.config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            loss = self.loss(self.wrapped(images), labels)
-            self.optimizer.zero_grad()
-            self.fabric.backward(loss)
-            self.optimizer.step()
-            total += loss.detach()
+            total += steps.take(
+                lambda images=images, labels=labels: self.loss(self.wrapped(images), labels), leg.rate(i)
+            )
             count += 1
             if i in leg.collect and self.fabric.is_global_zero:
-                save_state(self.run.vertex_file(index, leg.collect.index(i)), self.network.state_dict())
+                for number, state in enumerate(steps.collected(), leg.collect.index(i)):
+                    save_state(self.run.vertex_file(index, number), state)
             if i == leg.iterations:
                 break
         mean_loss = float(total) / count
@@ -183,25 +193,12 @@ class _Job:
         count = len(self.data.validation)
         return float(right) / count, float(nll) / count
 
-    def _save(self, index: int, leg: Leg, epoch: int, seconds: float) -> None:
-        state = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        for name, parameter in self.network.named_parameters():
-            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                state[f"momentum.{name}"] = momentum
+    def _save(self, index: int, leg: Leg, steps: Steps, epoch: int, seconds: float) -> None:
+        state = steps.state()
         for kept, file in leg.keep:
             if kept == epoch:
                 save_state(file, state)
         self.run.save_checkpoint(state, Progress(index, epoch, seconds))
-
-
-def _restore(network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
-    for name, parameter in network.named_parameters():
-        momentum = state.get(f"momentum.{name}")
-        slot = optimizer.state[parameter]
-        # Like its parameter in device and memory layout.
-        slot["momentum_buffer"] = None if momentum is None else torch.empty_like(parameter).copy_(momentum)
 
 
 def _normaliser(data: Data, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,28 @@ from torch import nn
 from models_store import manifest
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
-from training import member, temperature
+from training import bank, member, temperature
 from training.config import Config
 from training.data import Data, as_arrays
 from training.export import Exporter
+from training.geometry.coefficients import Coefficients
+from training.geometry.vertices import State
+from training.geometry.vertices import combine as combine_states
 from training.metrics import score
-from training.runs import Run, State, save_state
+from training.runs import Run, load_weights, save_state
 
 LIBRARIES = ("torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy", "lightning-fabric")
-Point = tuple[State, manifest.Origin]
+Vertex = tuple[Path, manifest.Origin]  # a weight set in the run's folder
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where on trained vertices the networks lie that are published."""
+
+    shape: str
+    components: list[list[int]]  # the vertices of each curve in order, or of each simplex
+    members: Coefficients  # (members, vertices): the networks of the average
+    bank: Coefficients  # (points, vertices): the networks that one query each may get; there may be none
 
 
 def publish(
@@ -31,7 +45,8 @@ def publish(
     run: Run,
     network: nn.Module,
     data: Data,
-    points: Iterable[Point],
+    vertices: Sequence[Vertex],
+    points: Points | None,
     *,
     device: torch.device,
     described: str,
@@ -40,6 +55,8 @@ def publish(
     say: Callable[[str], None] = print,
 ) -> Version:
     """Make every point a member, calibrate their average on validation, and publish.
+
+    `vertices` are the weight sets that training left, `points` combinations of them; None: each vertex is a member.
 
     Raises:
         ExportError: a member cannot be exported faithfully; then nothing is published.
@@ -52,7 +69,7 @@ def publish(
         exporter = Exporter(data.shape)
         origins: list[manifest.Origin] = []
         collected: list[np.ndarray] = []
-        for index, (weights, origin) in enumerate(points):
+        for index, (weights, origin) in enumerate(_weights_of_members(vertices, points)):
             made = member.make(network, weights, data, config.bn_images, device, exporter)
             (staged / f"members/{index:03d}.onnx").write_bytes(made.onnx)
             save_state(staged / f"weights/{index:03d}.safetensors", made.state)
@@ -82,6 +99,19 @@ def publish(
             members=members,
             temperature=shared,
             validation=average,
+            geometry=points and _keep_vertices(staged, vertices, points),
+            bank=points
+            and bank.write(
+                staged,
+                run,
+                network,
+                data,
+                [load_weights(file) for file, _ in vertices],
+                points.bank,
+                config.bn_images,
+                device,
+                say,
+            ),
             provenance=manifest.Provenance(
                 run=run.identity,
                 config={"door": config.method, **config.deciding()},
@@ -100,6 +130,26 @@ def publish(
         f"nll {average.nll:.4f}, temperature {shared:.3f}\n{version.folder}"
     )
     return version
+
+
+def _weights_of_members(vertices: Sequence[Vertex], points: Points | None) -> Iterator[tuple[State, manifest.Origin]]:
+    if points is None:
+        for file, origin in vertices:
+            yield load_weights(file), origin
+        return
+    states = [load_weights(file) for file, _ in vertices]
+    for coefficients in points.members:
+        yield combine_states(states, coefficients), manifest.Origin(coefficients=coefficients.tolist())
+
+
+def _keep_vertices(staged: Path, vertices: Sequence[Vertex], points: Points) -> manifest.Geometry:
+    for index, (file, _) in enumerate(vertices):
+        save_state(staged / f"vertices/{index:03d}.safetensors", load_weights(file))
+    return manifest.Geometry(
+        shape=points.shape,
+        vertices=[f"vertices/{index:03d}.safetensors" for index in range(len(vertices))],
+        components=points.components,
+    )
 
 
 def _commit() -> str | None:

@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 
 from training.errors import CheckpointError, RunError
+from training.geometry.vertices import State
 
 FORMAT = 1
-State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,13 @@ def load_state(file: Path) -> State:
     """
     with _reading(file) as handle:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+
+
+def load_weights(file: Path) -> State:
+    """A full state dict, from a vertex or from a checkpoint of a network."""
+    state = load_state(file)
+    network = {name.removeprefix("network."): t for name, t in state.items() if name.startswith("network.")}
+    return network or state
 
 
 def write_whole(file: Path, content: bytes) -> None:

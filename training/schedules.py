@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import math
+from collections.abc import Sequence
+
 
 def plain_rate(i: int, total: int, rate: float) -> float:
     """The rate for a single network (Garipov et al. 2018): constant to half the budget, linear to 1 % at 0.9, then flat.
@@ -37,3 +41,21 @@ def fge_rate(i: int, cycle: int, alpha_1: float, alpha_2: float) -> float:
 def fge_collections(iterations: int, cycle: int) -> list[int]:
     """Iterations up to `iterations` at which the rate is α2: cycle/2, 3·cycle/2, …"""
     return list(range(cycle // 2, iterations + 1, cycle))
+
+
+def snapshot_rate(i: int, ends: Sequence[int], rate: float) -> float:
+    """The cosine with restarts of snapshot ensembles (Huang et al. 2017, eq. 2): from `rate` down to nearly 0, each cycle.
+
+    Args:
+        i: iteration, from 1.
+        ends: the last iteration of each cycle.
+        rate: the rate that each begins with.
+    """
+    cycle = bisect.bisect_left(ends, i)
+    begin = ends[cycle - 1] if cycle else 0
+    return rate / 2 * (math.cos(math.pi * (i - 1 - begin) / (ends[cycle] - begin)) + 1)
+
+
+def snapshot_collections(total: int, cycles: int) -> list[int]:
+    """The last iterations of so many equal cycles, to the nearest iteration."""
+    return [round(number * total / cycles) for number in range(1, cycles + 1)]

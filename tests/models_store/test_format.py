@@ -9,7 +9,7 @@ import models_store
 from models_store import manifest
 
 TEXT = (Path(models_store.__file__).parent / "FORMAT.md").read_text()
-MODELS = ["Manifest", "Network", "InputSpec", "Member", "Origin", "Scores", "Provenance"]
+MODELS = ["Manifest", "Network", "InputSpec", "Member", "Origin", "Scores", "Geometry", "Bank", "Provenance"]
 
 
 def table(title):

@@ -7,6 +7,8 @@ import torch
 from training.augment import Augment
 from training.data import Data, InMemory
 
+SMALL = {"network": "preresnet8", "network_options": ("width=0.25",), "batch_size": 64, "limit": 640}
+
 
 def make_data(count=64, shape=(1, 6, 6), classes=3, seed=0):
     """Small random splits whose label is the brightest third of the image, so that there is something to learn."""
@@ -26,3 +28,23 @@ def make_data(count=64, shape=(1, 6, 6), classes=3, seed=0):
 @pytest.fixture
 def data():
     return make_data()
+
+
+@pytest.fixture(scope="session")
+def curve_version(tmp_path_factory):
+    """A small published curve of three members, at t = 0, ½ and 1, in a store of its own."""
+    from training import curve
+
+    folder = tmp_path_factory.mktemp("path")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODELS_STORE", str(folder / "store"))
+        patch.setenv("MODEPATH_RUNS", str(folder / "runs"))
+        return curve.run(curve.Config(name="c", epochs=6, bank=0, members=3, **SMALL))
+
+
+@pytest.fixture
+def here(curve_version, monkeypatch, tmp_path):
+    """That curve, with its store as the store."""
+    monkeypatch.setenv("MODELS_STORE", str(curve_version.folder.parent.parent))
+    monkeypatch.chdir(tmp_path)
+    return curve_version

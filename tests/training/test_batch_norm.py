@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from training import batch_norm
 from training.batch_norm import reestimate
 
 
@@ -41,3 +42,50 @@ def test_networks_without_statistics_are_left_alone(norm):
         yield
 
     reestimate(nn.Sequential(norm), never())
+
+
+class RunningScale(nn.Module):
+    """A norm of the user's own, with a statistic that torch does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("level", torch.tensor(50.0))
+        self.register_buffer("fixed", torch.tensor(2.0))
+
+    def forward(self, x):
+        if self.training:
+            self.level.mul_(0.8).add_(0.2 * x.detach().abs().mean())
+        return x / self.level * self.fixed
+
+
+def test_layers_of_the_users_own_are_found_and_settle_by_their_own_rule():
+    network = nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Dropout(0.5))
+    own = nn.Sequential(nn.Dropout(0.5), RunningScale())
+    images = torch.rand(8, 1, 5, 5) + 1
+    assert batch_norm.statistics(network, images) == {"0.running_mean", "0.running_var"}
+    assert batch_norm.statistics(own, images) == {"1.level"}
+    assert own[1].level == 50
+    batch_norm.reestimate(network, [images] * 3)
+    assert network[0].running_mean.item() == pytest.approx(images.mean().item(), rel=1e-4)
+    batch_norm.reestimate(own, [images] * 60)
+    assert own[1].level.item() == pytest.approx(images.mean().item(), rel=1e-3)
+    assert own[1].fixed == 2
+    assert all(module.training for module in network.modules())
+
+
+def test_the_average_is_over_images_however_they_are_batched():
+    images = torch.rand(10, 2, 3, 3)
+    means = []
+    for size in (10, 4):
+        network = nn.BatchNorm2d(2)
+        batch_norm.reestimate(network, images.split(size))
+        means.append(network.running_mean)
+    assert torch.allclose(*means, atol=1e-6)
+    assert torch.allclose(means[0], images.mean(dim=(0, 2, 3)), atol=1e-6)
+
+
+def test_watching_draws_nothing_from_the_random_state():
+    network = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(1))
+    before = torch.get_rng_state()
+    batch_norm.reestimate(network, [torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -17,7 +17,7 @@ from models_store.store import Store
 from models_store.uncertainty import softmax
 from tests.conftest import ROOT
 from training import data as data_module
-from training import fge
+from training import fge, networks
 from training.errors import CheckpointError, ConfigError
 from training.fge import Config
 from training.runs import Run
@@ -27,7 +27,7 @@ from training.schedules import fge_rate, plain_rate
 def plan(steps=10, **options):
     config = Config(**options)
     with Run.open("plan", {}, {}, fresh=True) as run:
-        return config, fge.plan(config, run, steps)
+        return config, fge.plan(config, run, steps).legs
 
 
 def test_the_budget_is_split_and_the_schedule_is_of_the_whole_budget():
@@ -72,6 +72,15 @@ def test_with_given_weights_the_whole_budget_is_cycles():
     assert all(len(leg.collect) == 3 for leg in legs)
 
 
+def test_runs_are_whole_budgets_from_networks_of_their_own():
+    _, legs = plan(epochs=10, runs=3)
+    pretrainings, cycles = legs[::2], legs[1::2]
+    assert [leg.start.stem for leg in pretrainings] == ["fresh-0", "fresh-1", "fresh-2"]
+    assert [leg.start for leg in cycles] == [leg.keep[0][1] for leg in pretrainings]
+    assert len({leg.start for leg in cycles}) == 3
+    assert sum(leg.iterations for leg in legs) <= 300
+
+
 def test_a_cycle_that_does_not_fit_is_told():
     with pytest.raises(ConfigError, match="shorten --cycle"):
         plan(epochs=10, cycle=5.0)
@@ -104,7 +113,7 @@ def test_train_publish_and_find_it_finished(capsys):
     assert manifest.validation.accuracy == pytest.approx((average.argmax(1) == labels).mean())
     assert manifest.validation.nll == pytest.approx(-np.log(average[np.arange(len(labels)), labels]).mean(), abs=1e-6)
     # Weights by torch name give the members' answers.
-    network = fge.networks.build("preresnet8", 10, (1, 8, 8), {"width": 0.25})
+    network = networks.build("preresnet8", 10, (1, 8, 8), {"width": 0.25})
     network.load_state_dict(load_file(version.folder / manifest.members[0].weights))
     with torch.no_grad():
         logits = network.eval()((torch.from_numpy(images) - found.mean[0]) / found.std[0]).numpy()
@@ -119,7 +128,7 @@ def test_train_publish_and_find_it_finished(capsys):
 
 def test_given_weights_are_members_and_starts(tmp_path, capsys):
     torch.manual_seed(0)
-    network = fge.networks.build("mlp", 10, (1, 8, 8), {})
+    network = networks.build("mlp", 10, (1, 8, 8), {})
     torch.save({"state_dict": nn.DataParallel(network).state_dict()}, tmp_path / "mine.pt")
     version = fge.run(
         Config(name="m", network="mlp", epochs=2, members=2, init=(tmp_path / "mine.pt",), mean=(0.3,), std=(0.3,))

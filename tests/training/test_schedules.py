@@ -1,9 +1,11 @@
+import math
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training import schedules
 from training.schedules import fge_collections, fge_rate, plain_rate
 
 even = st.integers(1, 500).map(lambda n: 2 * n)
@@ -42,3 +44,20 @@ def test_the_plain_schedule_is_constant_then_linear_then_flat():
     assert rates[699] == pytest.approx(0.1 * (1 + 0.01) / 2)
     assert rates[899:] == pytest.approx([0.001] * 101)
     assert all(a >= b for a, b in pairwise(rates))
+
+
+def test_the_snapshot_rate_is_the_papers_cosine():
+    """Huang et al. 2017, eq. 2, where the cycles divide the budget."""
+    total, cycles = 60, 4
+    ends = schedules.snapshot_collections(total, cycles)
+    assert ends == [15, 30, 45, 60]
+    for t in range(1, total + 1):
+        expected = 0.1 / 2 * (math.cos(math.pi * ((t - 1) % 15) / 15) + 1)
+        assert schedules.snapshot_rate(t, ends, 0.1) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("total", "cycles"), [(9, 6), (10, 4), (7, 7), (100, 3)])
+def test_snapshots_are_distinct_and_the_last_is_the_end(total, cycles):
+    ends = schedules.snapshot_collections(total, cycles)
+    assert len(set(ends)) == cycles
+    assert ends[-1] == total

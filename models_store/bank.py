@@ -1,0 +1,124 @@
+"""Many networks of one path for the price of its vertices: a template graph, and the weights to put into it.
+
+Interpolating inside the graph would cost three to four times a member's time, because fusions and weight layouts need
+constants. So a point's weights are computed here and given to ONNX Runtime before it optimises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import (  # pyright: ignore[reportUnknownVariableType]
+    load_file,  # pyright: ignore[reportUnknownVariableType]
+    save,
+)
+
+from models_store.errors import CorruptionError, MemberError
+from models_store.onnx_contract import check_template
+
+TEMPLATE, VERTICES, POINTS = "template.onnx", "vertices.safetensors", "points.safetensors"
+_STATISTICS = "statistics/"
+Weights = dict[str, NDArray[np.float32]]  # by initializer
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The points of a path. FORMAT.md has the layout."""
+
+    template: bytes
+    vertices: Weights  # (vertices, …) each
+    statistics: Weights  # (points, …) each
+    coefficients: NDArray[np.float64]  # (points, vertices)
+    temperature: NDArray[np.float64]  # (points,)
+    accuracy: NDArray[np.float64]
+    nll: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.coefficients)
+
+    def weights(self, point: int) -> Weights:
+        """What the template's external initializers are at a point.
+
+        Args:
+            point: 0 … len − 1.
+        """
+        coefficients = self.coefficients[point].astype(np.float32)
+        combined = {name: _combine(stack, coefficients) for name, stack in self.vertices.items()}
+        return combined | {name: rows[point] for name, rows in self.statistics.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write the three files."""
+        folder.mkdir()
+        (folder / TEMPLATE).write_bytes(self.template)
+        (folder / VERTICES).write_bytes(save(self.vertices))
+        points = {"coefficients": self.coefficients, "temperature": self.temperature}
+        points |= {"accuracy": self.accuracy, "nll": self.nll}
+        points |= {_STATISTICS + name: rows for name, rows in self.statistics.items()}
+        (folder / POINTS).write_bytes(save(points))
+
+    @classmethod
+    def load(cls, folder: Path) -> Bank:
+        """Read the three files.
+
+        Raises:
+            CorruptionError: unreadable, or not as FORMAT.md has it.
+        """
+        try:
+            template, vertices = (folder / TEMPLATE).read_bytes(), load_file(folder / VERTICES)
+            points = load_file(folder / POINTS)
+            bank = cls(
+                template=template,
+                vertices=vertices,
+                statistics={k.removeprefix(_STATISTICS): v for k, v in points.items() if k.startswith(_STATISTICS)},
+                coefficients=points["coefficients"],
+                temperature=points["temperature"],
+                accuracy=points["accuracy"],
+                nll=points["nll"],
+            )
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CorruptionError(f"{folder} is no bank ({error}): restore it from a copy, or publish again.") from None
+        if wrong := bank._broken_rule():
+            raise CorruptionError(f"{folder} breaks FORMAT.md: {wrong}. Restore it from a copy, or publish again.")
+        return bank
+
+    def _broken_rule(self) -> str | None:
+        c = self.coefficients
+        if c.ndim != 2 or c.dtype != np.float64 or not np.allclose(c.sum(axis=1), 1):
+            return "coefficients are not float64 (points, vertices) with rows that sum to 1"
+        for name in ("temperature", "accuracy", "nll"):
+            if getattr(self, name).shape != (len(c),) or not np.isfinite(getattr(self, name)).all():
+                return f"{name} is not a number for each point"
+        if not (self.temperature > 0).all():
+            return "a temperature is not positive"
+        for name, stack, rows in [
+            *((k, v, c.shape[1]) for k, v in self.vertices.items()),
+            *((k, v, len(c)) for k, v in self.statistics.items()),
+        ]:
+            if stack.dtype != np.float32 or stack.ndim < 1 or len(stack) != rows or not np.isfinite(stack).all():
+                return f"{name} is not {rows} finite float32 tensors"
+        if both := sorted(self.vertices.keys() & self.statistics.keys()):
+            return f"{both[0]} is in both files"
+        return None
+
+
+def check_bank(folder: Path, input_shape: tuple[int, int, int], classes: int, points: int) -> None:
+    """Hold a bank's files against the contract.
+
+    Raises:
+        MemberError: the template is none, or another number of points than said.
+        CorruptionError: unreadable, or not as FORMAT.md has it.
+    """
+    bank = Bank.load(folder)
+    if len(bank) != points:
+        raise MemberError(f"{folder} holds {len(bank)} points; its manifest says {points}.")
+    shapes = {name: stack.shape[1:] for name, stack in (bank.vertices | bank.statistics).items()}
+    check_template(folder / TEMPLATE, input_shape, classes, shapes)
+
+
+def _combine(stack: NDArray[np.float32], coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
+    flat = coefficients @ stack.reshape(len(stack), -1)
+    return flat.reshape(stack.shape[1:])

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.training.test_export import Odd
+from training.geometry.coefficients import curve
+from training.geometry.vertices import Vertices, combine, gram
+
+
+def states(make, count):
+    found = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        found.append({k: v.clone() for k, v in make().state_dict().items()})
+    return found
+
+
+def test_a_combination_is_the_weighted_sum_and_a_vertex_is_itself_bit_for_bit():
+    three = states(lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), 3)
+    c = np.array([0.2, 0.5, 0.3])
+    found = combine(three, c)
+    for name, tensor in found.items():
+        expected = sum(w * s[name].double() for w, s in zip(c, three, strict=True))
+        assert torch.allclose(tensor.double(), expected, atol=1e-6)
+    for vertex in range(3):
+        assert all(torch.equal(t, three[vertex][k]) for k, t in combine(three, np.eye(3)[vertex]).items())
+
+
+def test_what_all_vertices_share_is_not_rounded_and_integers_come_from_the_nearest():
+    shared = torch.tensor(1.7)
+    two = [{"scale": shared, "count": torch.tensor(3)}, {"scale": shared.clone(), "count": torch.tensor(9)}]
+    found = combine(two, [0.3, 0.7])
+    assert torch.equal(found["scale"], shared)
+    assert found["count"] == 9
+
+
+def test_inner_products_are_those_of_the_flat_weights():
+    three = states(lambda: nn.Linear(5, 4), 3)
+    flat = np.stack([np.concatenate([s["weight"].flatten(), s["bias"]]) for s in three]).astype(np.float64)
+    assert gram(three, ["weight", "bias"]) == pytest.approx(flat @ flat.T, rel=1e-12)
+
+
+class Small(nn.Module):
+    """A tied weight and a buffer that differs between vertices, in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.b.weight = self.a.weight
+        self.register_buffer("scale", torch.rand(()))
+        self.double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x))) * self.scale))
+
+
+@pytest.mark.parametrize("shape", ["bezier", "polychain"])
+@pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.9])
+def test_gradients_of_the_bends_are_finite_differences(shape, t):
+    """Loss with L2 at the point, against central differences in float64; two bends."""
+    decay, four = 0.1, states(Small, 4)
+    network = Small()
+    vertices = Vertices(network, four, [1, 2], set())
+    c = curve(shape, t, 2)[0]
+    x, y = torch.rand(6, 3, dtype=torch.float64), torch.arange(6) % 2
+
+    def loss():
+        vertices.place(c)
+        l2 = sum((p**2).sum() for p in network.parameters())
+        return nn.functional.cross_entropy(network(x), y) + decay / 2 * l2
+
+    vertices.place(c)
+    nn.functional.cross_entropy(network(x), y).backward()
+    vertices.pull_back(c, decay)
+    assert all(p.grad is None for p in network.parameters())
+    for bend in (1, 2):
+        for name, weight in vertices.named_trained(bend).items():
+            flat, found = weight.detach().view(-1), weight.grad.view(-1)
+            for i in range(0, len(flat), 3):
+                with torch.no_grad():
+                    kept = flat[i].item()
+                    flat[i] = kept + 1e-5
+                    above = loss()
+                    flat[i] = kept - 1e-5
+                    below = loss()
+                    flat[i] = kept
+                assert found[i].item() == pytest.approx((above - below).item() / 2e-5, abs=1e-7), name
+
+
+def test_several_points_add_up():
+    three = states(Small, 3)
+    network = Small()
+    vertices = Vertices(network, three, [1], set())
+    x, total = torch.rand(4, 3, dtype=torch.float64), {}
+    for t in (0.3, 0.8):
+        c = curve("bezier", t, 1)[0]
+        vertices.place(c)
+        network.zero_grad()
+        network(x).sum().backward()
+        for name, parameter in network.named_parameters():
+            total[name] = total.get(name, 0) + c[1] * parameter.grad / 2
+        vertices.pull_back(c, 0.0, 0.5)
+    assert all(torch.allclose(w.grad, total[name]) for name, w in vertices.named_trained(1).items())
+
+
+def test_placing_writes_the_combination_into_any_module():
+    three = states(Odd, 3)
+    network = Odd()
+    vertices = Vertices(network, three, [1], set())
+    c = curve("bezier", 0.3, 1)[0]
+    vertices.place(c)
+    expected = combine(three, c)
+    assert all(torch.allclose(t, expected[k], atol=1e-6) for k, t in network.state_dict().items())
+    assert network.first.weight is network.second.weight
+    vertices.place(np.array([0, 0, 1.0]))
+    assert all(torch.equal(t, three[2][k]) for k, t in network.state_dict().items())
+    assert all(torch.equal(t, three[1][k]) for k, t in vertices.state(1).items())
+
+
+def test_a_frozen_parameter_is_not_trained():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[0].requires_grad_(False)
+    vertices = Vertices(network, states(lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 3), [1], set())
+    assert len(vertices.trained()) == 2
+    c = np.array([0.25, 0.5, 0.25])
+    vertices.place(c)
+    network(torch.rand(3, 2)).sum().backward()
+    vertices.pull_back(c, 0.1)
+    assert all(w.grad is not None for w in vertices.trained())

@@ -1,0 +1,63 @@
+"""Every door: killed at any moment, the same command ends in what the undisturbed one publishes, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from models_store.store import Store
+from tests.conftest import ROOT
+
+COMMON = [
+    "--dataset", "digits", "--network", "preresnet8", "--network-options", "width=0.5", "--batch-size", "32", "--name", "r",
+]  # fmt: skip
+DOORS = {
+    "independent": ["--epochs", "4", "--runs", "2"],
+    "snapshot": ["--epochs", "4", "--cycles", "2", "--runs", "2"],
+    "curve": ["--epochs", "6", "--end-epochs", "2", "--bends", "2", "--bank", "40", "--members", "3"],
+}
+
+
+def contents(store):
+    version = store.load("r")
+    files = {f: (version.folder / f).read_bytes() for f in version.manifest.files}
+    return files, {k: v for k, v in version.manifest.model_dump().items() if k not in ("created", "provenance")}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_killed_and_taken_up_again_it_publishes_the_same_bits(door, command, tmp_path):
+    arguments = [f"training.{door}", *COMMON, *DOORS[door]]
+    calm = command(*arguments, MODELS_STORE=str(tmp_path / "calm"), MODEPATH_RUNS=str(tmp_path / "calm-runs"))
+    assert calm.returncode == 0, calm.stderr
+    store, runs = Store(tmp_path / "store"), tmp_path / "runs"
+    moments = {
+        "in the first leg": lambda lines: sum(" epoch " in line for line in lines) >= 1,
+        "in a later leg": lambda lines: (
+            any(" epoch " in line and "epoch 3" in line for line in lines) or bool(list(runs.glob("*/vertices/01-*")))
+        ),
+        "while publishing": lambda lines: bool(list(store.root.glob("r/.staging-*/members/*.onnx"))),
+    }
+    if door == "curve":
+        moments["in the bank"] = lambda lines: len(list(runs.glob("*/bank/*.safetensors"))) >= 3
+    for moment, reached in moments.items():
+        log = tmp_path / f"{moment}.log"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-m", *arguments], stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            deadline = time.monotonic() + 120
+            while not reached(log.read_text().splitlines()):
+                assert process.poll() is None, f"ended before {moment}: {log.read_text()}"
+                assert time.monotonic() < deadline, moment
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert store.names() == [], moment
+    resumed = command(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert contents(store) == contents(Store(tmp_path / "calm"))
+    assert "already finished" in command(*arguments).stdout

@@ -1,0 +1,169 @@
+"""Curves of low loss between two networks (Garipov et al. 2018, section 3), and the ensemble along one.
+
+The ends stay as they are; the bends between them are trained so that every network of the curve is good:
+min over the bends of E_{t ~ U(0, 1)} L(w(t)). Members are equally spaced points; a bank holds many more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from models_store.manifest import Origin
+from models_store.store import Version
+from training import door, walk
+from training.config import Config as BaseConfig
+from training.errors import ConfigError
+from training.geometry import coefficients
+from training.geometry.coefficients import Coefficients, Shape
+from training.geometry.vertices import State, combine
+from training.loop import Leg
+from training.publication import Points
+from training.runs import Run
+from training.schedules import plain_rate
+from training.steps import Span
+from training.walk import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+    """Options of a curve."""
+
+    method: ClassVar[str] = "curve"
+
+    endpoints: tuple[str, ...] = ()
+    """Two given networks: checkpoint files, or members of published ensembles, NAME[@VERSION]/INDEX. Without them two are trained."""
+    end_epochs: int | None = None
+    """Epochs of each end that is trained here (default: --epochs); --epochs are those of the curve."""
+    shape: Shape = "bezier"
+    """A segment is not trained: it shows what lies between."""
+    bends: int = 1
+    """Interior vertices."""
+    curve_lr: float = 0.03
+    """Initial rate of the curve's own plain schedule; --lr is that of the ends."""
+    points_per_step: int = 1
+    """Points of the curve in one step, each on the whole batch; so many times the cost."""
+    members: int = 6
+    """Equally spaced points of the curve, ends included, whose predictions are averaged."""
+    bank: int = 256
+    """Equally spaced points in the bank; 0: no bank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.endpoints and len(self.endpoints) != 2:
+            raise ConfigError(f"--endpoints are two networks; got {len(self.endpoints)}.")
+        if self.endpoints and self.runs > 1:
+            raise ConfigError("--runs are runs from fresh networks; between given --endpoints there is one curve.")
+        if self.endpoints and self.end_epochs is not None:
+            raise ConfigError("--end-epochs train ends; with --endpoints there are none to train.")
+        if self.bends < 1 and self.shape != "segment":
+            raise ConfigError(f"--bends {self.bends}: a curve has at least one; straight is --shape segment.")
+        if self.curve_lr <= 0 or self.points_per_step < 1 or (self.end_epochs is not None and self.end_epochs < 1):
+            raise ConfigError("--curve-lr, --points-per-step and --end-epochs must be positive.")
+        if self.members < 2 or self.bank < 0 or self.bank == 1:
+            raise ConfigError("--members are at least 2, the ends; --bank is 0 or at least 2.")
+
+    def given(self) -> tuple[str, ...]:
+        """See Config."""
+        return self.endpoints
+
+    def initial_networks(self) -> int:
+        """See Config."""
+        return 0 if self.endpoints else 2 * self.runs
+
+    @property
+    def interior(self) -> int:
+        """Bends that there are."""
+        return 0 if self.shape == "segment" else self.bends
+
+    def at(self, t: np.ndarray) -> Coefficients:
+        """The points at `t` over one curve's vertices, in order."""
+        return coefficients.curve(self.shape, t, self.interior)
+
+
+def plan(config: Config, run: Run, steps: int) -> Plan:
+    """For each run two ends, unless they are given, and the curve between them."""
+    legs: list[Leg] = []
+    vertices: list[tuple[Path, Origin]] = []
+    components: list[list[int]] = []
+    for number in range(config.runs):
+        of_run = f" of run {number + 1}" if config.runs > 1 else ""
+        if config.endpoints:
+            ends = [run.start_file("given-0"), run.start_file("given-1")]
+        else:
+            ends = [run.vertex_file(len(legs) + i, 0) for i in range(2)]
+            legs += [_end(config, run, steps, 2 * number + i, f"end {i + 1}{of_run}") for i in range(2)]
+        bends = [run.vertex_file(len(legs), i) for i in range(config.interior)]
+        if bends:
+            legs.append(_bends(config, steps, ends, f"curve{of_run}"))
+        files = [ends[0], *bends, ends[1]]
+        components.append([len(vertices) + i for i in range(len(files))])
+        vertices += [(file, Origin()) for file in files]
+    return Plan(legs, vertices, _points(config, components, len(vertices)))
+
+
+def _end(config: Config, run: Run, steps: int, number: int, label: str) -> Leg:
+    total = (config.end_epochs or config.epochs) * steps
+    return Leg(
+        label=label,
+        iterations=total,
+        rate=lambda i: plain_rate(i, total, config.lr),
+        start=run.start_file(f"fresh-{number}"),
+        collect=(total,),
+    )
+
+
+def _bends(config: Config, steps: int, ends: Sequence[Path], label: str) -> Leg:
+    total, points = config.epochs * steps, config.points_per_step
+
+    def begin(fixed: Sequence[State]) -> list[State]:
+        return [combine(fixed, row) for row in coefficients.on_the_segment(config.interior)]
+
+    def draw(generator: np.random.Generator) -> Coefficients:
+        # One t in each of as many equal parts: uniform together, and steadier than independent ones.
+        return config.at((np.arange(points) + generator.random(points)) / points)
+
+    span = Span(
+        vertices=(ends[0], *[None] * config.interior, ends[1]),
+        begin=begin,
+        draw=draw,
+        shown=config.at(np.array([0.5]))[0],
+    )
+    return Leg(
+        label=label,
+        iterations=total,
+        rate=lambda i: plain_rate(i, total, config.curve_lr),
+        collect=(total,),
+        span=span,
+        passes=points,
+    )
+
+
+def _points(config: Config, components: list[list[int]], total: int) -> Points:
+    def spaced(count: int) -> Coefficients:
+        share = [len(part) for part in np.array_split(np.arange(count), len(components))]
+        rows = [
+            coefficients.over_all(config.at(np.linspace(0, 1, n)), tuple(vertices), total)
+            for n, vertices in zip(share, components, strict=True)
+        ]
+        return np.concatenate(rows)
+
+    return Points(
+        shape=config.shape,
+        components=components,
+        members=spaced(config.members * config.runs),
+        bank=spaced(config.bank),
+    )
+
+
+def run(config: Config) -> Version:
+    """Train, or go on training, and publish."""
+    return walk.run(config, plan)
+
+
+if __name__ == "__main__":
+    door.main(Config, run, __doc__)

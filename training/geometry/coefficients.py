@@ -1,0 +1,72 @@
+"""Points of a path as coefficients over its vertices: w(t) = Σ_v c_v(t) w_v (Garipov et al. 2018, section 3).
+
+    segment     (1 − t, t)
+    polychain   hat functions on the grid i / (n + 1): straight from vertex to vertex
+    bezier      Bernstein polynomials of degree n + 1
+
+n counts bends: interior vertices. The ends are the first and the last vertex.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Shape = Literal["segment", "polychain", "bezier"]
+Coefficients = NDArray[np.float64]  # (points, vertices); a row sums to 1
+
+
+def curve(shape: Shape, t: ArrayLike, bends: int) -> Coefficients:
+    """The points at `t` (points,) in [0, 1]: (points, bends + 2).
+
+    Raises:
+        ValueError: a t outside [0, 1], fewer than 0 bends, or a segment with bends.
+    """
+    at = np.atleast_1d(np.asarray(t, np.float64))
+    if not ((at >= 0) & (at <= 1)).all():
+        raise ValueError(f"t must lie in [0, 1]; got {at.min()} … {at.max()}.")
+    if bends < 0 or (shape == "segment" and bends):
+        raise ValueError(f"A {shape} cannot have {bends} bends.")
+    degree = bends + 1
+    vertex = np.arange(degree + 1)
+    if shape == "bezier":
+        binomial = np.array([math.comb(degree, int(i)) for i in vertex], np.float64)
+        return binomial * at[:, None] ** vertex * (1 - at[:, None]) ** (degree - vertex)
+    return np.maximum(0, 1 - np.abs(at[:, None] * degree - vertex))
+
+
+def on_the_segment(bends: int) -> Coefficients:
+    """Where bends start: evenly spaced on the straight line, over the two ends: (bends, 2)."""
+    return curve("segment", np.arange(1, bends + 1) / (bends + 1), 0)
+
+
+def over_all(own: Coefficients, vertices: tuple[int, ...], total: int) -> Coefficients:
+    """Coefficients over some vertices, as coefficients over all `total` of them."""
+    wide = np.zeros((len(own), total))
+    wide[:, list(vertices)] = own
+    return wide
+
+
+def chords(points: Coefficients, gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distances between successive points, in the units of the weights: (points − 1,).
+
+    Args:
+        points: (points, vertices), in the order in which the path passes them.
+        gram: inner products of the vertices, (vertices, vertices).
+    """
+    steps = np.diff(points, axis=0)
+    return np.sqrt(np.maximum(np.einsum("pi,ij,pj->p", steps, gram, steps), 0))
+
+
+def mean_over_t(t: NDArray[np.float64], values: NDArray[np.float64]) -> float:
+    """∫ f(t) dt by the trapezoidal rule: the expectation over uniform t (eq. 2)."""
+    return float(np.trapezoid(values, t))
+
+
+def mean_over_length(lengths: NDArray[np.float64], values: NDArray[np.float64]) -> float:
+    """The average over arc length (eq. 1), from the chords between the points; NaN where the path has no length."""
+    total = lengths.sum()
+    return float(((values[1:] + values[:-1]) / 2 @ lengths) / total) if total > 0 else math.nan

@@ -1,0 +1,135 @@
+"""Weight sets by name, and their combinations. Any module works unmodified: nothing here knows a layer.
+
+A combination is written into the network's own parameters, and the gradient that backward leaves there is the gradient
+of each vertex but for its coefficient: ∂L/∂w_v = c_v ∂L/∂w. So a step through a path costs what a plain step costs, and
+data parallelism, mixed precision, compilation and tied weights work as they do for a plain network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+State = dict[str, torch.Tensor]  # parameters and buffers by torch name
+_batched: Any = torch  # its foreach functions, one launch for many tensors, carry no usable types
+
+
+def combine(states: Sequence[State], coefficients: Sequence[float] | NDArray[np.float64]) -> State:
+    """Σ_v c_v w_v, by name. At a vertex, exactly that vertex.
+
+    What is equal in all of them stays as it is, and so do numbers that cannot be averaged (of the vertex with the
+    largest coefficient).
+    """
+    nearest = states[int(np.argmax(coefficients))]
+    combined: State = {}
+    for name, tensor in nearest.items():
+        others = [state[name] for state in states]
+        if not tensor.is_floating_point() or all(torch.equal(tensor, other) for other in others):
+            combined[name] = tensor.clone()
+            continue
+        total = others[0] * float(coefficients[0])
+        for other, coefficient in zip(others[1:], coefficients[1:], strict=True):
+            total.add_(other, alpha=float(coefficient))
+        combined[name] = total
+    return combined
+
+
+def gram(states: Sequence[State], parameters: Sequence[str]) -> NDArray[np.float64]:
+    """Inner products of the weight sets over the named parameters, in float64: (vertices, vertices)."""
+    products = np.zeros((len(states), len(states)))
+    for name in parameters:
+        flat = torch.stack([state[name].detach().cpu().double().flatten() for state in states])
+        products += (flat @ flat.T).numpy()
+    return products
+
+
+class Vertices:
+    """The vertices of a path on a network's device, some of them free to be trained."""
+
+    def __init__(self, network: nn.Module, states: Sequence[State], free: Sequence[int], statistics: Collection[str]):
+        """Lay out the vertices; `network` gets the first one's buffers.
+
+        Args:
+            network: where points are placed.
+            states: full state dicts of it, the free ones where they start.
+            free: which of them are trained.
+            statistics: buffers that training mode keeps up to date by itself; they are not placed.
+        """
+        network.load_state_dict(states[0])
+        self.free = tuple(free)
+        self._parameters = {k: p for k, p in network.named_parameters() if p.is_floating_point()}  # a tied weight once
+        first_name = {id(parameter): name for name, parameter in self._parameters.items()}
+        kept = network.state_dict(keep_vars=True)
+        self._name_of = {name: first_name[id(tensor)] for name, tensor in kept.items() if id(tensor) in first_name}
+        self._buffers = [{k: v for k, v in state.items() if k not in self._name_of} for state in states]
+        # Like the parameter in device and memory layout.
+        self._weights = [
+            [torch.empty_like(p).copy_(state[name]).detach() for name, p in self._parameters.items()]
+            for state in states
+        ]
+        for index in self.free:
+            for weight, parameter in zip(self._weights[index], self._parameters.values(), strict=True):
+                weight.requires_grad_(parameter.requires_grad)
+        differing = [
+            name
+            for name, tensor in self._buffers[0].items()
+            if name not in statistics and any(not torch.equal(tensor, other[name]) for other in self._buffers)
+        ]
+        self._placed_buffers = {name: kept[name] for name in differing}
+
+    def trained(self) -> list[torch.Tensor]:
+        """What an optimizer gets."""
+        return [weight for index in self.free for weight in self._weights[index] if weight.requires_grad]
+
+    @torch.no_grad()
+    def place(self, coefficients: NDArray[np.float64]) -> None:
+        """Write Σ_v c_v w_v into the network."""
+        target = list(self._parameters.values())
+        _batched._foreach_copy_(target, self._weights[0])
+        _batched._foreach_mul_(target, float(coefficients[0]))
+        for weights, coefficient in zip(self._weights[1:], coefficients[1:], strict=True):
+            _batched._foreach_add_(target, weights, alpha=float(coefficient))
+        if self._placed_buffers:
+            point = combine([{k: buffers[k] for k in self._placed_buffers} for buffers in self._buffers], coefficients)
+            for name, buffer in self._placed_buffers.items():
+                buffer.copy_(point[name])
+
+    @torch.no_grad()
+    def pull_back(self, coefficients: NDArray[np.float64], weight_decay: float, share: float = 1.0) -> None:
+        """Add the gradient at the placed point, times `share`, to those of the free vertices, and take it from the network.
+
+        L2 belongs to the point, not to the vertices: its gradient is weight_decay · w(c).
+        """
+        used = [i for i, p in enumerate(self._parameters.values()) if p.grad is not None]
+        parameters = [list(self._parameters.values())[i] for i in used]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if weight_decay:
+            _batched._foreach_add_(gradients, parameters, alpha=weight_decay)
+        for parameter in parameters:
+            parameter.grad = None
+        for index in self.free:
+            scale = float(coefficients[index]) * share
+            weights = [self._weights[index][i] for i in used]
+            if all(weight.grad is not None for weight in weights):
+                _batched._foreach_add_([weight.grad for weight in weights], gradients, alpha=scale)
+                continue
+            # The last one keeps the tensors themselves: a gradient less in memory.
+            own = gradients if index == self.free[-1] else [torch.clone(g) for g in gradients]
+            _batched._foreach_mul_(own, scale)
+            for weight, gradient in zip(weights, own, strict=True):
+                weight.grad = gradient
+
+    def state(self, index: int) -> State:
+        """Vertex `index` as a state dict."""
+        weights = dict(zip(self._parameters, self._weights[index], strict=True))
+        return {name: weights[first].detach() for name, first in self._name_of.items()} | self._buffers[index]
+
+    def named_trained(self, index: int) -> dict[str, torch.Tensor]:
+        """The trained tensors of free vertex `index` by parameter name."""
+        named = zip(self._parameters, self._weights[index], strict=True)
+        return {name: weight for name, weight in named if weight.requires_grad}

@@ -1,0 +1,180 @@
+"""One step of SGD: on a network, or on the free vertices of a path through weight space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from training.config import Config
+from training.geometry.coefficients import Coefficients
+from training.geometry.vertices import State, Vertices
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a leg trains instead of a network: the free vertices, so that the networks drawn between all of them are good."""
+
+    vertices: tuple[Path | None, ...]  # files of the fixed ones; None: free
+    begin: Callable[[Sequence[State]], Sequence[State]]  # the free vertices, from the fixed ones
+    draw: Callable[[np.random.Generator], Coefficients]  # the points of one step, (points, vertices)
+    shown: np.ndarray  # (vertices,): the point whose validation scores are printed
+
+
+class Steps(Protocol):
+    """How a leg's weights move."""
+
+    def take(self, loss: Callable[[], torch.Tensor], rate: float) -> torch.Tensor:
+        """Descend once; `loss` runs the network on the step's images. Returns the mean loss, detached."""
+        ...
+
+    def state(self) -> State:
+        """Weights and momenta, to go on from."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Go on from there."""
+        ...
+
+    def collected(self) -> list[State]:
+        """The trained weight sets as they stand, as full state dicts."""
+        ...
+
+
+class OneNetwork:
+    """Plain SGD."""
+
+    def __init__(self, config: Config, fabric: Fabric, network: nn.Module):
+        self._fabric, self._network = fabric, network
+        self._optimizer = _sgd(config, fabric, network.parameters(), config.weight_decay)
+
+    def take(self, loss: Callable[[], torch.Tensor], rate: float) -> torch.Tensor:
+        """See Steps."""
+        _set_rate(self._optimizer, rate)
+        found = loss()
+        self._optimizer.zero_grad()
+        self._fabric.backward(found)
+        self._optimizer.step()
+        return found.detach()
+
+    def state(self) -> State:
+        """See Steps."""
+        state = {f"network.{name}": tensor for name, tensor in self._network.state_dict().items()}
+        return state | _momenta(self._optimizer, "", dict(self._network.named_parameters()))
+
+    def restore(self, state: State) -> None:
+        """See Steps."""
+        self._network.load_state_dict(_below(state, "network."))
+        _restore_momenta(self._optimizer, "", dict(self._network.named_parameters()), state)
+
+    def collected(self) -> list[State]:
+        """See Steps."""
+        return [self._network.state_dict()]
+
+
+class BetweenVertices:
+    """SGD on free vertices: the loss is the mean over points drawn between all vertices, L2 acts at those points."""
+
+    def __init__(
+        self,
+        config: Config,
+        fabric: Fabric,
+        network: nn.Module,
+        span: Span,
+        fixed: Sequence[State],
+        statistics: set[str],
+        generator: Callable[[], np.random.Generator],
+    ):
+        """`fixed` are the fixed vertices in order; `generator` gives the epoch's source of draws."""
+        self._config, self._fabric, self._network, self._span = config, fabric, network, span
+        self._generator = generator
+        given, begun = iter(fixed), iter(span.begin(fixed))
+        states = [next(begun) if file is None else next(given) for file in span.vertices]
+        free = [i for i, file in enumerate(span.vertices) if file is None]
+        self._vertices = Vertices(network, states, free, statistics)
+        # L2 acts at the points, so the optimizer must not add its own at the vertices.
+        self._optimizer = _sgd(config, fabric, self._vertices.trained(), 0.0)
+
+    def take(self, loss: Callable[[], torch.Tensor], rate: float) -> torch.Tensor:
+        """See Steps."""
+        _set_rate(self._optimizer, rate)
+        self._optimizer.zero_grad()
+        points = self._span.draw(self._generator())
+        total = torch.zeros((), device=self._fabric.device)
+        for point in points:
+            self._vertices.place(point)
+            found = loss()
+            self._fabric.backward(found)
+            self._vertices.pull_back(point, self._config.weight_decay, 1 / len(points))
+            total += found.detach()
+        self._optimizer.step()
+        return total / len(points)
+
+    def show(self) -> None:
+        """Place the span's shown point."""
+        self._vertices.place(self._span.shown)
+
+    def state(self) -> State:
+        """See Steps."""
+        state = {f"network.{name}": tensor for name, tensor in self._network.state_dict().items()}
+        for index in self._vertices.free:
+            state |= {f"vertex.{index}.{name}": tensor for name, tensor in self._vertices.named_trained(index).items()}
+            state |= _momenta(self._optimizer, f"{index}.", self._vertices.named_trained(index))
+        return state
+
+    def restore(self, state: State) -> None:
+        """See Steps."""
+        self._network.load_state_dict(_below(state, "network."))
+        for index in self._vertices.free:
+            kept = _below(state, f"vertex.{index}.")
+            with torch.no_grad():
+                for name, weight in self._vertices.named_trained(index).items():
+                    weight.copy_(kept[name])
+            _restore_momenta(self._optimizer, f"{index}.", self._vertices.named_trained(index), state)
+
+    def collected(self) -> list[State]:
+        """See Steps."""
+        return [self._vertices.state(index) for index in self._vertices.free]
+
+
+def _sgd(config: Config, fabric: Fabric, parameters, weight_decay: float) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=weight_decay,
+        fused=fabric.device.type == "cuda" or None,
+    )
+    return fabric.setup_optimizers(optimizer)  # pyright: ignore[reportReturnType]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _below(state: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _momenta(optimizer: torch.optim.Optimizer, prefix: str, named: dict[str, torch.Tensor]) -> State:
+    found = {name: optimizer.state.get(tensor, {}).get("momentum_buffer") for name, tensor in named.items()}
+    return {f"momentum.{prefix}{name}": momentum for name, momentum in found.items() if momentum is not None}
+
+
+def _restore_momenta(
+    optimizer: torch.optim.Optimizer, prefix: str, named: dict[str, torch.Tensor], state: State
+) -> None:
+    for name, tensor in named.items():
+        momentum = state.get(f"momentum.{prefix}{name}")
+        # Like its parameter in device and memory layout.
+        optimizer.state[tensor]["momentum_buffer"] = (
+            None if momentum is None else torch.empty_like(tensor, requires_grad=False).copy_(momentum)
+        )

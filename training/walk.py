@@ -1,0 +1,121 @@
+"""The walk that every door takes: data, network, run, legs of training, path points, a published version.
+
+A door says what is its own in a Plan: how to train, and where on the trained weights the members lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from models_store.manifest import Origin
+from models_store.store import Store, Version
+from training import checkpoint, data, hardware, loop, networks, publication
+from training.config import Config
+from training.errors import CheckpointError
+from training.geometry.vertices import State
+from training.loop import Leg
+from training.publication import Points
+from training.runs import Run, save_state
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a door makes of its options."""
+
+    legs: list[Leg]
+    vertices: Sequence[tuple[Path, Origin]]  # weight sets that the run has when the legs are done
+    points: Points | None = None  # members between the vertices; None: each vertex is a member
+
+
+def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
+    """Train, or go on training, and publish; a finished run is found and left alone.
+
+    Args:
+        config: the door's options.
+        plan: (options, run, iterations in an epoch) -> Plan. `run.start_file("fresh-0")` … are networks with initial
+            weights of their own, `run.start_file("given-0")` … the weights that `config.given()` names.
+    """
+    store = Store()
+    store.check_writable()
+    fabric = hardware.launch(config)
+    say = print if fabric.is_global_zero else (lambda line: None)
+    found = data.load(config.data_options(), say)
+    loop.initialise(config.seed)
+    network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
+    given = [checkpoint.find(reference, store) for reference in config.given()]
+    begin_from = [_state(network, one.file) for one in given]
+    for one in given:
+        if one.version is not None and one.version.manifest.provenance.data_fingerprint != found.fingerprint:
+            say(f"warning: {one.version.name} was trained on other data, or on another split of it.")
+    if given and found.validation_cut:
+        say(
+            "warning: the validation images were set aside from the training images just now. If the given network was trained on "
+            "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
+        )
+    depends_on = {"the data set": found.fingerprint, **{str(one.file): _digest(one.file) for one in given}}
+    leader = fabric.is_global_zero
+    with contextlib.ExitStack() as stack:
+        with fabric.rank_zero_first():
+            opened = Run.open(config.method, config.deciding(), depends_on, fresh=config.fresh, leader=leader)
+            this_run = stack.enter_context(opened)
+            if leader:
+                for index, state in enumerate(begin_from):
+                    save_state(this_run.start_file(f"given-{index}"), _as_start(state))
+                for index in range(config.initial_networks()):
+                    loop.initialise(config.seed, index)
+                    fresh = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
+                    save_state(this_run.start_file(f"fresh-{index}"), _as_start(fresh.state_dict()))
+        name = config.published_name
+        if (done := store.find_run(name, this_run.identity)) is not None:
+            say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
+            return store.load(name, done)
+        say(f"run {this_run.folder} on {hardware.describe(fabric)}")
+        placed = data.on_device(found, fabric.device)
+        steps = loop.iterations_per_epoch(found, config.batch_size)
+        planned = plan(config, this_run, steps)
+        seconds = loop.train(config, fabric, this_run, network, placed, planned.legs)
+        if leader:
+            publication.publish(
+                store, config, this_run, network, placed, planned.vertices, planned.points,
+                device=fabric.device, described=hardware.describe(fabric), seconds=seconds,
+                epochs_spent=sum(leg.iterations * leg.passes for leg in planned.legs) / steps,
+            )  # fmt: skip
+        fabric.barrier()
+        return store.load(name, store.find_run(name, this_run.identity))
+
+
+def collected(
+    run: Run, legs: Sequence[Leg], steps: int, of: Callable[[int], bool] = lambda leg: True
+) -> list[tuple[Path, Origin]]:
+    """Every weight set that the legs collect, in order, numbered from 1; `of` chooses among the legs."""
+    found: list[tuple[Path, Origin]] = []
+    spent = 0
+    for index, leg in enumerate(legs):
+        for number, iteration in enumerate(leg.collect if of(index) else ()):
+            origin = Origin(cycle=len(found) + 1, epoch=(spent + iteration) / steps)
+            found.append((run.vertex_file(index, number), origin))
+        spent += leg.iterations * leg.passes
+    return found
+
+
+def _state(network, file: Path) -> State:
+    checkpoint.load_into(network, file)
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def _as_start(state: State) -> State:
+    return {f"network.{name}": tensor for name, tensor in state.items()}
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
