@@ -28,6 +28,7 @@ from training.steps import BetweenVertices, OneNetwork, Span
 
 SHAPE = (1, 28, 28)
 BLOCKS, STEPS = 15, 10
+DRAWS = np.random.default_rng(0)
 
 
 def make(kind: str, name: str):
@@ -37,7 +38,6 @@ def make(kind: str, name: str):
     network = networks.build(name, 10, SHAPE, {}).to(memory_format=torch.channels_last)
     if kind == "plain":
         return network, OneNetwork(config, fabric, network)
-    generator = np.random.default_rng(0)
     ends = [{k: v.clone() for k, v in networks.build(name, 10, SHAPE, {}).state_dict().items()} for _ in range(2)]
     span = Span(
         vertices=(Path(), None, Path()),  # what lies in the files is given below
@@ -45,11 +45,11 @@ def make(kind: str, name: str):
         draw=lambda drawn: coefficients.curve("bezier", drawn.random(1), 1),
         shown=np.ones(3) / 3,
     )
-    return network, BetweenVertices(config, fabric, network, span, ends, set(), lambda: generator)
+    return network, BetweenVertices(config, fabric, network, span, ends, set())
 
 
 def step(network, steps, images, labels) -> None:
-    steps.take(lambda: functional.cross_entropy(network(images), labels), 0.01)
+    steps.take(lambda: functional.cross_entropy(network(images), labels), 0.01, DRAWS)
 
 
 def batch(size: int):

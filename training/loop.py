@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,7 +79,7 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
         leg, first = legs[index], done.epoch if index == done.leg else 0
         # One optimizer for all plain legs: a leg without a start goes on with the momenta of the one before.
         plain = None if leg.span else plain or OneNetwork(config, fabric, network)
-        steps = plain or job.between(index, leg)
+        steps = plain or job.between(leg)
         if index == done.leg and done != Progress():
             steps.restore(run.load_checkpoint())
             _say(fabric, f"resuming {leg.label} after epoch {done.epoch}")
@@ -99,14 +99,13 @@ class _Job:
     data: Data
     loss: Loss
     log: Log
-    draws: list[np.random.Generator] = field(default_factory=list)  # this epoch's, for what is drawn between vertices
 
-    def between(self, index: int, leg: Leg) -> BetweenVertices:
+    def between(self, leg: Leg) -> BetweenVertices:
         assert leg.span is not None
         fixed = [load_weights(file) for file in leg.span.vertices if file is not None]
         images = next(member.clean_images(self.data, 2, self.fabric.device))
         moving = batch_norm.statistics(self.network, images)
-        return BetweenVertices(self.config, self.fabric, self.network, leg.span, fixed, moving, lambda: self.draws[0])
+        return BetweenVertices(self.config, self.fabric, self.network, leg.span, fixed, moving)
 
     def run_leg(self, index: int, leg: Leg, steps: Steps, first: int, seconds: float) -> float:
         an_epoch = iterations_per_epoch(self.data, self.config.batch_size)
@@ -114,8 +113,8 @@ class _Job:
         for epoch in range(first, epochs):
             began = time.monotonic()
             loss = self._epoch(index, leg, steps, epoch, an_epoch)
-            if isinstance(steps, BetweenVertices):
-                steps.show()
+            steps.show()
+            if leg.span is not None:
                 member.settle(self.network, self.data, SHOWN_BN_IMAGES, self.fabric.device)
             accuracy, nll = self._validate()
             seconds += time.monotonic() - began
@@ -149,7 +148,7 @@ class _Job:
         generator = torch.Generator().manual_seed(_derive(self.config.seed, 2 + rank, index, epoch))
         _seed_everything(_derive(self.config.seed, 1002 + rank, index, epoch))
         # Points between vertices are the same in all processes: their gradients are averaged.
-        self.draws[:] = [np.random.default_rng(_derive(self.config.seed, 0, 1 + index, epoch))]
+        between = np.random.default_rng(_derive(self.config.seed, 0, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
         total, count = torch.zeros((), device=device), 0
         self.wrapped.train()
@@ -161,9 +160,11 @@ class _Job:
             images = (self.data.augment(images, generator) - mean) / std
             if self.config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            total += steps.take(
-                lambda images=images, labels=labels: self.loss(self.wrapped(images), labels), leg.rate(i)
-            )
+
+            def loss_here(images: torch.Tensor = images, labels: torch.Tensor = labels) -> torch.Tensor:
+                return self.loss(self.wrapped(images), labels)
+
+            total += steps.take(loss_here, leg.rate(i), between)
             count += 1
             if i in leg.collect and self.fabric.is_global_zero:
                 for number, state in enumerate(steps.collected(), leg.collect.index(i)):

@@ -30,8 +30,12 @@ class Span:
 class Steps(Protocol):
     """How a leg's weights move."""
 
-    def take(self, loss: Callable[[], torch.Tensor], rate: float) -> torch.Tensor:
+    def take(self, loss: Callable[[], torch.Tensor], rate: float, generator: np.random.Generator) -> torch.Tensor:
         """Descend once; `loss` runs the network on the step's images. Returns the mean loss, detached."""
+        ...
+
+    def show(self) -> None:
+        """Put into the network what an epoch's validation scores are of."""
         ...
 
     def state(self) -> State:
@@ -54,7 +58,7 @@ class OneNetwork:
         self._fabric, self._network = fabric, network
         self._optimizer = _sgd(config, fabric, network.parameters(), config.weight_decay)
 
-    def take(self, loss: Callable[[], torch.Tensor], rate: float) -> torch.Tensor:
+    def take(self, loss: Callable[[], torch.Tensor], rate: float, generator: np.random.Generator) -> torch.Tensor:
         """See Steps."""
         _set_rate(self._optimizer, rate)
         found = loss()
@@ -62,6 +66,9 @@ class OneNetwork:
         self._fabric.backward(found)
         self._optimizer.step()
         return found.detach()
+
+    def show(self) -> None:
+        """See Steps."""
 
     def state(self) -> State:
         """See Steps."""
@@ -89,11 +96,9 @@ class BetweenVertices:
         span: Span,
         fixed: Sequence[State],
         statistics: set[str],
-        generator: Callable[[], np.random.Generator],
     ):
-        """`fixed` are the fixed vertices in order; `generator` gives the epoch's source of draws."""
+        """`fixed` are the fixed vertices in order; `statistics` as Vertices has them."""
         self._config, self._fabric, self._network, self._span = config, fabric, network, span
-        self._generator = generator
         given, begun = iter(fixed), iter(span.begin(fixed))
         states = [next(begun) if file is None else next(given) for file in span.vertices]
         free = [i for i, file in enumerate(span.vertices) if file is None]
@@ -101,11 +106,11 @@ class BetweenVertices:
         # L2 acts at the points, so the optimizer must not add its own at the vertices.
         self._optimizer = _sgd(config, fabric, self._vertices.trained(), 0.0)
 
-    def take(self, loss: Callable[[], torch.Tensor], rate: float) -> torch.Tensor:
+    def take(self, loss: Callable[[], torch.Tensor], rate: float, generator: np.random.Generator) -> torch.Tensor:
         """See Steps."""
         _set_rate(self._optimizer, rate)
         self._optimizer.zero_grad()
-        points = self._span.draw(self._generator())
+        points = self._span.draw(generator)
         total = torch.zeros((), device=self._fabric.device)
         for point in points:
             self._vertices.place(point)
@@ -117,7 +122,7 @@ class BetweenVertices:
         return total / len(points)
 
     def show(self) -> None:
-        """Place the span's shown point."""
+        """See Steps."""
         self._vertices.place(self._span.shown)
 
     def state(self) -> State:
