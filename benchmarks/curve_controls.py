@@ -24,7 +24,7 @@ from models_store.store import Version
 from training import curve, independent, networks
 from training.geometry import coefficients
 from training.geometry.vertices import State, gram
-from training.probing import Measured, Probe, Subset, open_probe
+from training.probing import Probe, Subset, open_probe
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "curve_controls.json"
@@ -62,12 +62,6 @@ def scaled(state: State, network: nn.Module, s: float) -> State:
     return found
 
 
-def error(probe: Probe, *measured: Measured) -> float:
-    labels = torch.cat([labels for _, labels in probe._data.test.batches(torch.arange(len(probe._data.test)), 4096)])
-    mean = np.mean([one.test_probs for one in measured], axis=0)
-    return float((mean.argmax(1) != labels.numpy()).mean())
-
-
 def trivial() -> str:
     _, joined = ends_and_curve("trivial", NO_NORM)
     files = vertices(joined)
@@ -80,10 +74,10 @@ def trivial() -> str:
     points = [straight.at(row) for row in np.eye(len(along))]
     curved = [probe.at(row) for row in coefficients.curve("bezier", np.linspace(0, 1, 6), 1)]
     rows = [
-        ["the first end", *(f"{100 * error(probe, one):.2f}" for one in (points[0], curved[0]))],
-        ["3 points nearest to it", *(f"{100 * error(probe, *ones[:3]):.2f}" for ones in (points, curved))],
-        ["both ends", *(f"{100 * error(probe, ones[0], ones[-1]):.2f}" for ones in (points, curved))],
-        ["6 points", *(f"{100 * error(probe, *ones):.2f}" for ones in (points, curved))],
+        ["the first end", *(f"{100 * probe.error_of_mean(one):.2f}" for one in (points[0], curved[0]))],
+        ["3 points nearest to it", *(f"{100 * probe.error_of_mean(*ones[:3]):.2f}" for ones in (points, curved))],
+        ["both ends", *(f"{100 * probe.error_of_mean(ones[0], ones[-1]):.2f}" for ones in (points, curved))],
+        ["6 points", *(f"{100 * probe.error_of_mean(*ones):.2f}" for ones in (points, curved))],
     ]
     return tabulate(rows, ["test error, %; mlp", "trivial curve", "Bezier"], tablefmt="github", disable_numparse=True)
 
@@ -129,7 +123,7 @@ def random_direction() -> str:
         distance = float(np.sqrt(max(step @ probe.gram @ step, 0)))
         curved, straight = probe.at(row), line.at(np.array([1 - distance, distance]))
         rows.append(
-            [f"{distance:.2f}", *(f"{100 * v:.2f}" for v in (curved.test_error, error(probe, end, curved), straight.test_error, error(probe, end, straight)))]
+            [f"{distance:.2f}", *(f"{100 * v:.2f}" for v in (curved.test_error, probe.error_of_mean(end, curved), straight.test_error, probe.error_of_mean(end, straight)))]
         )  # fmt: skip
     headers = ["distance from the end", "on the curve", "pair with the end", "random direction", "pair with the end"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

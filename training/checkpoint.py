@@ -24,6 +24,11 @@ class Given:
     file: Path
     version: Version | None = None  # the published ensemble that they are of
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the splits that they were trained on; None where nobody knows."""
+        return self.version and self.version.manifest.provenance.data_fingerprint
+
 
 def find(reference: str, store: Store) -> Given:
     """A checkpoint file, or the weights of a published member, NAME[@VERSION]/INDEX.

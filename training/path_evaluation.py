@@ -53,7 +53,7 @@ def evaluate(
         if not start:
             start.append(probe.at(ways["segment"][0]))
         found = probe.at(np.array(row))
-        return {**found.record(), "pair_error": probe.pair_error(start[0], found)}
+        return {**found.record(), "pair_error": probe.error_of_mean(start[0], found)}
 
     report: dict[str, Any] = {
         "ensemble": version.name,

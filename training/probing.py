@@ -99,11 +99,11 @@ class Probe:
             test_probs=test_probs,
         )
 
-    def pair_error(self, one: Measured, other: Measured) -> float:
-        """Test error of the two networks' averaged prediction."""
+    def error_of_mean(self, *measured: Measured) -> float:
+        """Test error of the networks' averaged prediction."""
         rows = in_order(self._data.test)[: self._subset.test]
         labels = torch.cat([labels for _, labels in self._data.test.batches(rows, 4096)]).numpy()
-        return 1 - metrics.accuracy((one.test_probs + other.test_probs) / 2, labels)
+        return 1 - metrics.accuracy(np.mean([one.test_probs for one in measured], axis=0), labels)
 
     @torch.inference_mode()
     def _logits(self, split: Split, limit: int | None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -51,10 +51,9 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
     given = [checkpoint.find(reference, store) for reference in config.given()]
     begin_from = [_state(network, one.file) for one in given]
-    for one in given:
-        if one.version is not None and one.version.manifest.provenance.data_fingerprint != found.fingerprint:
-            say(f"warning: {one.version.name} was trained on other data, or on another split of it.")
-    if given and found.validation_cut:
+    # Networks of another split, or of an unknown one, may have been trained on our validation images.
+    elsewhere = [one for one in given if one.fingerprint != found.fingerprint]
+    if elsewhere and found.validation_cut:
         say(
             "warning: the validation images were set aside from the training images just now. If the given network was trained on "
             "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
@@ -67,11 +66,11 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
             this_run = stack.enter_context(opened)
             if leader:
                 for index, state in enumerate(begin_from):
-                    save_state(this_run.start_file(f"given-{index}"), _as_start(state))
+                    _save_start(this_run.start_file(f"given-{index}"), state)
                 for index in range(config.initial_networks()):
                     loop.initialise(config.seed, index)
                     fresh = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
-                    save_state(this_run.start_file(f"fresh-{index}"), _as_start(fresh.state_dict()))
+                    _save_start(this_run.start_file(f"fresh-{index}"), fresh.state_dict())
         name = config.published_name
         if (done := store.find_run(name, this_run.identity)) is not None:
             say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
@@ -91,14 +90,12 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         return store.load(name, store.find_run(name, this_run.identity))
 
 
-def collected(
-    run: Run, legs: Sequence[Leg], steps: int, of: Callable[[int], bool] = lambda leg: True
-) -> list[tuple[Path, Origin]]:
-    """Every weight set that the legs collect, in order, numbered from 1; `of` chooses among the legs."""
+def collected(run: Run, legs: Sequence[Leg], steps: int) -> list[tuple[Path, Origin]]:
+    """Every weight set that the legs collect, in order, numbered from 1."""
     found: list[tuple[Path, Origin]] = []
     spent = 0
     for index, leg in enumerate(legs):
-        for number, iteration in enumerate(leg.collect if of(index) else ()):
+        for number, iteration in enumerate(leg.collect):
             origin = Origin(cycle=len(found) + 1, epoch=(spent + iteration) / steps)
             found.append((run.vertex_file(index, number), origin))
         spent += leg.iterations * leg.passes
@@ -110,8 +107,9 @@ def _state(network, file: Path) -> State:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
-def _as_start(state: State) -> State:
-    return {f"network.{name}": tensor for name, tensor in state.items()}
+def _save_start(file: Path, state: State) -> None:
+    if not file.exists():  # the run was begun before
+        save_state(file, {f"network.{name}": tensor for name, tensor in state.items()})
 
 
 def _digest(file: Path) -> str:
