@@ -1,9 +1,4 @@
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +10,6 @@ from torch import nn
 from models_store.runtime import EnsembleSession
 from models_store.store import Store
 from models_store.uncertainty import softmax
-from tests.conftest import ROOT
 from training import data as data_module
 from training import fge, networks
 from training.errors import CheckpointError, ConfigError
@@ -225,62 +219,3 @@ def test_two_processes_train_one_run(command):
     assert "2 processes" in version.manifest.provenance.device
     assert done.stdout.count("pre-training epoch 1/") == 1
     assert "already finished" in command("training.fge", *arguments).stdout
-
-
-ARGUMENTS = [
-    "--dataset", "digits", "--network", "preresnet8", "--network-options", "width=0.5", "--epochs", "20", "--members", "3",
-    "--batch-size", "32", "--name", "r",
-]  # fmt: skip
-
-
-def contents(store):
-    version = store.load("r")
-    files = {f: (version.folder / f).read_bytes() for f in version.manifest.files}
-    return files, {"members": version.manifest.members, "temperature": version.manifest.temperature}
-
-
-def test_killed_at_any_moment_it_ends_in_bit_identical_members(command, tmp_path):
-    """SIGKILL five times: at random, inside a cycle, and during publishing."""
-    undisturbed = command(
-        "training.fge", *ARGUMENTS, MODELS_STORE=str(tmp_path / "calm"), MODEPATH_RUNS=str(tmp_path / "calm-runs")
-    )
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    store, runs = Store(tmp_path / "store"), tmp_path / "runs"
-    rng = np.random.default_rng(0)
-
-    def epochs_done(count):
-        return lambda lines: sum(" epoch " in line for line in lines) >= count
-
-    moments = {
-        "before or in the first epoch": lambda lines: any(line.startswith("run ") for line in lines),
-        "some epochs in": epochs_done(int(rng.integers(2, 6))),
-        "more epochs in": epochs_done(int(rng.integers(2, 6))),
-        "inside a cycle": lambda lines: bool(list(runs.glob("fge-*/vertices/*.safetensors"))),
-        "while publishing": lambda lines: bool(list(store.root.glob("r/.staging-*/members/*.onnx"))),
-    }
-    for moment, reached in moments.items():
-        log = tmp_path / f"{moment}.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-u", "-m", "training.fge", *ARGUMENTS], stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-            deadline = time.monotonic() + 120
-            while not reached(log.read_text().splitlines()):
-                assert process.poll() is None, f"ended before {moment}: {log.read_text()}"
-                assert time.monotonic() < deadline, moment
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        assert store.names() == [], moment
-    resumed = command("training.fge", *ARGUMENTS)
-    assert resumed.returncode == 0, resumed.stderr
-    assert contents(store) == contents(Store(tmp_path / "calm"))
-    assert command("models_store", "verify").returncode == 0
-    assert not list(store.root.glob("r/.staging-*"))
-    again = command("training.fge", *ARGUMENTS)
-    assert again.returncode == 0
-    assert "already finished: this run published r@1" in again.stdout
-    assert store.versions("r") == [1]
-    record = json.loads(next(runs.glob("fge-*/run.json")).read_text())
-    assert record["config"]["epochs"] == 20

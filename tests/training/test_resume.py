@@ -15,6 +15,7 @@ COMMON = [
     "--dataset", "digits", "--network", "preresnet8", "--network-options", "width=0.5", "--batch-size", "32", "--name", "r",
 ]  # fmt: skip
 DOORS = {
+    "fge": ["--epochs", "12", "--members", "3"],
     "independent": ["--epochs", "4", "--runs", "2"],
     "snapshot": ["--epochs", "4", "--cycles", "2", "--runs", "2"],
     "curve": ["--epochs", "6", "--end-epochs", "2", "--bends", "2", "--bank", "40", "--members", "3"],
@@ -60,4 +61,7 @@ def test_killed_and_taken_up_again_it_publishes_the_same_bits(door, command, tmp
     resumed = command(*arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert contents(store) == contents(Store(tmp_path / "calm"))
-    assert "already finished" in command(*arguments).stdout
+    store.verify(store.load("r"))
+    assert not list(store.root.glob("r/.staging-*"))
+    assert "already finished: this run published r@1" in command(*arguments).stdout
+    assert store.versions("r") == [1]
