@@ -27,7 +27,7 @@ from training.geometry.vertices import combine
 from training.steps import BetweenVertices, OneNetwork, Span
 
 SHAPE = (1, 28, 28)
-BLOCKS, STEPS = 15, 10
+BLOCKS, STEPS = 150, 2
 DRAWS = np.random.default_rng(0)
 
 
