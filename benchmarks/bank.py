@@ -1,7 +1,7 @@
 """What a bank costs, and how many images its batch norm needs.
 
 python -m benchmarks.bank size NAME         files of a published bank in units of one weight set, beyond its vertices
-python -m benchmarks.bank wrn               the same for wrn-28-10: publishes wrn-bank, 256 untrained points on digits (hours on a CPU; resumable)
+python -m benchmarks.bank wrn               the same for wrn-28-10: publishes wrn-bank, 256 untrained points on digits (15 minutes on a CPU; resumable)
 python -m benchmarks.bank images NAME       test NLL and error of points of a curve by the number of images for batch norm
 python -m benchmarks.bank speed NAME        a point's session: seconds to make, and its rate beside a member's
 """
@@ -39,8 +39,7 @@ def size(name: str) -> None:
 def wrn() -> None:
     """What a bank weighs does not depend on how well it was trained; one step an end, and small images."""
     options = {"network": "wrn-28-10", "limit": 64, "batch_size": 64, "bn_images": 64, "epochs": 1, "activate": False}
-    curve.run(curve.Config(name="wrn-bank", members=2, **options))
-    size("wrn-bank")
+    size(curve.run(curve.Config(name="wrn-bank", members=2, **options)).name)
 
 
 def images(name: str) -> None:
