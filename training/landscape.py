@@ -25,7 +25,7 @@ from training.geometry import coefficients
 from training.geometry.coefficients import Coefficients
 from training.geometry.vertices import gram
 from training.probing import Kept, Probe, Subset, open_probe
-from training.runs import Run, load_weights, save_state
+from training.runs import PREFIXED, Run, load_weights, save_state
 from training.schedules import fge_rate
 
 
@@ -200,7 +200,7 @@ def along_fge(config: Config, version: Version) -> dict[str, Any]:
         loop.initialise(trained.seed, 0)
         network = networks.build(trained.network, len(found.classes), found.shape, trained.network_kwargs())
         start = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-        save_state(this_run.start_file("fresh-0"), start)
+        save_state(this_run.start_file("fresh-0"), start, PREFIXED)
         pretraining, cycles, *_ = fge.plan(trained, this_run, steps).legs
         looked = tuple(sorted({*range(every, cycles.iterations + 1, every), *cycles.collect}))
         legs = [pretraining, dataclasses.replace(cycles, collect=looked)]

@@ -26,7 +26,7 @@ from training.config import Config
 from training.data import Data, in_order
 from training.errors import ConfigError, DivergenceError
 from training.import_string import import_string
-from training.runs import Progress, Run, load_state, load_weights, save_state
+from training.runs import PREFIXED, Progress, Run, load_state, load_weights, save_state
 from training.steps import BetweenVertices, OneNetwork, Span, Steps
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -198,7 +198,7 @@ class _Job:
         state = steps.state()
         for kept, file in leg.keep:
             if kept == epoch:
-                save_state(file, state)
+                save_state(file, state, PREFIXED)
         self.run.save_checkpoint(state, Progress(index, epoch, seconds))
 
 

@@ -30,6 +30,8 @@ from training.errors import CheckpointError, RunError
 from training.geometry.vertices import State
 
 FORMAT = 1
+# Metadata of files whose names say network.… and momentum.…; without it names are the network's own, whatever they begin with.
+PREFIXED = {"names": "prefixed"}
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,13 @@ def load_state(file: Path) -> State:
 
 
 def load_weights(file: Path) -> State:
-    """A full state dict, from a vertex or from a checkpoint of a network."""
+    """A full state dict, from a vertex or from what a leg begins from."""
+    with _reading(file) as handle:
+        prefixed = (handle.metadata() or {}).items() >= PREFIXED.items()
     state = load_state(file)
-    network = {name.removeprefix("network."): t for name, t in state.items() if name.startswith("network.")}
-    return network or state
+    if not prefixed:
+        return state
+    return {name.removeprefix("network."): t for name, t in state.items() if name.startswith("network.")}
 
 
 def write_whole(file: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ from training.errors import CheckpointError
 from training.geometry.vertices import State
 from training.loop import Leg
 from training.publication import Points
-from training.runs import Run, save_state
+from training.runs import PREFIXED, Run, save_state
 
 C = TypeVar("C", bound=Config)
 
@@ -109,7 +109,7 @@ def _state(network, file: Path) -> State:
 
 def _save_start(file: Path, state: State) -> None:
     if not file.exists():  # the run was begun before
-        save_state(file, {f"network.{name}": tensor for name, tensor in state.items()})
+        save_state(file, {f"network.{name}": tensor for name, tensor in state.items()}, PREFIXED)
 
 
 def _digest(file: Path) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.errors import CheckpointError, RunError
-from training.runs import Progress, Run, load_state, save_state
+from training.runs import PREFIXED, Progress, Run, load_state, load_weights, save_state
 
 CONFIG = {"epochs": 3}
 
@@ -63,3 +63,12 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     (tmp_path / "s.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="--fresh"):
         load_state(tmp_path / "s.safetensors")
+
+
+def test_a_users_module_named_network_keeps_its_names(tmp_path):
+    own = {"network.weight": torch.ones(2), "head.weight": torch.zeros(3)}
+    save_state(tmp_path / "vertex.safetensors", own)
+    assert load_weights(tmp_path / "vertex.safetensors").keys() == own.keys()
+    start = {f"network.{name}": tensor for name, tensor in own.items()} | {"momentum.head.weight": torch.ones(3)}
+    save_state(tmp_path / "start.safetensors", start, PREFIXED)
+    assert load_weights(tmp_path / "start.safetensors").keys() == own.keys()
