@@ -23,7 +23,7 @@ from torch import nn
 from models_store.store import Version
 from training import curve, independent, networks
 from training.geometry import coefficients
-from training.geometry.vertices import State, gram
+from training.geometry.vertices import State, coordinates
 from training.probing import Probe, Subset, open_probe
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,10 +88,10 @@ def two_seeds() -> str:
     first, bend_1, last = (load_file(file) for file in vertices(one))
     bend_2 = load_file(vertices(two)[1])
     network = networks.build("preresnet8", 10, (1, 28, 28), {})
-    products = gram([first, last, bend_1, bend_2], [name for name, _ in network.named_parameters()])
+    places = coordinates([first, last, bend_1, bend_2], [name for name, _ in network.named_parameters()])
 
     def apart(a: np.ndarray) -> float:
-        return float(np.sqrt(a @ products @ a))
+        return float(np.linalg.norm(a @ places))
 
     between = apart(np.array([1, -1, 0, 0]))
     rows = [
@@ -120,7 +120,7 @@ def random_direction() -> str:
     rows = []
     for row in rows_of[:6]:
         step = row - rows_of[0]
-        distance = float(np.sqrt(max(step @ probe.gram @ step, 0)))
+        distance = float(np.linalg.norm(step @ probe.places))
         curved, straight = probe.at(row), line.at(np.array([1 - distance, distance]))
         rows.append(
             [f"{distance:.2f}", *(f"{100 * v:.2f}" for v in (curved.test_error, probe.error_of_mean(end, curved), straight.test_error, probe.error_of_mean(end, straight)))]
@@ -138,8 +138,8 @@ def widths() -> str:
         probe, _ = open_probe(joined, files, SUBSET, lambda line: None)
         t = np.linspace(0, 1, 61)
         points = coefficients.curve("bezier", t, 1)
-        lengths = coefficients.chords(points, probe.gram)
-        straight = coefficients.chords(points[[0, -1]], probe.gram)[0]
+        lengths = coefficients.chords(points, probe.places)
+        straight = coefficients.chords(points[[0, -1]], probe.places)[0]
         errors = [probe.at(row).test_error for row in points[::10]]
         rows.append(
             [

@@ -89,7 +89,7 @@ class Member(_Record):
 class Geometry(_Record):
     """The shape in weight space that the members lie on."""
 
-    shape: str = Field(min_length=1, description="segment, polychain, bezier, …")
+    shape: str = Field(min_length=1, description="segment, polychain, bezier, simplex, complex, …")
     vertices: list[VertexFile] = Field(min_length=1, description="its trained weight sets by torch name")
     components: list[list[int]] = Field(
         min_length=1, description="indices into vertices: of each curve, in order; of each simplex"
@@ -113,7 +113,11 @@ class Provenance(_Record):
     libraries: dict[str, str] = {}
     data_fingerprint: str | None = None
     wall_seconds: float | None = Field(default=None, ge=0)
-    epochs_spent: float | None = Field(default=None, ge=0, description="training cost in epochs over the train split")
+    epochs_spent: float | None = Field(
+        default=None,
+        ge=0,
+        description="training cost in forward and backward passes, in epochs over the train split, without that of given networks",
+    )
     device: str | None = None
 
 

@@ -39,7 +39,7 @@ def find(reference: str, store: Store) -> Given:
     """
     file = Path(reference)
     name, slash, index = reference.rpartition("/")
-    if file.exists() or not slash or "/" in name or not index.isdecimal():
+    if file.is_file() or not slash or "/" in name or not index.isdecimal():
         return Given(file)
     version = store.resolve(name)
     members = version.manifest.members
@@ -49,6 +49,15 @@ def find(reference: str, store: Store) -> Given:
             "imported ones have none)."
         )
     return Given(version.folder / weights, version)
+
+
+def members(reference: str, store: Store) -> list[str]:
+    """A published ensemble's name as references to its members; anything else as it is."""
+    name = reference.partition("@")[0]
+    if Path(reference).is_file() or "/" in reference or name not in store.names():
+        return [reference]
+    version = store.resolve(reference)
+    return [f"{version.name}/{index}" for index in range(len(version.manifest.members))]
 
 
 def load_into(network: nn.Module, file: Path) -> None:
@@ -92,7 +101,9 @@ def _read(file: Path) -> Any:
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{file} does not exist.") from None
+        raise CheckpointError(
+            f"{file} does not exist: neither such a file, nor such a published ensemble (python -m models_store list)."
+        ) from None
     except Exception as error:  # torch.load raises whatever the bytes provoke
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

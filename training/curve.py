@@ -6,7 +6,7 @@ min over the bends of E_{t ~ U(0, 1)} L(w(t)). Members are equally spaced points
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,7 @@ from training import door, walk
 from training.config import Config as BaseConfig
 from training.errors import ConfigError
 from training.geometry import coefficients
-from training.geometry.coefficients import Coefficients, Shape
+from training.geometry.coefficients import Coefficients, Coordinates, Shape
 from training.geometry.vertices import State, combine
 from training.loop import Leg
 from training.publication import Points
@@ -118,28 +118,34 @@ def _end(config: Config, run: Run, steps: int, number: int, label: str) -> Leg:
 
 
 def _bends(config: Config, steps: int, ends: Sequence[Path], label: str) -> Leg:
-    total, points = config.epochs * steps, config.points_per_step
-
-    def begin(fixed: Sequence[State]) -> list[State]:
-        return [combine(fixed, row) for row in coefficients.on_the_segment(config.interior)]
-
-    def draw(generator: np.random.Generator) -> Coefficients:
-        # One t in each of as many equal parts: uniform together, and steadier than independent ones.
-        return config.at((np.arange(points) + generator.random(points)) / points)
-
-    span = Span(
-        vertices=(ends[0], *[None] * config.interior, ends[1]),
-        begin=begin,
-        draw=draw,
-        shown=config.at(np.array([0.5]))[0],
-    )
+    total = config.epochs * steps
     return Leg(
         label=label,
         iterations=total,
         rate=lambda i: plain_rate(i, total, config.curve_lr),
+        rate_option="--curve-lr",
         collect=(total,),
-        span=span,
-        passes=points,
+        span=between(config, ends),
+        passes=config.points_per_step,
+    )
+
+
+def between(config: Config, ends: Sequence[Path]) -> Span:
+    """The bends of a curve as what is trained."""
+    points = config.points_per_step
+
+    def begin(fixed: Sequence[State], _: Collection[str]) -> list[State]:
+        return [combine(fixed, row) for row in coefficients.on_the_segment(config.interior)]
+
+    def draw(generator: np.random.Generator, _: Coordinates | None) -> Coefficients:
+        # One t in each of as many equal parts: uniform together, and steadier than independent ones.
+        return config.at((np.arange(points) + generator.random(points)) / points)
+
+    return Span(
+        vertices=(ends[0], *[None] * config.interior, ends[1]),
+        begin=begin,
+        draw=draw,
+        shown=config.at(np.array([0.5]))[0],
     )
 
 
@@ -155,8 +161,8 @@ def _points(config: Config, components: list[list[int]], total: int) -> Points:
     return Points(
         shape=config.shape,
         components=components,
-        members=spaced(config.members * config.runs),
-        bank=spaced(config.bank),
+        members=lambda _: spaced(config.members * config.runs),
+        bank=lambda _: spaced(config.bank),
     )
 
 

@@ -127,6 +127,7 @@ def _cycles(config: Config, cycle: int, collect: tuple[int, ...], file: Path, of
         label=(f"cycles from {file.stem}" if several else "cycles") + of_run,
         iterations=collect[-1],
         rate=lambda i: fge_rate(i, cycle, config.alpha_1, config.alpha_2),
+        rate_option="--alpha-1",
         start=file,
         collect=collect,
     )

@@ -45,6 +45,7 @@ class Leg:
     collect: tuple[int, ...] = ()  # iterations after which the weights are kept as a vertex
     keep: tuple[tuple[int, Path], ...] = ()  # (epoch, file): checkpoints that later legs begin from
     span: Span | None = None  # trained are the free vertices of a path, not a network
+    rate_option: str = "--lr"  # what the user sets the rate with
     passes: int = 1  # forward and backward passes of an iteration: what it costs in units of a plain one
 
 
@@ -150,7 +151,7 @@ class _Job:
         # Points between vertices are the same in all processes: their gradients are averaged.
         between = np.random.default_rng(_derive(self.config.seed, 0, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
-        total, count = torch.zeros((), device=device), 0
+        total, count, i = torch.zeros((), device=device), 0, 0
         self.wrapped.train()
         batches = self.data.train.batches(order, size)
         bar = tqdm(batches, f"{leg.label} {epoch + 1}", an_epoch, leave=False, disable=None if rank == 0 else True)
@@ -175,8 +176,8 @@ class _Job:
         # Checked an epoch at a time: reading it at every step would make a GPU wait.
         if not math.isfinite(mean_loss):
             raise DivergenceError(
-                f"The loss became {mean_loss} in epoch {epoch + 1} of {leg.label}, at a rate up to {self.config.lr:g}. "
-                "The rate is likely too high, or the data or loss hold NaN; try --lr a third of it. Nothing was published."
+                f"The loss became {mean_loss} in epoch {epoch + 1} of {leg.label}, at a rate of {leg.rate(i):.3g}. The rate is likely "
+                f"too high, or the data or loss hold NaN; try {leg.rate_option} a third of what it was. Nothing was published."
             )
         return mean_loss
 

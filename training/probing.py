@@ -22,7 +22,7 @@ from training import data, member, metrics, networks, temperature
 from training.config import data_options
 from training.data import Data, Split, in_order
 from training.errors import ConfigError
-from training.geometry.vertices import State, combine, gram
+from training.geometry.vertices import State, combine, coordinates
 
 BATCH = 128  # as member.clean_images has it
 
@@ -76,7 +76,7 @@ class Probe:
         self._weight_decay, self._subset, self._device = weight_decay, subset, device
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         parameters = [name for name, _ in network.named_parameters()]
-        self.gram = gram(vertices, parameters)
+        self.places = coordinates(vertices, parameters)
 
     def at(self, coefficients: NDArray[np.float64]) -> Measured:
         """The network Σ_v c_v w_v, with the statistics that belong to it."""
@@ -89,7 +89,7 @@ class Probe:
         train_probs, test_probs = softmax(train), softmax(test)
         train_nll = metrics.nll(train_probs, train_labels)
         return Measured(
-            train_loss=train_nll + self._weight_decay / 2 * float(coefficients @ self.gram @ coefficients),
+            train_loss=train_nll + self._weight_decay / 2 * float(np.sum((coefficients @ self.places) ** 2)),
             train_nll=train_nll,
             train_error=1 - metrics.accuracy(train_probs, train_labels),
             test_error=1 - metrics.accuracy(test_probs, labels),

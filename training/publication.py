@@ -19,8 +19,8 @@ from training import bank, member, temperature
 from training.config import Config
 from training.data import Data, as_arrays
 from training.export import Exporter
-from training.geometry.coefficients import Coefficients
-from training.geometry.vertices import State
+from training.geometry.coefficients import Coefficients, Coordinates
+from training.geometry.vertices import State, coordinates
 from training.geometry.vertices import combine as combine_states
 from training.metrics import score
 from training.runs import Run, load_weights, save_state
@@ -35,8 +35,11 @@ class Points:
 
     shape: str
     components: list[list[int]]  # the vertices of each curve in order, or of each simplex
-    members: Coefficients  # (members, vertices): the networks of the average
-    bank: Coefficients  # (points, vertices): the networks that one query each may get; there may be none
+    # Of where the vertices lie, because what is drawn may depend on volumes:
+    members: Callable[[Coordinates], Coefficients]  # (members, vertices): the networks of the average
+    # (points, vertices): the networks that one query each may get; there may be none
+    bank: Callable[[Coordinates], Coefficients]
+    told: Callable[[Coordinates], str] | None = None  # what people are told of the shape
 
 
 def publish(
@@ -67,9 +70,12 @@ def publish(
         (staged / "members").mkdir()
         (staged / "weights").mkdir()
         exporter = Exporter(data.shape)
+        states = [load_weights(file) for file, _ in vertices] if points else []
+        parameters = [name for name, _ in network.named_parameters()]
+        places = coordinates(states, parameters) if points else np.zeros((0, 0))
         origins: list[manifest.Origin] = []
         collected: list[np.ndarray] = []
-        for index, (weights, origin) in enumerate(_weights_of_members(vertices, points)):
+        for index, (weights, origin) in enumerate(_weights_of_members(vertices, states, points, places)):
             made = member.make(network, weights, data, config.bn_images, device, exporter)
             (staged / f"members/{index:03d}.onnx").write_bytes(made.onnx)
             save_state(staged / f"weights/{index:03d}.safetensors", made.state)
@@ -99,19 +105,9 @@ def publish(
             members=members,
             temperature=shared,
             validation=average,
-            geometry=points and _keep_vertices(staged, vertices, points),
+            geometry=points and _keep_vertices(staged, states, points),
             bank=points
-            and bank.write(
-                staged,
-                run,
-                network,
-                data,
-                [load_weights(file) for file, _ in vertices],
-                points.bank,
-                config.bn_images,
-                device,
-                say,
-            ),
+            and bank.write(staged, run, network, data, states, points.bank(places), config.bn_images, device, say),
             provenance=manifest.Provenance(
                 run=run.identity,
                 config={"door": config.method, **config.deciding()},
@@ -127,27 +123,30 @@ def publish(
     best = max(scores.validation.accuracy for scores in members if scores.validation)
     say(
         f"published {version.name}: {len(members)} members, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
-        f"nll {average.nll:.4f}, temperature {shared:.3f}\n{version.folder}"
+        f"nll {average.nll:.4f}, temperature {shared:.3f}, cost {epochs_spent:.4g} plain epochs\n{version.folder}"
     )
+    if points and points.told:
+        say(points.told(places))
     return version
 
 
-def _weights_of_members(vertices: Sequence[Vertex], points: Points | None) -> Iterator[tuple[State, manifest.Origin]]:
+def _weights_of_members(
+    vertices: Sequence[Vertex], states: Sequence[State], points: Points | None, places: Coordinates
+) -> Iterator[tuple[State, manifest.Origin]]:
     if points is None:
         for file, origin in vertices:
             yield load_weights(file), origin
         return
-    states = [load_weights(file) for file, _ in vertices]
-    for coefficients in points.members:
+    for coefficients in points.members(places):
         yield combine_states(states, coefficients), manifest.Origin(coefficients=coefficients.tolist())
 
 
-def _keep_vertices(staged: Path, vertices: Sequence[Vertex], points: Points) -> manifest.Geometry:
-    for index, (file, _) in enumerate(vertices):
-        save_state(staged / f"vertices/{index:03d}.safetensors", load_weights(file))
+def _keep_vertices(staged: Path, states: Sequence[State], points: Points) -> manifest.Geometry:
+    for index, state in enumerate(states):
+        save_state(staged / f"vertices/{index:03d}.safetensors", state)
     return manifest.Geometry(
         shape=points.shape,
-        vertices=[f"vertices/{index:03d}.safetensors" for index in range(len(vertices))],
+        vertices=[f"vertices/{index:03d}.safetensors" for index in range(len(states))],
         components=points.components,
     )
 

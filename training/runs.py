@@ -5,6 +5,7 @@
       checkpoint.safetensors  weights and momenta after the last finished epoch; where that was is in the metadata
       starts/*.safetensors   checkpoints that later legs begin from
       vertices/00-000.safetensors   weights as they were collected: leg, number
+      samples/000.safetensors       weights drawn from a distribution over those
 
 Every file is written beside its place and renamed, so each is whole or absent.
 """
@@ -117,6 +118,10 @@ class Run:
     def vertex_file(self, leg: int, index: int) -> Path:
         """The weights that leg `leg` collected `index`-th, from 0."""
         return self.folder / "vertices" / f"{leg:02d}-{index:03d}.safetensors"
+
+    def sample_file(self, index: int) -> Path:
+        """The `index`-th weights that were drawn, from 0."""
+        return self.folder / "samples" / f"{index:03d}.safetensors"
 
 
 def save_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> None:

@@ -7,20 +7,23 @@ import math
 from collections.abc import Sequence
 
 
-def plain_rate(i: int, total: int, rate: float) -> float:
+def plain_rate(i: int, total: int, rate: float, final: float = 0.01) -> float:
     """The rate for a single network (Garipov et al. 2018): constant to half the budget, linear to 1 % at 0.9, then flat.
+
+    To another share with SWAG (Maddox et al. 2019), which goes on at that rate.
 
     Args:
         i: iteration, from 1.
         total: iterations of the whole budget.
         rate: the initial rate.
+        final: the last rate's share of it.
     """
     done = i / total
     if done <= 0.5:
         return rate
     if done <= 0.9:
-        return rate * (1 - 0.99 * (done - 0.5) / 0.4)
-    return rate * 0.01
+        return rate * (1 - (1 - final) * (done - 0.5) / 0.4)
+    return rate * final
 
 
 def fge_rate(i: int, cycle: int, alpha_1: float, alpha_2: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from training.config import Config
-from training.geometry.coefficients import Coefficients
+from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, Vertices
 
 
@@ -22,9 +22,15 @@ class Span:
     """What a leg trains instead of a network: the free vertices, so that the networks drawn between all of them are good."""
 
     vertices: tuple[Path | None, ...]  # files of the fixed ones; None: free
-    begin: Callable[[Sequence[State]], Sequence[State]]  # the free vertices, from the fixed ones
-    draw: Callable[[np.random.Generator], Coefficients]  # the points of one step, (points, vertices)
+    # The free vertices, from the fixed ones and the names of what is trained.
+    begin: Callable[[Sequence[State], Collection[str]], Sequence[State]]
+    draw: Callable[
+        [np.random.Generator, Coordinates | None], Coefficients
+    ]  # the points of one step, (points, vertices)
     shown: np.ndarray  # (vertices,): the point whose validation scores are printed
+    # A term of the loss that depends on how the vertices lie to each other: its gradient at each free vertex, (free, vertices).
+    # Where there is one, `draw` is told how they lie, too.
+    push: Callable[[Coordinates], Coefficients] | None = None
 
 
 class Steps(Protocol):
@@ -99,7 +105,8 @@ class BetweenVertices:
     ):
         """`fixed` are the fixed vertices in order; `statistics` as Vertices has them."""
         self._config, self._fabric, self._network, self._span = config, fabric, network, span
-        given, begun = iter(fixed), iter(span.begin(fixed))
+        trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        given, begun = iter(fixed), iter(span.begin(fixed, trained))
         states = [next(begun) if file is None else next(given) for file in span.vertices]
         free = [i for i, file in enumerate(span.vertices) if file is None]
         self._vertices = Vertices(network, states, free, statistics)
@@ -110,7 +117,11 @@ class BetweenVertices:
         """See Steps."""
         _set_rate(self._optimizer, rate)
         self._optimizer.zero_grad()
-        points = self._span.draw(generator)
+        places = self._vertices.coordinates() if self._span.push else None
+        if places is not None and self._fabric.world_size > 1:
+            # All processes must draw alike; their devices may round apart.
+            places = self._fabric.broadcast(places)
+        points = self._span.draw(generator, places)
         total = torch.zeros((), device=self._fabric.device)
         for point in points:
             self._vertices.place(point)
@@ -118,6 +129,9 @@ class BetweenVertices:
             self._fabric.backward(found)
             self._vertices.pull_back(point, self._config.weight_decay, 1 / len(points))
             total += found.detach()
+        if self._span.push and places is not None:
+            for index, row in zip(self._vertices.free, self._span.push(places), strict=True):
+                self._vertices.add_to_gradient(index, row)
         self._optimizer.step()
         return total / len(points)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from torch import nn
+
 from models_store.manifest import Origin
 from models_store.store import Store, Version
 from training import checkpoint, data, hardware, loop, networks, publication
@@ -32,6 +34,8 @@ class Plan:
     legs: list[Leg]
     vertices: Sequence[tuple[Path, Origin]]  # weight sets that the run has when the legs are done
     points: Points | None = None  # members between the vertices; None: each vertex is a member
+    # What makes the vertices from what the legs left, where they did not train them; it is called again after a kill.
+    then: Callable[[nn.Module], None] | None = None
 
 
 def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
@@ -81,6 +85,8 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         planned = plan(config, this_run, steps)
         seconds = loop.train(config, fabric, this_run, network, placed, planned.legs)
         if leader:
+            if planned.then:
+                planned.then(network)
             publication.publish(
                 store, config, this_run, network, placed, planned.vertices, planned.points,
                 device=fabric.device, described=hardware.describe(fabric), seconds=seconds,

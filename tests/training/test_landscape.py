@@ -8,14 +8,14 @@ from models_store.runtime import EnsembleSession
 from tests.training.conftest import SMALL
 from training import data, fge, landscape
 from training.errors import ConfigError
-from training.landscape import Plane
+from training.figures.plane import Plane
 from training.metrics import accuracy
 
 
 def test_the_planes_coordinates_are_distances_and_its_points_are_affine():
     rng = np.random.default_rng(0)
     three = rng.normal(size=(3, 50))
-    plane = Plane.through(three @ three.T)
+    plane = Plane.through(three)
     for i in range(3):
         for j in range(3):
             distance = np.linalg.norm(three[i] - three[j])
@@ -27,7 +27,7 @@ def test_the_planes_coordinates_are_distances_and_its_points_are_affine():
     assert c @ plane.corners == pytest.approx(places)
     with pytest.raises(ConfigError, match="on one line"):
         line = np.outer([0, 1, 2], rng.normal(size=50))
-        Plane.through(line @ line.T)
+        Plane.through(line)
 
 
 def test_the_landscape_of_a_curve_holds_its_ends_and_goes_on_where_it_was(here, tmp_path):

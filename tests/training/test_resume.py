@@ -19,6 +19,21 @@ DOORS = {
     "independent": ["--epochs", "4", "--runs", "2"],
     "snapshot": ["--epochs", "4", "--cycles", "2", "--runs", "2"],
     "curve": ["--epochs", "6", "--end-epochs", "2", "--bends", "2", "--bank", "40", "--members", "3"],
+    "espro": [
+        "--epochs",
+        "4",
+        "--vertices",
+        "2",
+        "--vertex-epochs",
+        "2",
+        "--points-per-step",
+        "2",
+        "--samples",
+        "3",
+        "--bank",
+        "40",
+    ],
+    "swag": ["--epochs", "6", "--runs", "2", "--samples", "3"],
 }
 
 
@@ -41,7 +56,7 @@ def test_killed_and_taken_up_again_it_publishes_the_same_bits(door, command, tmp
         ),
         "while publishing": lambda lines: bool(list(store.root.glob("r/.staging-*/members/*.onnx"))),
     }
-    if door == "curve":
+    if door in ("curve", "espro"):
         moments["in the bank"] = lambda lines: len(list(runs.glob("*/bank/*.safetensors"))) >= 3
     for moment, reached in moments.items():
         log = tmp_path / f"{moment}.log"

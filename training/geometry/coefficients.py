@@ -1,15 +1,19 @@
-"""Points of a path as coefficients over its vertices: w(t) = Σ_v c_v(t) w_v (Garipov et al. 2018, section 3).
+"""Points between vertices, as coefficients over them: w = Σ_v c_v w_v.
+
+Of a curve at t (Garipov et al. 2018, section 3):
 
     segment     (1 − t, t)
     polychain   hat functions on the grid i / (n + 1): straight from vertex to vertex
     bezier      Bernstein polynomials of degree n + 1
 
 n counts bends: interior vertices. The ends are the first and the last vertex.
+Of a simplex, or of a complex of several (Benton et al. 2021, section 3): drawn uniformly.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Shape = Literal["segment", "polychain", "bezier"]
 Coefficients = NDArray[np.float64]  # (points, vertices); a row sums to 1
+Coordinates = NDArray[np.float64]  # (vertices, axes): of weight sets in an orthonormal basis of what they span
 
 
 def curve(shape: Shape, t: ArrayLike, bends: int) -> Coefficients:
@@ -50,15 +55,19 @@ def over_all(own: Coefficients, vertices: tuple[int, ...], total: int) -> Coeffi
     return wide
 
 
-def chords(points: Coefficients, gram: NDArray[np.float64]) -> NDArray[np.float64]:
+def chords(points: Coefficients, places: Coordinates) -> NDArray[np.float64]:
     """Distances between successive points, in the units of the weights: (points − 1,).
 
     Args:
         points: (points, vertices), in the order in which the path passes them.
-        gram: inner products of the vertices, (vertices, vertices).
+        places: of the vertices.
     """
-    steps = np.diff(points, axis=0)
-    return np.sqrt(np.maximum(np.einsum("pi,ij,pj->p", steps, gram, steps), 0))
+    return np.linalg.norm(np.diff(points, axis=0) @ places, axis=1)
+
+
+def distances(places: Coordinates) -> NDArray[np.float64]:
+    """Between each two vertices: (vertices, vertices)."""
+    return np.linalg.norm(places[:, None] - places[None], axis=2)
 
 
 def mean_over_t(t: NDArray[np.float64], values: NDArray[np.float64]) -> float:
@@ -70,3 +79,24 @@ def mean_over_length(lengths: NDArray[np.float64], values: NDArray[np.float64]) 
     """The average over arc length (eq. 1), from the chords between the points; NaN where the path has no length."""
     total = lengths.sum()
     return float(((values[1:] + values[:-1]) / 2 @ lengths) / total) if total > 0 else math.nan
+
+
+def uniform(generator: np.random.Generator, count: int, vertices: int) -> Coefficients:
+    """Points drawn uniformly from a simplex, Dirichlet(1, …, 1): (count, vertices)."""
+    return generator.dirichlet(np.ones(vertices), count)
+
+
+def uniform_over(
+    generator: np.random.Generator,
+    count: int,
+    simplexes: Sequence[Sequence[int]],
+    shares: NDArray[np.float64],
+    total: int,
+) -> Coefficients:
+    """Points of a complex over its `total` vertices: a simplex each with probability `shares`, uniform inside: (count, total)."""
+    chosen = generator.choice(len(simplexes), count, p=shares)
+    points = np.zeros((count, total))
+    for number, own in enumerate(simplexes):
+        of = np.flatnonzero(chosen == number)
+        points[of[:, None], list(own)] = uniform(generator, len(of), len(own))
+    return points

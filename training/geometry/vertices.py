@@ -15,7 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from training.geometry.coefficients import Coordinates
+
 State = dict[str, torch.Tensor]  # parameters and buffers by torch name
+_CHUNK = 1 << 22  # weights at a time in float64: copies of all would be many weight sets
 _batched: Any = torch  # its foreach functions, one launch for many tensors, carry no usable types
 
 
@@ -39,13 +42,18 @@ def combine(states: Sequence[State], coefficients: Sequence[float] | NDArray[np.
     return combined
 
 
-def gram(states: Sequence[State], parameters: Sequence[str]) -> NDArray[np.float64]:
-    """Inner products of the weight sets over the named parameters, in float64: (vertices, vertices)."""
-    products = np.zeros((len(states), len(states)))
+def coordinates(states: Sequence[State], parameters: Sequence[str]) -> Coordinates:
+    """Where the weight sets lie in an orthonormal basis of what they span, over the named parameters: (vertices, vertices), float64.
+
+    Lengths, angles and volumes of everything between them follow, to nearly all digits: inner products would keep half of them.
+    """
+    factor: NDArray[Any] = np.zeros((len(states), len(states)))
     for name in parameters:
-        flat = torch.stack([state[name].detach().cpu().double().flatten() for state in states])
-        products += (flat @ flat.T).numpy()
-    return products
+        flat = torch.stack([state[name].detach().cpu().flatten() for state in states], dim=1)
+        for chunk in flat.split(_CHUNK):
+            rows: Any = np.linalg.qr(np.concatenate([factor, chunk.double().numpy()]), mode="r")
+            factor = rows
+    return factor.T
 
 
 class Vertices:
@@ -81,6 +89,7 @@ class Vertices:
             if name not in statistics and any(not torch.equal(tensor, other[name]) for other in self._buffers)
         ]
         self._placed_buffers = {name: kept[name] for name in differing}
+        self._products: NDArray[np.float64] | None = None
 
     def trained(self) -> list[torch.Tensor]:
         """What an optimizer gets."""
@@ -123,6 +132,40 @@ class Vertices:
             _batched._foreach_mul_(own, scale)
             for weight, gradient in zip(weights, own, strict=True):
                 weight.grad = gradient
+
+    @torch.no_grad()
+    def coordinates(self) -> Coordinates:
+        """Where the vertices lie, as `coordinates` has it, but from their inner products, which stay on the device.
+
+        Half of the digits are enough for a step. Inner products of two fixed vertices are computed once.
+        """
+        count = len(self._weights)
+        pairs = [(i, j) for i in range(count) for j in range(i + 1)]
+        due = [pair for pair in pairs if self._products is None or set(pair) & set(self.free)]
+        wanted = sorted({index for pair in due for index in pair})
+        totals = torch.zeros(len(due), dtype=torch.float64, device=self._weights[0][0].device)
+        for tensors in zip(*self._weights, strict=True):
+            parts = {index: tensors[index].flatten().split(_CHUNK) for index in wanted}
+            for number in range(len(parts[wanted[0]])):
+                part = {index: parts[index][number].double() for index in wanted}
+                totals += torch.stack([part[i] @ part[j] for i, j in due])
+        if self._products is None:
+            self._products = np.zeros((count, count))
+        for (i, j), value in zip(due, totals.tolist(), strict=True):
+            self._products[i, j] = self._products[j, i] = value
+        values, axes = np.linalg.eigh(self._products)
+        return axes * np.sqrt(np.maximum(values, 0))
+
+    @torch.no_grad()
+    def add_to_gradient(self, index: int, coefficients: NDArray[np.float64]) -> None:
+        """Add Σ_v c_v w_v, whose coefficients sum to 0, to the gradient of free vertex `index`."""
+        for position, weight in enumerate(self._weights[index]):
+            if weight.grad is None:
+                continue
+            first = self._weights[0][position]
+            # As a sum of differences: the vertices themselves are long and nearly alike.
+            for other, coefficient in zip(self._weights[1:], coefficients[1:], strict=True):
+                weight.grad.add_(other[position] - first, alpha=float(coefficient))
 
     def state(self, index: int) -> State:
         """Vertex `index` as a state dict."""

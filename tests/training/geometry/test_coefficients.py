@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.interpolate import BPoly
 
 pytest.importorskip("torch", reason="the training extra is not installed")
@@ -59,7 +60,7 @@ def test_chords_and_averages_of_a_known_path():
     """A right angle with legs 3 and 1: over t each leg counts half, over length 3 to 1."""
     vertices = np.array([[0.0, 0], [3, 0], [3, 1]])
     points = coefficients.curve("polychain", T, 1)
-    lengths = coefficients.chords(points, vertices @ vertices.T)
+    lengths = coefficients.chords(points, vertices)
     assert lengths.sum() == pytest.approx(4)
     value = np.where(T < 0.5, 1.0, np.where(T > 0.5, 2.0, 1.5))
     assert coefficients.mean_over_t(T, value) == pytest.approx(1.5)
@@ -71,5 +72,22 @@ def test_the_length_of_a_bezier_curve_is_its_arc_length():
 
     vertices = np.array([[0.0, 0], [1, 3], [2, 0]])
     speed = lambda t: np.hypot(*(2 * (1 - t) * (vertices[1] - vertices[0]) + 2 * t * (vertices[2] - vertices[1])))  # noqa: E731
-    found = coefficients.chords(coefficients.curve("bezier", T, 1), vertices @ vertices.T).sum()
+    found = coefficients.chords(coefficients.curve("bezier", T, 1), vertices).sum()
     assert found == pytest.approx(quad(speed, 0, 1)[0], rel=1e-3)
+
+
+def test_each_coefficient_of_a_uniform_draw_from_a_simplex_is_beta_distributed():
+    for k in (1, 2, 5):
+        drawn = coefficients.uniform(np.random.default_rng(k), 4000, k + 1)
+        assert drawn.sum(axis=1) == pytest.approx(1)
+        for column in drawn.T:
+            assert stats.kstest(column, stats.beta(1, k).cdf).pvalue > 1e-3
+
+
+def test_points_of_a_complex_fall_into_its_simplexes_in_proportion_to_the_shares():
+    simplexes, shares = [[0, 2, 3], [1, 2, 3], [2, 3, 4]], np.array([0.2, 0.5, 0.3])
+    drawn = coefficients.uniform_over(np.random.default_rng(0), 5000, simplexes, shares, 5)
+    counts = [(drawn[:, vertex] > 0).sum() for vertex in (0, 1, 4)]
+    assert sum(counts) == len(drawn)
+    assert stats.chisquare(counts, 5000 * shares).pvalue > 1e-3
+    assert drawn.sum(axis=1) == pytest.approx(1)

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from tests.training.test_export import Odd
-from training.geometry.coefficients import curve
-from training.geometry.vertices import Vertices, combine, gram
+from training.geometry import volume
+from training.geometry.coefficients import curve, distances
+from training.geometry.vertices import Vertices, combine, coordinates
 
 
 def states(make, count):
@@ -35,10 +36,24 @@ def test_what_all_vertices_share_is_not_rounded_and_integers_come_from_the_neare
     assert found["count"] == 9
 
 
-def test_inner_products_are_those_of_the_flat_weights():
+def test_coordinates_keep_lengths_and_angles_of_the_flat_weights():
     three = states(lambda: nn.Linear(5, 4), 3)
     flat = np.stack([np.concatenate([s["weight"].flatten(), s["bias"]]) for s in three]).astype(np.float64)
-    assert gram(three, ["weight", "bias"]) == pytest.approx(flat @ flat.T, rel=1e-12)
+    found = coordinates(three, ["weight", "bias"])
+    assert found @ found.T == pytest.approx(flat @ flat.T, rel=1e-12)
+
+
+def test_coordinates_keep_a_small_height_over_long_vectors():
+    """|w| = 100, height 1e-9: in inner products it would be 1e-18 beside 1e4."""
+    base = {"w": torch.zeros(8, dtype=torch.float64)}
+    base["w"][0] = 100
+    along, beside = base["w"].clone(), base["w"].clone()
+    along[1] = 1
+    beside[1], beside[2] = 0.5, 1e-9
+    found = coordinates([base, {"w": along}, {"w": beside}], ["w"])
+    edges = found[1:] - found[0]
+    height = np.linalg.norm(edges[1] - edges[0] * (edges[1] @ edges[0]) / (edges[0] @ edges[0]))
+    assert height == pytest.approx(1e-9, rel=1e-3)
 
 
 class Small(nn.Module):
@@ -128,3 +143,40 @@ def test_a_frozen_parameter_is_not_trained():
     network(torch.rand(3, 2)).sum().backward()
     vertices.pull_back(c, 0.1)
     assert all(w.grad is not None for w in vertices.trained())
+
+
+def test_coordinates_follow_the_free_vertex_as_it_moves():
+    four = states(Small, 4)
+    network = Small()
+    names = [name for name, _ in network.named_parameters()]
+    vertices = Vertices(network, four, [3], set())
+
+    def agree(now):
+        return distances(vertices.coordinates()) == pytest.approx(distances(coordinates(now, names)), abs=1e-6)
+
+    assert agree(four)
+    with torch.no_grad():
+        for weight in vertices.trained():
+            weight.add_(0.25)
+    assert agree([*four[:3], vertices.state(3)])
+    assert not agree(four)
+
+
+def test_the_volumes_gradient_is_a_finite_difference_in_every_weight():
+    three = states(Small, 3)
+    network = Small()
+    vertices = Vertices(network, three, [2], set())
+    for weight in vertices.trained():
+        weight.grad = torch.zeros_like(weight)
+    names = [name for name, _ in network.named_parameters()]
+    vertices.add_to_gradient(2, volume.gradient(vertices.coordinates(), [[0, 1, 2]], 2))
+    for name, weight in vertices.named_trained(2).items():
+        flat = weight.detach().view(-1)
+        for i in range(0, len(flat), 3):
+            kept = flat[i].item()
+            flat[i] = kept + 1e-5
+            above = volume.log_volume(coordinates([*three[:2], vertices.state(2)], names))
+            flat[i] = kept - 1e-5
+            below = volume.log_volume(coordinates([*three[:2], vertices.state(2)], names))
+            flat[i] = kept
+            assert weight.grad.view(-1)[i].item() == pytest.approx((above - below) / 2e-5, rel=1e-5, abs=1e-9), name

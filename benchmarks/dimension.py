@@ -1,0 +1,83 @@
+"""How many connecting vertices until the volume collapses? Two modes joined through k shared vertices (Benton et al. 2021, section 4.3).
+
+    python -m benchmarks.dimension      trains what is missing, prints and keeps results/dimension.md and dimension.png
+
+preresnet8 on 10 000 images of Fashion-MNIST; two networks of 20 epochs; 12 connecting vertices, one after the other, 3 epochs each with 5 networks a step.
+For each k the complex of the first k: its log-volume in float64; the floor, what it would be if the last vertex stood on the others but for float32's
+rounding; that vertex's height over the others, and its distance from the nearest of them; test error and train accuracy of 20 networks drawn from it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from training import espro, independent
+from training.figures.simplexes import by_vertices, plot_volume
+from training.geometry import coefficients, volume
+from training.probing import Kept, Subset, open_probe
+
+RESULTS = Path(__file__).parent / "results"
+WORK = Path("evaluation/dimension")
+COMMON = {"dataset": "fashion-mnist", "network": "preresnet8", "limit": 10_000, "activate": False}
+CONNECTORS, DRAWN = 12, 20
+
+
+def main() -> None:
+    modes = independent.run(independent.Config(name="dimension-modes", epochs=20, runs=2, **COMMON))
+    shared = ",".join(str(2 + i) for i in range(CONNECTORS))
+    options = {"connect": (f"0,{shared}", f"1,{shared}"), "vertex_epochs": 3, "samples": 1, "bank": 0}
+    version = espro.run(espro.Config(name="dimension", base=(modes.name,), **options, **COMMON))
+    geometry = version.manifest.geometry
+    assert geometry is not None
+    files = [version.folder / file for file in geometry.vertices]
+    probe, _ = open_probe(version, files, Subset(train=5000, bn=4096), lambda line: None)
+    kept = Kept(WORK / "drawn.jsonl", {"files": version.manifest.files})
+    growth = by_vertices(probe.places, geometry.components)
+    WORK.mkdir(parents=True, exist_ok=True)
+    plot_volume(growth, "two modes of preresnet8, joined through k vertices", WORK / "volume.png")
+    rows = []
+    for k, row in enumerate(growth, 1):
+        grown = [own[: k + 1] for own in geometry.components]
+        generator, shares = np.random.default_rng(k), volume.shares(probe.places, grown)
+        drawn = coefficients.uniform_over(generator, DRAWN, grown, shares, len(files))
+        found = kept.measure(drawn.tolist(), lambda at: probe.at(np.array(at)).record(), f"{k} connectors")
+        newest = grown[0][-1]
+        before = [v for v in range(newest) if v >= 2] or [0, 1]
+        rows.append(
+            [
+                k,
+                f"{row['log_volume']:.2f}",
+                f"{row['floor']:.2f}",
+                f"{height(probe.places, before, newest):.3f}",
+                f"{coefficients.distances(probe.places)[newest, before].min():.3f}",
+                f"{100 * np.mean([one['test_error'] for one in found]):.2f}",
+                f"{100 * max(one['test_error'] for one in found):.2f}",
+                f"{100 * min(1 - one['train_error'] for one in found):.2f}",
+            ]
+        )
+    headers = ["k", "log-volume", "floor", "height", "nearest", "test error, %: mean", "worst", "train accuracy: worst"]
+    flat = [row["dimension"] for row in growth if not np.isfinite(row["log_volume"])]
+    largest = max(growth, key=lambda row: row["log_volume"])
+    said = f"Flat from k = {flat[0]:g} on." if flat else f"Not flat up to k = {CONNECTORS}."
+    text = ["# Connecting vertices and volume", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
+    text += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
+    text += [f"{said} The volume is largest at k = {largest['dimension']:g}.", ""]
+    (RESULTS / "dimension.md").write_text("\n".join(text))
+    shutil.copyfile(WORK / "volume.png", RESULTS / "dimension.png")
+    print("\n".join(text))
+
+
+def height(places: np.ndarray, base: list[int], vertex: int) -> float:
+    """Of a vertex over the plane through others."""
+    edges = (places[base[1:]] - places[base[0]]).T
+    step = places[vertex] - places[base[0]]
+    along = edges @ np.linalg.lstsq(edges, step, rcond=None)[0] if edges.size else np.zeros_like(step)
+    return float(np.linalg.norm(step - along))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Is a simplex of low loss more than its base? Fashion-MNIST, one trained network, 3 further vertices; and a complex that joins 3 modes.
+
+    python -m benchmarks.simplex [--seeds N]      train what is missing (of the first N seeds), print and keep results/simplex.md
+
+preresnet8 on all training images; 100 networks drawn from each simplex (batch norm re-estimated for each), measured on 10 000 training images and the
+test split; seeds 0, 1, 2. `disagreement` is the share of test images that two networks label differently, the mean over all pairs. The base is also
+trained for as many epochs as the simplex cost in passes. The simplex's average is that of its 25 published networks.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from models_store.runtime import EnsembleSession, in_batches
+from models_store.store import Store, Version
+from models_store.uncertainty import softmax
+from training import data, espro, independent, temperature
+from training.config import data_options
+from training.evaluate import pairwise_disagreement
+from training.geometry import coefficients, volume
+from training.metrics import score
+from training.probing import Kept, Measured, Subset, open_probe
+
+SEEDS = (0, 1, 2)
+EPOCHS = 10
+COMMON = {"dataset": "fashion-mnist", "network": "preresnet8", "activate": False}
+GROW = {"vertex_epochs": 5, "points_per_step": 5, "bank": 0}
+VERTICES = 3
+TRAIN_IMAGES = 10_000
+DRAWN = 100
+RESULTS = Path(__file__).parent / "results"
+LINES = RESULTS / "simplex.jsonl"
+
+
+def modes(seed: int) -> Version:
+    return independent.run(independent.Config(name=f"simplex-modes-{seed}", seed=seed, epochs=EPOCHS, runs=3, **COMMON))
+
+
+def grown(seed: int) -> Version:
+    base = (f"{modes(seed).name}/0",)
+    return espro.run(
+        espro.Config(name=f"simplex-grown-{seed}", seed=seed, base=base, vertices=VERTICES, **GROW, **COMMON)
+    )
+
+
+def joined(seed: int) -> Version:
+    options = {**GROW, "connect": ("0,3,4", "1,3,4", "2,3,4")}
+    return espro.run(
+        espro.Config(name=f"simplex-joined-{seed}", seed=seed, base=(modes(seed).name,), **options, **COMMON)
+    )
+
+
+def plain(seed: int) -> Version:
+    cost = EPOCHS + VERTICES * GROW["vertex_epochs"] * GROW["points_per_step"]
+    return independent.run(independent.Config(name=f"simplex-plain-{seed}", seed=seed, epochs=cost, runs=1, **COMMON))
+
+
+def disagreement(networks: list[Measured]) -> float:
+    apart = pairwise_disagreement(np.stack([one.test_probs for one in networks]))
+    return float(apart[np.triu_indices(len(networks), 1)].mean())
+
+
+def measure(seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"seed": seed}
+    for name, version in (("simplex", grown(seed)), ("complex", joined(seed))):
+        geometry = version.manifest.geometry
+        assert geometry is not None
+        files = [version.folder / file for file in geometry.vertices]
+        probe, _ = open_probe(version, files, Subset(train=TRAIN_IMAGES), lambda line: None)
+        shares = volume.shares(probe.places, geometry.components)
+        drawn = coefficients.uniform_over(np.random.default_rng(seed), DRAWN, geometry.components, shares, len(files))
+        networks = [probe.at(row) for row in drawn]
+        corners = [probe.at(row) for row in np.eye(len(files))]
+        edges = [coefficients.distances(probe.places)[i, j] for i in range(len(files)) for j in range(i)]
+        found[name] = {
+            "train_accuracy": [1 - one.train_error for one in networks],
+            "test_error": [one.test_error for one in networks],
+            "corner_train_accuracy": [1 - one.train_error for one in corners],
+            "corner_test_error": [one.test_error for one in corners],
+            "disagreement": disagreement(networks),
+            "edges": edges,
+            "distance_from_zero": float(np.linalg.norm(probe.places[0])),
+            "log_volume": volume.log_complex(probe.places, geometry.components),
+        }
+        if name == "complex":
+            found["independent"] = disagreement(corners[:3])
+    found["scores"] = {
+        name: average(version)
+        for name, version in (("simplex", grown(seed)), ("base", modes(seed)), ("plain", plain(seed)))
+    }
+    return found
+
+
+def average(version: Version) -> dict[str, float]:
+    """Of the simplex's published networks; of the others, of the first network."""
+    splits = data.load(data_options(version.manifest.provenance.config), lambda line: None)
+    session = EnsembleSession(version.folder, version.manifest)
+    rows = slice(None) if version.manifest.method == "espro" else slice(0, 1)
+    (validation, known), (test, labels) = data.as_arrays(splits.validation), data.as_arrays(splits.test)
+    logits, own = in_batches(session, test)[rows], in_batches(session, validation)[rows]
+    weights = np.full(len(logits), 1 / len(logits))
+    fitted = temperature.fit(own, known, weights)
+    return score(np.tensordot(weights, softmax(logits, fitted), 1), labels).model_dump()
+
+
+def text_of(rows: list[dict[str, Any]]) -> str:
+    one, two, three = [], [], []
+    for row in rows:
+        simplex, base = row["simplex"], row["simplex"]["corner_train_accuracy"][0]
+        one.append(
+            [
+                row["seed"],
+                f"{100 * base:.2f}",
+                f"{100 * min(simplex['train_accuracy']):.2f}",
+                f"{100 * min(simplex['train_accuracy']) / base:.2f}",
+                f"{100 * simplex['disagreement']:.2f}",
+                f"{100 * row['independent']:.2f}",
+                f"{simplex['disagreement'] / row['independent']:.2f}",
+                f"{min(simplex['edges']):.2f} … {max(simplex['edges']):.2f}",
+                f"{simplex['distance_from_zero']:.2f}",
+            ]
+        )
+        joined, ends = row["complex"], row["complex"]["corner_test_error"][:3]
+        three.append(
+            [
+                row["seed"],
+                " / ".join(f"{100 * e:.2f}" for e in ends),
+                f"{100 * np.mean(joined['test_error']):.2f}",
+                f"{100 * max(joined['test_error']):.2f}",
+                f"{100 * (max(joined['test_error']) - np.mean(ends)):+.2f}",
+                f"{100 * (max(joined['test_error']) - max(ends)):+.2f}",
+                f"{100 * joined['disagreement']:.2f}",
+            ]
+        )
+        for name, scores in row["scores"].items():
+            two.append([row["seed"], name, *(f"{scores[key]:.4f}" for key in ("accuracy", "nll", "ece"))])
+    parts = {
+        "100 networks of the simplex": (one, ["seed", "base, train accuracy %", "worst of 100", "% of the base's", "disagreement, %", "independent", "ratio", "edges", "base from zero"]),
+        "The average against the base, and the base at the simplex's cost; temperatures fitted on validation": (two, ["seed", "", "accuracy", "nll", "ece"]),
+        "100 networks of a complex that joins three modes: test error, %": (three, ["seed", "modes", "mean", "worst", "worst − mean of modes", "worst − worst mode", "disagreement"]),
+    }  # fmt: skip
+    found = ["# A simplex around one network", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
+    for title, (body, headers) in parts.items():
+        found += [f"## {title}", "", tabulate(body, headers, tablefmt="github", disable_numparse=True), ""]
+    return "\n".join(found)
+
+
+def main() -> None:
+    seeds = SEEDS[: int(sys.argv[sys.argv.index("--seeds") + 1])] if "--seeds" in sys.argv else SEEDS
+    Store().check_writable()
+    kept = Kept(LINES, {"about": __doc__, "common": COMMON, "grow": GROW})
+    text = text_of(kept.measure(seeds, measure, "seeds"))
+    (RESULTS / "simplex.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What a step on a path costs beside a plain step of the same network: time and memory, measured in one run.
+
+    python -m benchmarks.step_cost [NETWORK] [BATCH]      (default: preresnet8 128 for time, wrn-28-10 2 and preresnet8 128 for memory)
+
+`curve` is a Bezier curve with one bend, one network a step; `simplex` the third further vertex of a simplex, five networks a step.
+On the CPU. Time: steps of all kinds take turns, in blocks; the median of the blocks' ratios is reported. Memory: a process of its own for each kind; its largest
+resident size beyond what it held before the network was made, in units of one weight set.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch.nn import functional
+
+from training import curve, espro, hardware, networks
+from training.steps import BetweenVertices, OneNetwork
+
+SHAPE = (1, 28, 28)
+BLOCKS, STEPS = 150, 2
+KINDS = ("plain", "curve", "simplex")
+WANTED = {"curve": 1.10, "simplex": 5.30}  # plain steps
+DRAWS = np.random.default_rng(0)
+
+
+def make(kind: str, name: str):
+    """A network and how it steps."""
+    config = espro.Config(precision="32", device="cpu")
+    fabric = hardware.launch(config)
+    network = networks.build(name, 10, SHAPE, {}).to(memory_format=torch.channels_last)
+    if kind == "plain":
+        return network, OneNetwork(config, fabric, network)
+    # What lies in the files of the fixed vertices is given here.
+    span = {
+        "curve": lambda: curve.between(curve.Config(), [Path(), Path()]),
+        "simplex": lambda: espro.within(config, [Path()] * 3, [[0, 1, 2, 3]], 3),
+    }[kind]()
+    count = sum(file is not None for file in span.vertices)
+    fixed = [{k: v.clone() for k, v in networks.build(name, 10, SHAPE, {}).state_dict().items()} for _ in range(count)]
+    return network, BetweenVertices(config, fabric, network, span, fixed, set())
+
+
+def step(network, steps, images, labels) -> None:
+    steps.take(lambda: functional.cross_entropy(network(images), labels), 0.01, DRAWS)
+
+
+def batch(size: int):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(size, *SHAPE, generator=generator).contiguous(memory_format=torch.channels_last)
+    return images, torch.arange(size) % 10
+
+
+def times(name: str, size: int) -> np.ndarray:
+    """Seconds of a step in each block: (kinds, blocks)."""
+    all_kinds = [make(kind, name) for kind in KINDS]
+    images, labels = batch(size)
+    found = np.zeros((len(KINDS), BLOCKS))
+    for block in range(-2, BLOCKS):
+        order = range(len(KINDS)) if block % 2 else reversed(range(len(KINDS)))
+        for which in order:
+            began = time.perf_counter()
+            for _ in range(STEPS):
+                step(*all_kinds[which], images, labels)
+            if block >= 0:
+                found[which, block] = (time.perf_counter() - began) / STEPS
+    return found
+
+
+def peak(kind: str, name: str, size: int) -> None:
+    """In a process of its own: print its largest resident size beyond the libraries', and a weight set, in bytes."""
+    images, labels = batch(size)
+    functional.cross_entropy(torch.rand(2, 3, requires_grad=True), torch.tensor([0, 1])).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    network, steps = make(kind, name)
+    for _ in range(3):
+        step(network, steps, images, labels)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak": after - before, "weights": sum(p.nbytes for p in network.parameters())}))
+
+
+def memory(name: str, size: int) -> str:
+    rows, plain = [], 0.0
+    for kind in KINDS:
+        command = [sys.executable, "-m", "benchmarks.step_cost", "--peak", kind, name, str(size)]
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        sets = found["peak"] / found["weights"]
+        plain = plain or found["peak"]
+        vertices = {"plain": 0, "curve": 3, "simplex": 4}[kind]
+        rows.append([kind, f"{found['peak'] / 2**20:.0f} MiB", f"{found['peak'] / plain:.2f}", f"{sets:.2f}", vertices])
+    headers = [f"memory, {name}, batch {size}", "peak", "over plain", "in weight sets", "vertices among them"]
+    return tabulate(rows, headers, tablefmt="github")
+
+
+def main(name: str = "preresnet8", size: int = 128) -> None:
+    found = times(name, size)
+    print(f"time, {name}, batch {size}, {BLOCKS} blocks of {STEPS}: plain {np.median(found[0]) * 1e3:.1f} ms")
+    for kind, seconds in zip(KINDS[1:], found[1:], strict=True):
+        ratio = seconds / found[0]
+        quartiles = f"{np.quantile(ratio, 0.25):.3f} … {np.quantile(ratio, 0.75):.3f}"
+        print(
+            f"{kind} {np.median(seconds) * 1e3:.1f} ms, ratio {np.median(ratio):.3f} (quartiles {quartiles}); wanted: at most {WANTED[kind]:.2f}"
+        )
+    for heavy, images in (("wrn-28-10", 2), ("preresnet8", 128)) if len(sys.argv) == 1 else ((name, size),):
+        print(memory(heavy, images))
+
+
+if __name__ == "__main__":
+    if "--peak" in sys.argv:
+        peak(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        main(*sys.argv[1:2], *map(int, sys.argv[2:3]))

@@ -1,0 +1,198 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models_store.bank import Bank
+from models_store.runtime import EnsembleSession, MemberSession
+from models_store.store import Store
+from tests.training import test_curve
+from tests.training.conftest import SMALL
+from training import espro, independent, networks
+from training.errors import ConfigError
+from training.espro import Config, complexes, describe, in_turn, perturbed, star
+from training.geometry import volume
+from training.geometry.vertices import coordinates
+
+GROW = {**SMALL, "vertices": 2, "vertex_epochs": 2, "samples": 3, "bank": 5}
+
+
+def vertices_of(version):
+    return [load_file(version.folder / file) for file in version.manifest.geometry.vertices]
+
+
+def names_of(version):
+    network = version.manifest.network
+    module = networks.build(
+        network.factory, len(version.manifest.classes), version.manifest.input.shape, network.kwargs
+    )
+    return [name for name, _ in module.named_parameters()]
+
+
+def test_every_mode_grows_a_simplex_of_its_own():
+    assert complexes(Config(vertices=2), 1) == [[[0, 1, 2]]]
+    assert complexes(Config(vertices=2), 3) == [[[0, 3, 4]], [[1, 5, 6]], [[2, 7, 8]]]
+
+
+def test_connecting_vertices_are_shared():
+    assert complexes(Config(connect=("0,3,4", "1,3,4", "2,3,4")), 3) == [[[0, 3, 4], [1, 3, 4], [2, 3, 4]]]
+
+
+@pytest.mark.parametrize(
+    ("connect", "modes", "told"),
+    [
+        (("0,3", "1,3", "2,3"), 2, None),
+        (("0,2", "1,3"), 2, "falls into parts: nothing joins vertex 1"),
+        (("0,2",), 2, "names no vertex 1"),
+        (("0,1,3",), 2, "names no vertex 2"),
+        (("0,1,2", "0,1"), 2, "has modes alone"),
+    ],
+)
+def test_an_incidence_that_cannot_be_trained_is_told(connect, modes, told):
+    if told is None:
+        assert complexes(Config(connect=connect), modes)
+        return
+    with pytest.raises(ConfigError, match=told):
+        complexes(Config(connect=connect), modes)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"connect": ("0;2",)}, "lists of vertices"),
+        ({"connect": ("0,0",)}, "two different vertices"),
+        ({"connect": ("2",)}, "two different vertices"),
+        ({"perturbation": 0}, "simplex is flat"),
+        ({"volume_weight": -1}, "--volume-weight"),
+        ({"vertices": 0}, "--vertices"),
+        ({"vertices": 2, "connect": ("0,1",)}, "--connect names the vertices"),
+        ({"samples": 0}, "--samples"),
+        ({"base": ("a.pt",), "runs": 2}, "--runs"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_told(options, told):
+    with pytest.raises(ConfigError, match=told):
+        Config(**options)
+
+
+def test_a_new_vertex_moves_the_simplexes_that_it_is_in_as_far_as_they_are_grown():
+    joined = [[0, 3, 4, 5], [1, 3, 4, 5], [2, 4, 5]]
+    assert star(joined, 3, {0, 1, 2}) == [[0, 3], [1, 3]]
+    assert star(joined, 4, {0, 1, 2, 3}) == [[0, 3, 4], [1, 3, 4], [2, 4]]
+    assert star(joined, 5, {0, 1, 2, 3, 4}) == [[0, 3, 4, 5], [1, 3, 4, 5], [2, 4, 5]]
+    assert star([[0, 2, 3], [0, 2]], 2, {0}) == [[0, 2]]
+
+
+def test_vertices_are_trained_in_an_order_in_which_each_has_something_to_hold_on_to():
+    assert in_turn([[0, 3, 4], [1, 3, 4], [2, 4]], 3) == [3, 4]
+    assert in_turn([[0, 3], [1, 3], [2, 3]], 2) == [3, 2]
+    assert in_turn([[0, 4], [2, 3], [3, 4], [1, 2]], 2) == [2, 3, 4]
+
+
+def test_the_perturbation_has_the_stated_length_in_every_tensor_and_is_seeded():
+    state = {"a": torch.rand(30, 4), "b": torch.zeros(4), "mean": torch.ones(4)}
+    one, two = (perturbed(state, ["a", "b"], 0.05, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert (one["a"] - state["a"]).norm().item() == pytest.approx(0.05 * state["a"].norm().item(), rel=1e-5)
+    assert torch.equal(one["a"], two["a"])
+    assert torch.equal(one["b"], state["b"])
+    assert one["mean"] is state["mean"]
+
+
+def test_a_flat_simplex_is_told_and_a_full_one_has_its_volume():
+    points = np.array([[0.0, 0], [3, 0], [0, 4], [6, 0]])
+    lines = describe(points, [[0, 1, 2], [0, 1, 3]]).splitlines()
+    assert f"log-volume {np.log(6):.3f}, edges 3 … 5" in lines[0]
+    assert "log-volume -inf" in lines[1]
+    assert "a vertex is a combination of the others" in lines[1]
+
+
+def test_it_is_published_with_its_base_its_samples_and_a_bank(capsys):
+    version = espro.run(Config(name="e", runs=2, epochs=3, **{**GROW, "points_per_step": 2}))
+    Store().verify(version)
+    manifest = version.manifest
+    assert manifest.geometry.shape == "simplex"
+    assert manifest.geometry.components == [[0, 2, 3], [1, 4, 5]]
+    assert len(manifest.members) == 6
+    for index, member in enumerate(manifest.members):
+        drawn = np.array(member.origin.coefficients)
+        own = manifest.geometry.components[index // 3]
+        assert (drawn[own] > 0).all()
+        assert drawn.sum() == pytest.approx(1)
+        assert drawn[own].sum() == pytest.approx(1)
+    assert manifest.bank.points == 5
+    # Each run: 3 epochs of its own, and two vertices of 2 epochs with 2 networks a step.
+    assert manifest.provenance.epochs_spent == pytest.approx(2 * (3 + 2 * 2 * 2))
+    said = capsys.readouterr().out
+    assert "cost 22 plain epochs" in said
+    assert said.count("log-volume") == 2
+    places = coordinates(vertices_of(version), names_of(version))
+    assert np.isfinite(volume.log_volumes(places, manifest.geometry.components)).all()
+
+
+def test_a_larger_volume_weight_makes_a_larger_simplex():
+    base = independent.run(independent.Config(name="base", runs=1, epochs=3, **SMALL))
+    sizes = []
+    for weight in (0.0, 0.1):
+        grown = espro.run(Config(name="e", base=(base.name,), volume_weight=weight, **GROW))
+        found = vertices_of(grown)
+        assert all(torch.equal(found[0][k], v) for k, v in load_file(base.folder / "weights/000.safetensors").items())
+        sizes.append(volume.log_volume(coordinates(found, names_of(grown))))
+    assert sizes[1] > sizes[0] + 1
+
+
+def test_modes_of_a_published_ensemble_are_joined_through_shared_vertices():
+    independent.run(independent.Config(name="modes", runs=3, epochs=2, **SMALL))
+    connect = ("0,3,4", "1,3,4", "2,4")
+    version = espro.run(
+        Config(name="k", base=("modes",), connect=connect, **{**GROW, "points_per_step": 2, "vertices": None})
+    )
+    Store().verify(version)
+    geometry = version.manifest.geometry
+    assert geometry.shape == "complex"
+    assert geometry.components == [[0, 3, 4], [1, 3, 4], [2, 4]]
+    assert len(version.manifest.members) == 9
+    images = np.random.default_rng(0).random((2, 1, 8, 8), np.float32)
+    probs = EnsembleSession(version.folder, version.manifest).member_probs(images)
+    assert np.isfinite(probs).all()
+
+
+def test_checkpoints_and_single_members_are_bases_too(tmp_path):
+    version = independent.run(independent.Config(name="two", runs=2, epochs=2, **SMALL))
+    file = version.folder / "weights/001.safetensors"
+    assert Config(base=("two/0", "two@1/1", str(file))).given() == ("two/0", "two@1/1", str(file))
+    assert Config(base=("two", "two@1")).given() == ("two@1/0", "two@1/1", "two@1/0", "two@1/1")
+    assert Config(base=("missing.pt",)).given() == ("missing.pt",)
+
+
+@pytest.mark.parametrize("factory", ["rows_network", "attention_network", "odd_network"])
+def test_any_module_can_be_grown_around_and_its_base_is_exact(factory, tmp_path):
+    """LSTM, transformer, and a module with GroupNorm, PReLU, a tied weight and a buffer that is no statistic."""
+    torch.manual_seed(0)
+    torch.save(getattr(test_curve, factory)(10, (1, 8, 8)).state_dict(), tmp_path / "own.pt")
+    given = torch.load(tmp_path / "own.pt", weights_only=True)
+    grow = {**GROW, "network": f"tests.training.test_curve:{factory}", "network_options": ()}
+    version = espro.run(Config(name="own", base=(str(tmp_path / "own.pt"),), **grow))  # publishing checks parity
+    Store().verify(version)
+    base, *others = vertices_of(version)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in base.items())
+    for vertex, other in enumerate(others, 1):  # trained: further away than where it started
+        started = 0.01 * sum(t.square().sum() for t in base.values() if t.is_floating_point()).sqrt()
+        moved = sum((other[n] - t).square().sum() for n, t in base.items() if t.is_floating_point()).sqrt()
+        assert moved > 1.2 * started, vertex
+    bank = Bank.load(version.folder / "bank")
+    assert len(bank) == 5
+    images = np.random.default_rng(0).random((4, 1, 8, 8), np.float32)
+    for point in range(2):
+        logits = MemberSession(bank.template, weights=bank.weights(point)).logits(images)
+        assert np.isfinite(logits).all()
+
+
+def test_two_processes_grow_one_simplex(command):
+    grow = ["--vertices", "1", "--vertex-epochs", "1", "--points-per-step", "2", "--samples", "2", "--bank", "0"]
+    arguments = ["--epochs", "2", "--limit", "256", *grow, "--name", "pair", "--devices", "2", "--device", "cpu"]
+    done = command("training.espro", *arguments)
+    assert done.returncode == 0, done.stderr
+    version = Store().load("pair")
+    Store().verify(version)
+    assert "2 processes" in version.manifest.provenance.device
+    assert done.stdout.count("vertex 1/1 epoch 1/1") == 1

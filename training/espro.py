@@ -1,0 +1,278 @@
+"""Simplexes of low loss around trained networks, and the ensembles inside them (Benton et al. 2021).
+
+ESPRO: at each mode (a trained network) a simplex grows, one vertex at a time; with --connect (SPRO) the new vertices are shared, so
+that a simplicial complex joins the modes. A new vertex is trained so that networks drawn uniformly from the complex are good and
+the complex is large: its loss is the mean over the drawn networks, minus --volume-weight times the log of the volume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from models_store.manifest import Origin
+from models_store.store import Store, Version
+from training import checkpoint, door, walk
+from training.config import Config as BaseConfig
+from training.errors import ConfigError
+from training.geometry import coefficients, volume
+from training.geometry.coefficients import Coefficients, Coordinates
+from training.geometry.vertices import State, combine
+from training.loop import Leg
+from training.publication import Points
+from training.runs import Run
+from training.schedules import plain_rate, snapshot_rate
+from training.steps import Span
+from training.walk import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+    """Options of ESPRO and SPRO."""
+
+    method: ClassVar[str] = "espro"
+
+    base: tuple[str, ...] = ()
+    """The modes: published ensembles (NAME: all its members; NAME/INDEX: one) or checkpoint files. Without them each of --runs trains one."""
+    vertices: int | None = None
+    """Vertices that grow at each mode (default 3); --connect names its own."""
+    connect: tuple[str, ...] = ()
+    """Join the modes: simplexes as lists of vertices, as 0,2,3 1,2,3. Modes are counted first, from 0; further numbers are connecting vertices."""
+    vertex_epochs: int = 10
+    """Epochs in which each new vertex is trained; each costs --points-per-step plain ones."""
+    vertex_lr: float = 0.01
+    """Initial rate of a new vertex; it falls along a cosine."""
+    points_per_step: int = 5
+    """Networks drawn from the complex in one step, each on the whole batch."""
+    volume_weight: float = 0.01
+    """λ, in nats of loss for each e-fold of volume."""
+    perturbation: float = 0.01
+    """A new vertex starts at the mean of the others, and so far from it, as a share of each tensor's norm."""
+    samples: int = 25
+    """Networks whose predictions are averaged, for each simplex; of a complex they are drawn from all of it together."""
+    bank: int = 256
+    """Networks in the bank, drawn from all simplexes; 0: no bank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base and self.runs > 1:
+            raise ConfigError("--runs train that many modes here; with --base the modes are given.")
+        if self.connect and self.vertices is not None:
+            raise ConfigError("--vertices grow at each mode by itself; --connect names the vertices that there are.")
+        if self.grown < 1 or self.vertex_epochs < 1 or self.vertex_lr <= 0 or self.points_per_step < 1:
+            raise ConfigError("--vertices, --vertex-epochs, --vertex-lr and --points-per-step must be positive.")
+        if self.volume_weight < 0 or not 0 < self.perturbation < 1:
+            raise ConfigError(
+                "--volume-weight must not be negative, and --perturbation lies between 0 and 1: at the mean itself a simplex is flat."
+            )
+        if self.samples < 1 or self.bank < 0:
+            raise ConfigError("--samples must be at least 1; --bank must not be negative.")
+        _ = self.connections
+
+    def given(self) -> tuple[str, ...]:
+        """See Config."""
+        store = Store()
+        return tuple(one for reference in self.base for one in checkpoint.members(reference, store))
+
+    @property
+    def grown(self) -> int:
+        """Vertices that grow at each mode."""
+        return 3 if self.vertices is None else self.vertices
+
+    @property
+    def connections(self) -> list[list[int]]:
+        """--connect as numbers.
+
+        Raises:
+            ConfigError: not lists of at least two different vertices.
+        """
+        try:
+            found = [[int(vertex) for vertex in simplex.split(",")] for simplex in self.connect]
+        except ValueError:
+            raise ConfigError(
+                f"--connect are lists of vertices, as 0,2,3 1,2,3; got {' '.join(self.connect)}."
+            ) from None
+        for simplex in found:
+            if len(simplex) < 2 or len(set(simplex)) != len(simplex) or min(simplex) < 0:
+                raise ConfigError(
+                    f"--connect {','.join(map(str, simplex))}: a simplex has two different vertices or more."
+                )
+        return found
+
+
+def complexes(config: Config, modes: int) -> list[list[list[int]]]:
+    """The simplexes of each complex; modes are the vertices 0 … modes − 1, the others are to be trained.
+
+    Raises:
+        ConfigError: --connect leaves out a mode or a number, has a simplex of modes alone, or falls into parts.
+    """
+    if not config.connect:
+        first = [modes + mode * config.grown for mode in range(modes)]
+        return [[[mode, *range(start, start + config.grown)]] for mode, start in enumerate(first)]
+    found = config.connections
+    used = {vertex for simplex in found for vertex in simplex}
+    if missing := sorted(set(range(max(*used, modes - 1) + 1)) - used):
+        raise ConfigError(
+            f"--connect names no vertex {missing[0]}; the {modes} modes are 0 … {modes - 1}, connecting vertices are counted on from {modes}."
+        )
+    if fixed := [simplex for simplex in found if max(simplex) < modes]:
+        raise ConfigError(f"--connect {','.join(map(str, fixed[0]))} has modes alone; nothing in it could be trained.")
+    reached = {0}
+    while near := {v for simplex in found if reached & set(simplex) for v in simplex} - reached:
+        reached |= near
+    if apart := sorted(used - reached):
+        raise ConfigError(f"--connect falls into parts: nothing joins vertex {apart[0]} to mode 0.")
+    return [found]
+
+
+def star(simplexes: Sequence[Sequence[int]], vertex: int, others: Collection[int]) -> list[list[int]]:
+    """The simplexes of a new vertex, as far as there are others yet, without faces of one another.
+
+    The rest of the complex does not move with the vertex, so drawing there would be passes for nothing.
+    """
+    grown = {tuple(sorted(v for v in own if v == vertex or v in others)) for own in simplexes if vertex in own}
+    return [list(own) for own in sorted(grown) if not any(set(own) < set(other) for other in grown)]
+
+
+def in_turn(simplexes: Sequence[Sequence[int]], modes: int) -> list[int]:
+    """The vertices to train in an order in which each has something to hold on to: by number as far as that goes."""
+    there = {vertex for simplex in simplexes for vertex in simplex if vertex < modes}
+    left = sorted({vertex for simplex in simplexes for vertex in simplex} - there)
+    order: list[int] = []
+    while left:
+        vertex = next(v for v in left if any(v in own and there & set(own) for own in simplexes))
+        left.remove(vertex)
+        there.add(vertex)
+        order.append(vertex)
+    return order
+
+
+def plan(config: Config, run: Run, steps: int) -> Plan:
+    """The modes, unless they are given, and the vertices of each complex in turn."""
+    given = len(config.given())
+    modes = given or config.runs
+    legs = [] if given else [_mode(config, run, steps, number) for number in range(modes)]
+    files = {i: run.start_file(f"given-{i}") if given else run.vertex_file(i, 0) for i in range(modes)}
+    joined = complexes(config, modes)
+    for number, simplexes in enumerate(joined):
+        order = in_turn(simplexes, modes)
+        for count, vertex in enumerate(order, 1):
+            label = f"vertex {count}/{len(order)}" + (f" of simplex {number + 1}" if len(joined) > 1 else "")
+            legs.append(_vertex(config, steps, files, star(simplexes, vertex, files), vertex, label))
+            files[vertex] = run.vertex_file(len(legs) - 1, 0)
+    vertices = [(files[vertex], Origin()) for vertex in sorted(files)]
+    return Plan(legs, vertices, _points(config, joined, len(vertices)))
+
+
+def _mode(config: Config, run: Run, steps: int, number: int) -> Leg:
+    total = config.epochs * steps
+    return Leg(
+        label=f"mode {number + 1}",
+        iterations=total,
+        rate=lambda i: plain_rate(i, total, config.lr),
+        start=run.start_file(f"fresh-{number}"),
+        collect=(total,),
+    )
+
+
+def _vertex(
+    config: Config, steps: int, files: Mapping[int, Path], around: list[list[int]], vertex: int, label: str
+) -> Leg:
+    total = config.vertex_epochs * steps
+    return Leg(
+        label=label,
+        iterations=total,
+        rate=lambda i: snapshot_rate(i, [total], config.vertex_lr),
+        rate_option="--vertex-lr",
+        collect=(total,),
+        span=within(config, files, around, vertex),
+        passes=config.points_per_step,
+    )
+
+
+def within(config: Config, files: Mapping[int, Path], around: Sequence[Sequence[int]], vertex: int) -> Span:
+    """A new vertex as what is trained, in the simplexes `around` it; the others lie in `files`."""
+    fixed = sorted({v for simplex in around for v in simplex} - {vertex})
+    order = {v: i for i, v in enumerate([*fixed, vertex])}
+    simplexes = [[order[v] for v in simplex] for simplex in around]
+
+    def begin(others: Sequence[State], parameters: Collection[str]) -> list[State]:
+        generator = torch.Generator().manual_seed(_derive(config.seed, 0, vertex))
+        mean = combine(others, np.full(len(others), 1 / len(others)))
+        return [perturbed(mean, parameters, config.perturbation, generator)]
+
+    def draw(generator: np.random.Generator, places: Coordinates | None) -> Coefficients:
+        assert places is not None
+        shares = volume.shares(places, simplexes)
+        return coefficients.uniform_over(generator, config.points_per_step, simplexes, shares, len(order))
+
+    def push(places: Coordinates) -> Coefficients:
+        return -config.volume_weight * volume.gradient(places, simplexes, order[vertex])[None]
+
+    centre = np.zeros(len(order))
+    centre[simplexes[0]] = 1 / len(simplexes[0])
+    return Span((*(files[v] for v in fixed), None), begin, draw, centre, push)
+
+
+def perturbed(state: State, parameters: Collection[str], length: float, generator: torch.Generator) -> State:
+    """A random step away: in each parameter of `length` times its norm."""
+    found = dict(state)
+    for name in parameters:
+        noise = torch.randn(state[name].shape, generator=generator).to(state[name])
+        found[name] = state[name] + noise * (length * state[name].norm() / noise.norm())
+    return found
+
+
+def _points(config: Config, joined: list[list[list[int]]], total: int) -> Points:
+    def draw(stream: int, counts: Sequence[int], places: Coordinates) -> Coefficients:
+        generator = np.random.default_rng(_derive(config.seed, 1, stream))
+        rows = [
+            coefficients.uniform_over(generator, count, simplexes, volume.shares(places, simplexes), total)
+            for count, simplexes in zip(counts, joined, strict=True)
+        ]
+        return np.concatenate(rows)
+
+    of_bank = [len(part) for part in np.array_split(np.arange(config.bank), len(joined))]
+    return Points(
+        shape="complex" if config.connect else "simplex",
+        components=[simplex for simplexes in joined for simplex in simplexes],
+        members=lambda places: draw(0, [config.samples * len(simplexes) for simplexes in joined], places),
+        bank=lambda places: draw(1, of_bank, places),
+        told=lambda places: describe(places, [simplex for simplexes in joined for simplex in simplexes]),
+    )
+
+
+def describe(places: Coordinates, simplexes: Sequence[Sequence[int]]) -> str:
+    """Volume and edges of each simplex, for people."""
+    lines: list[str] = []
+    for number, own in enumerate(map(list, simplexes), 1):
+        edges = coefficients.distances(places[own])[np.triu_indices(len(own), 1)]
+        log_volume = volume.log_volume(places[own])
+        lines.append(
+            f"simplex {number}, vertices {', '.join(map(str, own))}: log-volume {log_volume:.3f}, edges {edges.min():.3g} … {edges.max():.3g}"
+            + (
+                ""
+                if np.isfinite(log_volume)
+                else f"; flat: a vertex is a combination of the others but for rounding (height under {volume.lowest(places[own]):.1g}). "
+                "Raise --volume-weight or --perturbation, or grow fewer vertices."
+            )
+        )
+    return "\n".join(lines)
+
+
+def _derive(seed: int, *path: int) -> int:
+    return int(np.random.SeedSequence([seed, 7, *path]).generate_state(1, np.uint32)[0])
+
+
+def run(config: Config) -> Version:
+    """Train, or go on training, and publish."""
+    return walk.run(config, plan)
+
+
+if __name__ == "__main__":
+    door.main(Config, run, __doc__)

@@ -1,0 +1,65 @@
+"""A Gaussian over weight sets from the weights that SGD passed through (SWAG; Maddox et al. 2019).
+
+Mean and variance are those of all of them; the low-rank part holds the last deviations from the running mean. A sample is
+w̄ + σ ⊙ z₁ / √2 + D z₂ / √(2 (K − 1)): z₁ of its own for every weight, z₂ one number for each of the K deviations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+
+from training.geometry.vertices import State
+
+
+class Gaussian:
+    """Mean, variances and deviations of the named parameters; what else a weight set holds is that of the last one."""
+
+    def __init__(self, states: Iterable[State], parameters: Collection[Sequence[str]], rank: int):
+        """One pass over the weight sets, of which no more than `rank` + 2 are held.
+
+        Args:
+            states: full state dicts, as SGD passed through them; at least two.
+            parameters: what is random: the names of each parameter, of which a tied one has several.
+            rank: how many of the last deviations are kept; at least 2.
+
+        Raises:
+            ValueError: fewer than two weight sets, or a rank below 2.
+        """
+        kept: deque[State] = deque(maxlen=rank)
+        count, last = 0, {}
+        self.mean: State = {}
+        self.variance: State = {}
+        for count, last in enumerate(states, 1):
+            deviation: State = {}
+            for name, *_ in parameters:
+                weight = last[name].detach().float()
+                if count == 1:
+                    self.mean[name], self.variance[name] = weight.clone(), torch.zeros_like(weight)
+                # Welford's update: the mean of squares less the square of the mean would leave rounding alone.
+                before = weight - self.mean[name]
+                self.mean[name] += before / count
+                deviation[name] = weight - self.mean[name]
+                self.variance[name] += (before * deviation[name] - self.variance[name]) / count
+            kept.append(deviation)
+        if count < 2 or rank < 2:
+            raise ValueError(f"A Gaussian needs two weight sets and rank 2; got {count} and {rank}.")
+        self.deviations = list(kept)
+        self._last, self._parameters = last, parameters
+
+    def sample(self, generator: torch.Generator) -> State:
+        """A weight set drawn from it."""
+        columns = len(self.deviations)
+        shared = torch.randn(columns, generator=generator) / (2 * (columns - 1)) ** 0.5
+        found = dict(self._last)
+        for name, *tied in self._parameters:
+            mean = self.mean[name]
+            own = torch.randn(mean.shape, generator=generator)
+            drawn = mean + self.variance[name].clamp_min(0).sqrt() * own * 0.5**0.5
+            for deviation, z in zip(self.deviations, shared.tolist(), strict=True):
+                drawn.add_(deviation[name], alpha=z)
+            for one in (name, *tied):
+                found[one] = drawn.to(self._last[name].dtype)
+        return found

@@ -1,0 +1,101 @@
+"""Volumes of simplexes in weight space (Benton et al. 2021, section 3), from the coordinates of their vertices.
+
+The volume of a k-simplex is √det(G) / k!, with G the Gram matrix of its edges from one vertex: the product of the heights of its
+vertices, each over those before it, over k!. It is computed from the heights, in float64 and as a logarithm, because in millions of
+dimensions the volume overflows or vanishes, and because det(G) has twice as many digits to lose. Nothing here sees a weight: a gradient is
+given as coefficients over the vertices, because ∂ log V / ∂w_v is a combination of edges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.geometry.coefficients import Coefficients, Coordinates
+
+Simplexes = Sequence[Sequence[int]]  # indices of each one's vertices
+
+# A height below this share of the largest vertex's norm is rounding: weights are float32, so that even an exact combination of
+# the others stands up to 2⁻²⁴ of its norm beside them. A simplex with such a vertex is flat.
+FLAT = 2.0**-22
+
+
+def log_volume(places: Coordinates) -> float:
+    """Log of the volume of the simplex that all vertices span; −inf where it is flat. A single vertex: 0."""
+    heights = _heights(places)
+    if (heights <= lowest(places)).any():
+        return -math.inf
+    return float(np.log(heights).sum()) - math.lgamma(len(places))
+
+
+def lowest(places: Coordinates) -> float:
+    """The height up to which a vertex counts as a combination of the others."""
+    return FLAT * float(np.linalg.norm(places, axis=1).max())
+
+
+def log_volumes(places: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
+    """Log-volume of each simplex."""
+    return np.array([log_volume(places[own]) for own in map(list, simplexes)])
+
+
+def shares(places: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
+    """The probability of each simplex when a point is drawn uniformly from a complex: its share of the volume.
+
+    Simplexes of different dimension have no common measure: each dimension gets its share of the simplexes, and divides it by volume.
+    Where all simplexes of a dimension are flat, they share alike.
+    """
+    logs = log_volumes(places, simplexes)
+    dimensions = np.array([len(own) for own in simplexes])
+    found = np.zeros(len(logs))
+    for dimension in set(dimensions.tolist()):
+        of = dimensions == dimension
+        largest = logs[of].max()
+        volumes = np.exp(logs[of] - largest) if np.isfinite(largest) else np.ones(of.sum())
+        found[of] = of.mean() * volumes / volumes.sum()
+    return found
+
+
+def log_complex(places: Coordinates, simplexes: Simplexes) -> float:
+    """Log of the complex's volume, the sum of its simplexes' volumes.
+
+    Of simplexes of several dimensions, the mean over the simplexes of the log for their dimension.
+    """
+    logs = log_volumes(places, simplexes)
+    dimensions = np.array([len(own) for own in simplexes])
+    total = 0.0
+    for dimension in set(dimensions.tolist()):
+        of = dimensions == dimension
+        total += float(of.mean() * np.logaddexp.reduce(logs[of]))
+    return total
+
+
+def gradient(places: Coordinates, simplexes: Simplexes, vertex: int) -> Coefficients:
+    """∂ log_complex / ∂w_vertex = Σ_v c_v w_v: the coefficients, (vertices,). They sum to 0.
+
+    Flat simplexes have no gradient; they count as nothing.
+    """
+    found = np.zeros(len(places))
+    for own, share in zip(map(list, simplexes), shares(places, simplexes), strict=True):
+        if vertex not in own or not math.isfinite(log_volume(places[own])):
+            continue
+        # With `vertex` as the last: ∂ log V / ∂w = Σ_j (G⁻¹)_kj e_j, over the edges e_j = w_j − w_0, and G = RᵀR.
+        ordered = [v for v in own if v != vertex] + [vertex]
+        factor: Any = np.linalg.qr((places[ordered[1:]] - places[ordered[0]]).T, mode="r")
+        one = np.zeros(len(ordered) - 1)
+        one[-1] = 1
+        inverse = np.linalg.solve(factor, np.linalg.solve(factor.T, one))
+        found[ordered[1:]] += share * inverse
+        found[ordered[0]] -= share * inverse.sum()
+    return found
+
+
+def _heights(places: Coordinates) -> NDArray[np.float64]:
+    """Of each vertex but the first, over those before it: (k,)."""
+    edges = (places[1:] - places[0]).T
+    if edges.shape[0] < edges.shape[1]:  # more edges than dimensions
+        edges = np.pad(edges, ((0, edges.shape[1] - edges.shape[0]), (0, 0)))
+    return np.abs(np.diag(np.linalg.qr(edges, mode="r")))

@@ -1,0 +1,159 @@
+"""SWAG (Maddox et al. 2019): a Gaussian over the weights that SGD passes through at a constant rate, and networks drawn from it.
+
+With --runs k it is MultiSWAG, one Gaussian a run. With --endpoints the Gaussian is over the bend of a curve between two networks
+(Benton et al. 2021, section 4.1): each draw is a curve, and the member a point of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from models_store.manifest import Origin
+from models_store.store import Version
+from training import curve, door, walk
+from training.config import Config as BaseConfig
+from training.errors import ConfigError
+from training.geometry import coefficients
+from training.geometry.gaussian import Gaussian
+from training.geometry.vertices import combine
+from training.loop import Leg
+from training.runs import Run, load_weights, save_state
+from training.schedules import plain_rate
+from training.steps import Span
+from training.walk import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+    """Options of SWAG."""
+
+    method: ClassVar[str] = "swag"
+
+    start: float = 0.5
+    """Share of the budget after which weights are collected; until then the rate falls to --swag-lr. With --init it is 0."""
+    swag_lr: float = 0.01
+    """The constant rate at which they are collected."""
+    every: float = 1.0
+    """Epochs from one collection to the next."""
+    rank: int = 20
+    """Columns of the low-rank part: the last so many collections."""
+    samples: int = 30
+    """Networks drawn from each Gaussian, whose predictions are averaged."""
+    init: tuple[Path, ...] = ()
+    """Your own pretrained weights, a Gaussian around each: the whole budget is spent at the constant rate."""
+    endpoints: tuple[str, ...] = ()
+    """Two networks, as training.curve has them: the Gaussian is over the bend of a Bezier curve between them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.start < 1 or self.swag_lr <= 0 or self.every <= 0:
+            raise ConfigError("--start lies in [0, 1); --swag-lr and --every are positive.")
+        if self.rank < 2 or self.samples < 1:
+            raise ConfigError("--rank is at least 2, --samples at least 1.")
+        if self.endpoints and (len(self.endpoints) != 2 or self.init):
+            raise ConfigError("--endpoints are two networks, and there is no --init beside them.")
+        if (self.init or self.endpoints) and self.runs > 1:
+            raise ConfigError("--runs are runs from fresh networks; with given ones there is a Gaussian for each.")
+
+    def given(self) -> tuple[str, ...]:
+        """See Config."""
+        return self.endpoints or tuple(str(file) for file in self.init)
+
+    def begin(self, steps: int) -> int:
+        """Iterations before the constant rate."""
+        return 0 if self.init else round(self.start * self.epochs * steps)
+
+    def collections(self, steps: int) -> tuple[int, ...]:
+        """Iterations after which weights are collected.
+
+        Raises:
+            ConfigError: fewer than two.
+        """
+        total, apart = self.epochs * steps, self.every * steps
+        begin = self.begin(steps)
+        found = [begin + round(number * apart) for number in range(1, int((total - begin) / apart + 1e-9) + 1)]
+        if len(found) < 2 or len(set(found)) < len(found):
+            raise ConfigError(
+                f"{len(set(found))} collections fit between iteration {begin} and {total}; a Gaussian needs two. Give more --epochs, or change --every."
+            )
+        return tuple(found)
+
+
+def plan(config: Config, run: Run, steps: int) -> Plan:
+    """A leg for each Gaussian, and the networks that are drawn from it."""
+    collect = config.collections(steps)
+    ends = [run.start_file(f"given-{i}") for i in range(len(config.endpoints))]
+    if ends:
+        legs = [_leg(config, steps, collect, "curve", None, curve.between(curve.Config(), ends))]
+    elif config.init:
+        starts = [run.start_file(f"given-{i}") for i in range(len(config.init))]
+        legs = [_leg(config, steps, collect, f"around {number}", file) for number, file in enumerate(starts)]
+    else:
+        starts = [run.start_file(f"fresh-{number}") for number in range(config.runs)]
+        legs = [_leg(config, steps, collect, f"run {number + 1}", file) for number, file in enumerate(starts)]
+    samples = [run.sample_file(index) for index in range(config.samples * len(legs))]
+
+    def draw(network: nn.Module) -> None:
+        parameters = _names(network)
+        for leg in range(len(legs)):
+            own = samples[leg * config.samples : (leg + 1) * config.samples]
+            passed = [run.vertex_file(leg, number) for number in range(len(collect))]
+            _draw(config, parameters, passed, own, leg, ends)
+
+    return Plan(legs, [(file, Origin()) for file in samples], then=draw)
+
+
+def _leg(
+    config: Config, steps: int, collect: tuple[int, ...], label: str, start: Path | None, span: Span | None = None
+) -> Leg:
+    begin, final = config.begin(steps), config.swag_lr / config.lr
+    return Leg(
+        label=label,
+        iterations=collect[-1],
+        rate=lambda i: plain_rate(i, begin, config.lr, final) if i < begin else config.swag_lr,
+        rate_option="--lr and --swag-lr",
+        start=start,
+        collect=collect,
+        span=span,
+    )
+
+
+def _draw(
+    config: Config, parameters: Collection[Sequence[str]], passed: Sequence[Path], samples: Sequence[Path], number: int, ends: Sequence[Path]
+) -> None:  # fmt: skip
+    if all(file.exists() for file in samples):
+        return
+    gaussian = Gaussian(map(load_weights, passed), parameters, config.rank)
+    first_and_last = [load_weights(file) for file in ends]
+    for index, file in enumerate(samples):
+        seed = np.random.SeedSequence([config.seed, 11, number, index]).generate_state(2, np.uint32)
+        drawn = gaussian.sample(torch.Generator().manual_seed(int(seed[0])))
+        if first_and_last:
+            t = np.random.default_rng(int(seed[1])).random(1)
+            drawn = combine([first_and_last[0], drawn, first_and_last[1]], coefficients.curve("bezier", t, 1)[0])
+        save_state(file, drawn)
+
+
+def _names(network: nn.Module) -> list[list[str]]:
+    """Of each trained parameter; a tied one has several."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            found.setdefault(id(parameter), []).append(name)
+    return list(found.values())
+
+
+def run(config: Config) -> Version:
+    """Train, or go on training, and publish."""
+    return walk.run(config, plan)
+
+
+if __name__ == "__main__":
+    door.main(Config, run, __doc__)
