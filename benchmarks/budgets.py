@@ -29,12 +29,12 @@ def trained(door, seed: int, **options) -> Version:
     return door.run(door.Config(name=f"budgets-{door.Config.method}-{seed}", seed=seed, **COMMON, **options))
 
 
-def _independent(seed: int) -> Version:
+def independents(seed: int) -> Version:
     return trained(independent, seed, runs=3)
 
 
 def _curve(seed: int) -> Version:
-    ends = _independent(seed)
+    ends = independents(seed)
     return trained(curve, seed, endpoints=tuple(f"{ends.name}/{i}" for i in (0, 1)), bank=0)
 
 
@@ -47,11 +47,11 @@ def _fge(seed: int) -> Version:
 
 
 def _two_ends(seed: int) -> float:
-    return spent(_independent(seed)) * 2 / 3
+    return spent(independents(seed)) * 2 / 3
 
 
 ARMS = [
-    *(Arm("independent", _independent, slice(0, k), k / 3) for k in (1, 2, 3)),
+    *(Arm("independent", independents, slice(0, k), k / 3) for k in (1, 2, 3)),
     *(Arm("snapshot, 5 a run", _snapshot, slice(0, 5 * k), k / 3) for k in (1, 2, 3)),
     *(Arm("FGE, 6 a run", _fge, slice(0, 6 * k), k / 3) for k in (1, 2, 3)),
     Arm("curve: its two ends", _curve, slice(0, 6, 5), 0, _two_ends),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.budgets import COMMON, B, independents
 from models_store.runtime import EnsembleSession, in_batches
 from models_store.store import Store, Version
 from models_store.uncertainty import softmax
@@ -27,8 +28,6 @@ from training.metrics import score
 from training.probing import Kept, Measured, Subset, open_probe
 
 SEEDS = (0, 1, 2)
-EPOCHS = 10
-COMMON = {"dataset": "fashion-mnist", "network": "preresnet8", "activate": False}
 GROW = {"vertex_epochs": 5, "points_per_step": 5, "bank": 0}
 VERTICES = 3
 TRAIN_IMAGES = 10_000
@@ -37,12 +36,8 @@ RESULTS = Path(__file__).parent / "results"
 LINES = RESULTS / "simplex.jsonl"
 
 
-def modes(seed: int) -> Version:
-    return independent.run(independent.Config(name=f"simplex-modes-{seed}", seed=seed, epochs=EPOCHS, runs=3, **COMMON))
-
-
 def grown(seed: int) -> Version:
-    base = (f"{modes(seed).name}/0",)
+    base = (f"{independents(seed).name}/0",)
     return espro.run(
         espro.Config(name=f"simplex-grown-{seed}", seed=seed, base=base, vertices=VERTICES, **GROW, **COMMON)
     )
@@ -51,13 +46,15 @@ def grown(seed: int) -> Version:
 def joined(seed: int) -> Version:
     options = {**GROW, "connect": ("0,3,4", "1,3,4", "2,3,4")}
     return espro.run(
-        espro.Config(name=f"simplex-joined-{seed}", seed=seed, base=(modes(seed).name,), **options, **COMMON)
+        espro.Config(name=f"simplex-joined-{seed}", seed=seed, base=(independents(seed).name,), **options, **COMMON)
     )
 
 
 def plain(seed: int) -> Version:
-    cost = EPOCHS + VERTICES * GROW["vertex_epochs"] * GROW["points_per_step"]
-    return independent.run(independent.Config(name=f"simplex-plain-{seed}", seed=seed, epochs=cost, runs=1, **COMMON))
+    cost = B + VERTICES * GROW["vertex_epochs"] * GROW["points_per_step"]
+    return independent.run(
+        independent.Config(name=f"simplex-plain-{seed}", seed=seed, runs=1, **{**COMMON, "epochs": cost})
+    )
 
 
 def disagreement(networks: list[Measured]) -> float:
@@ -91,7 +88,7 @@ def measure(seed: int) -> dict[str, Any]:
             found["independent"] = disagreement(corners[:3])
     found["scores"] = {
         name: average(version)
-        for name, version in (("simplex", grown(seed)), ("base", modes(seed)), ("plain", plain(seed)))
+        for name, version in (("simplex", grown(seed)), ("base", independents(seed)), ("plain", plain(seed)))
     }
     return found
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from models_store import manifest
 from models_store.bank import Bank
 from models_store.runtime import MemberSession, in_batches
 from models_store.uncertainty import softmax
@@ -27,43 +25,6 @@ from training.runs import Run, load_state, save_state
 _NETWORK = "network."  # what Normalised puts before a name
 
 
-def write(
-    staged: Path,
-    run: Run,
-    network: nn.Module,
-    data: Data,
-    vertices: Sequence[State],
-    coefficients: Coefficients,
-    bn_images: int,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> manifest.Bank | None:
-    """Write `bank/` into a staged version; where these networks cannot be in a bank, say why and write nothing.
-
-    Args:
-        staged: the version's folder.
-        run: keeps what was computed for each point, so that a killed publication goes on.
-        network: a module of the right architecture; its weights are overwritten.
-        vertices: weight sets by torch name.
-        coefficients: (points, vertices); the bank's points.
-        bn_images: clean training images on which each point's statistics are re-estimated.
-        device: where torch runs.
-        data: as for member.make.
-        say: for the reason.
-    """
-    if not len(coefficients):
-        return None
-    try:
-        bank = build(run, network, data, vertices, coefficients, bn_images, device)
-    except ExportError as error:
-        say(f"no bank: {error} The members are published without one.")
-        return None
-    bank.save(staged / "bank")
-    return manifest.Bank(
-        points=len(bank), accuracy_mean=float(bank.accuracy.mean()), accuracy_min=float(bank.accuracy.min())
-    )
-
-
 def build(
     run: Run,
     network: nn.Module,
@@ -74,6 +35,15 @@ def build(
     device: torch.device,
 ) -> Bank:
     """A bank whose every point answers as torch does.
+
+    Args:
+        run: keeps what was computed for each point, so that a killed publication goes on.
+        network: a module of the right architecture; its weights are overwritten.
+        data: as for member.make.
+        vertices: weight sets by torch name.
+        coefficients: (points, vertices); the bank's points.
+        bn_images: clean training images on which each point's statistics are re-estimated.
+        device: where torch runs.
 
     Raises:
         ExportError: some point's answers are not what the template gives with the combined weights.

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from models_store import manifest
+from models_store.bank import Bank
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
 from training import bank, member, temperature
 from training.config import Config
 from training.data import Data, as_arrays
+from training.errors import ExportError
 from training.export import Exporter
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, coordinates
@@ -107,7 +109,12 @@ def publish(
             validation=average,
             geometry=points and _keep_vertices(staged, states, points),
             bank=points
-            and bank.write(staged, run, network, data, states, points.bank(places), config.bn_images, device, say),
+            and _keep_bank(
+                staged,
+                points.bank(places),
+                lambda rows: bank.build(run, network, data, states, rows, config.bn_images, device),
+                say,
+            ),
             provenance=manifest.Provenance(
                 run=run.identity,
                 config={"door": config.method, **config.deciding()},
@@ -148,6 +155,23 @@ def _keep_vertices(staged: Path, states: Sequence[State], points: Points) -> man
         shape=points.shape,
         vertices=[f"vertices/{index:03d}.safetensors" for index in range(len(states))],
         components=points.components,
+    )
+
+
+def _keep_bank(
+    staged: Path, rows: Coefficients, build: Callable[[Coefficients], Bank], say: Callable[[str], None]
+) -> manifest.Bank | None:
+    """Where these networks cannot be in a bank, say why and write nothing."""
+    if not len(rows):
+        return None
+    try:
+        built = build(rows)
+    except ExportError as error:
+        say(f"no bank: {error} The members are published without one.")
+        return None
+    built.save(staged / "bank")
+    return manifest.Bank(
+        points=len(built), accuracy_mean=float(built.accuracy.mean()), accuracy_min=float(built.accuracy.min())
     )
 
 

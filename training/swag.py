@@ -107,7 +107,8 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
             passed = [run.vertex_file(leg, number) for number in range(len(collect))]
             _draw(config, parameters, passed, own, leg, ends)
 
-    return Plan(legs, [(file, Origin()) for file in samples], then=draw)
+    vertices = [(file, Origin(cycle=1 + index // config.samples)) for index, file in enumerate(samples)]
+    return Plan(legs, vertices, then=draw)
 
 
 def _leg(

@@ -60,6 +60,6 @@ def test_the_run_of_an_fge_ensemble_is_trained_again_to_the_same_members(tmp_pat
     probs = EnsembleSession(version.folder, version.manifest).member_probs(images)
     subset_errors = [1 - accuracy(one, labels) for one in probs]
     assert [row["test_error"] for row in members] == pytest.approx(subset_errors, abs=1e-9)
-    assert report["rows"][0]["distance"] == 0
+    assert report["rows"][0]["distance"] == pytest.approx(0, abs=1e-9)
     assert all(row["distance"] > 0 for row in report["rows"][1:])
     assert all(row["rate"] == pytest.approx(5e-4) for row in members)
