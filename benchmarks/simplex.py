@@ -17,14 +17,12 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks.budgets import COMMON, B, independents
-from models_store.runtime import EnsembleSession, in_batches
+from benchmarks.comparison import Arm, table
+from benchmarks.comparison import measure as compare
 from models_store.store import Store, Version
-from models_store.uncertainty import softmax
-from training import data, espro, independent, temperature
-from training.config import data_options
+from training import espro, independent
 from training.evaluate import pairwise_disagreement
 from training.geometry import coefficients, volume
-from training.metrics import score
 from training.probing import Kept, Measured, Subset, open_probe
 
 SEEDS = (0, 1, 2)
@@ -86,27 +84,19 @@ def measure(seed: int) -> dict[str, Any]:
         }
         if name == "complex":
             found["independent"] = disagreement(corners[:3])
-    found["scores"] = {
-        name: average(version)
-        for name, version in (("simplex", grown(seed)), ("base", independents(seed)), ("plain", plain(seed)))
-    }
-    return found
+    return found | {"scores": compare(ARMS, seed)}
 
 
-def average(version: Version) -> dict[str, float]:
-    """Of the simplex's published networks; of the others, of the first network."""
-    splits = data.load(data_options(version.manifest.provenance.config), lambda line: None)
-    session = EnsembleSession(version.folder, version.manifest)
-    rows = slice(None) if version.manifest.method == "espro" else slice(0, 1)
-    (validation, known), (test, labels) = data.as_arrays(splits.validation), data.as_arrays(splits.test)
-    logits, own = in_batches(session, test)[rows], in_batches(session, validation)[rows]
-    weights = np.full(len(logits), 1 / len(logits))
-    fitted = temperature.fit(own, known, weights)
-    return score(np.tensordot(weights, softmax(logits, fitted), 1), labels).model_dump()
+ARMS = [
+    Arm("base", independents, slice(0, 1), 1 / 3),
+    Arm("the simplex's average", grown, slice(None), 1, lambda seed: float(B)),
+    Arm("plain training", plain, slice(None)),
+    Arm("independent networks", independents, slice(None)),
+]
 
 
 def text_of(rows: list[dict[str, Any]]) -> str:
-    one, two, three = [], [], []
+    one, three = [], []
     for row in rows:
         simplex, base = row["simplex"], row["simplex"]["corner_train_accuracy"][0]
         one.append(
@@ -134,16 +124,21 @@ def text_of(rows: list[dict[str, Any]]) -> str:
                 f"{100 * joined['disagreement']:.2f}",
             ]
         )
-        for name, scores in row["scores"].items():
-            two.append([row["seed"], name, *(f"{scores[key]:.4f}" for key in ("accuracy", "nll", "ece"))])
     parts = {
         "100 networks of the simplex": (one, ["seed", "base, train accuracy %", "worst of 100", "% of the base's", "disagreement, %", "independent", "ratio", "edges", "base from zero"]),
-        "The average against the base, and the base at the simplex's cost; temperatures fitted on validation": (two, ["seed", "", "accuracy", "nll", "ece"]),
         "100 networks of a complex that joins three modes: test error, %": (three, ["seed", "modes", "mean", "worst", "worst − mean of modes", "worst − worst mode", "disagreement"]),
     }  # fmt: skip
     found = ["# A simplex around one network", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
     for title, (body, headers) in parts.items():
         found += [f"## {title}", "", tabulate(body, headers, tablefmt="github", disable_numparse=True), ""]
+    scores = [row["scores"] for row in rows]
+    for kind, how in (("fitted", "with a temperature fitted on validation"), ("plain", "without temperature")):
+        found += [
+            f"## Averages, {how}: test split, mean and standard deviation over the seeds",
+            "",
+            table(scores, kind),
+            "",
+        ]
     return "\n".join(found)
 
 

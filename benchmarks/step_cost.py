@@ -115,7 +115,9 @@ def main(name: str = "preresnet8", size: int = 128) -> None:
         print(
             f"{kind} {np.median(seconds) * 1e3:.1f} ms, ratio {np.median(ratio):.3f} (quartiles {quartiles}); wanted: at most {WANTED[kind]:.2f}"
         )
-    for heavy, images in (("wrn-28-10", 2), ("wrn-28-10", 32), ("preresnet8", 128)) if len(sys.argv) == 1 else ((name, size),):
+    for heavy, images in (
+        (("wrn-28-10", 2), ("wrn-28-10", 32), ("preresnet8", 128)) if len(sys.argv) == 1 else ((name, size),)
+    ):
         print(memory(heavy, images))
 
 
