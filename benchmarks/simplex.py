@@ -26,7 +26,7 @@ from training.geometry import coefficients, volume
 from training.probing import Kept, Measured, Subset, open_probe
 
 SEEDS = (0, 1, 2)
-GROW = {"vertex_epochs": 5, "points_per_step": 5, "bank": 0}
+GROW = {"vertex_epochs": 10, "points_per_step": 1, "bank": 0}
 VERTICES = 3
 TRAIN_IMAGES = 10_000
 DRAWN = 100

@@ -68,7 +68,9 @@ class Origin(_Record):
     """Where a member comes from. Fields that do not apply are null."""
 
     cycle: int | None = Field(
-        default=None, ge=0, description="1, 2, … in order of collection; 0 is a given network. SWAG: the Gaussian it was drawn from"
+        default=None,
+        ge=0,
+        description="1, 2, … in order of collection; 0 is a given network. SWAG: the Gaussian it was drawn from",
     )
     epoch: float | None = Field(default=None, ge=0, description="budget spent when it was collected, in epochs")
     coefficients: list[float] | None = Field(default=None, description="over the vertices, for path points")

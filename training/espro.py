@@ -45,12 +45,13 @@ class Config(BaseConfig):
     """Join the modes: simplexes as lists of vertices, as 0,2,3 1,2,3. Modes are counted first, from 0; further numbers are connecting vertices."""
     vertex_epochs: int = 10
     """Epochs in which each new vertex is trained; each costs --points-per-step plain ones."""
-    vertex_lr: float = 0.01
+    vertex_lr: float = 0.05
     """Initial rate of a new vertex; it falls along a cosine."""
-    points_per_step: int = 5
-    """Networks drawn from the complex in one step, each on the whole batch."""
-    volume_weight: float = 0.01
-    """λ, in nats of loss for each e-fold of volume."""
+    points_per_step: int = 1
+    """Networks drawn from the complex in one step, each on the whole batch. At equal cost more steps were better than more networks a step."""
+    volume_weight: float = 0.1
+    """λ, in nats of loss for each e-fold of volume. A vertex that no loss holds back rises to √(λ · --vertex-lr · iterations / (1 − momentum)) over the
+    others; one that is held back leaves the drawn networks' loss about λ/2 higher. Four times λ: twice the distance."""
     perturbation: float = 0.01
     """A new vertex starts at the mean of the others, and so far from it, as a share of each tensor's norm."""
     samples: int = 25
