@@ -71,7 +71,6 @@ def measure(
             row[kind] = {
                 name: score(np.tensordot(weights, softmax(own[name], t), 1), labels).model_dump()
                 for name, (_, labels) in sets.items()
-                if name != "validation"
             }
         rows.append(row)
     return {"rows": rows}
@@ -91,7 +90,7 @@ def table(
             cells.append(f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""))
         first, apart = of_seeds[0], [row["disagreement"] for row in of_seeds if row["disagreement"] is not None]
         body.append([first["method"], f"{first['cost']:g}", first["members"], *cells])
-        if tuple(sets) == ("test",):
+        if len(sets) == 1:
             body[-1].append(f"{np.mean(apart):.4f}" if apart else "")
-    headers = ["method", "cost, epochs", "members", *SCORES, *(["disagreement"] if tuple(sets) == ("test",) else [])]
+    headers = ["method", "cost, epochs", "members", *SCORES, *(["disagreement"] if len(sets) == 1 else [])]
     return tabulate(body, headers, tablefmt="github", disable_numparse=True)

@@ -62,7 +62,7 @@ def main() -> None:
     Store().check_writable()
     kept = Kept(LINES, {"about": __doc__, "common": COMMON, "left out": LEFT_OUT})
     found = kept.measure(seeds, lambda seed: measure(ARMS, seed, corrupted), "seeds")
-    shifted = [name for name in found[0]["rows"][0]["plain"] if name != "test"]
+    shifted = [name for name in found[0]["rows"][0]["plain"] if name not in ("test", "validation")]
     # The first nine arms are 1, 2 and 3 components of each kind.
     by_components = [{"rows": one["rows"][:9]} for one in found]
     by_cost = [{"rows": sorted(one["rows"], key=lambda row: row["cost"])} for one in found]

@@ -1,0 +1,65 @@
+"""How many networks a step, which rate and which λ for a simplex? The choices behind training.espro's defaults, on validation images.
+
+    python -m benchmarks.simplex_choices      trains what is missing, prints and keeps results/simplex_choices.md
+
+preresnet8 on 10 000 images of Fashion-MNIST, seed 100, which no other benchmark uses; a base of 30 epochs, and one further vertex that costs 30 more,
+in whatever split between networks a step and epochs; 25 networks are averaged. Scores are of the 6000 validation images, which
+temperatures are fitted on, too: for choosing, not for claiming. The disagreement is on test images, whose labels it does not use.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from benchmarks.comparison import Arm, measure, table
+from models_store.store import Store, Version
+from training import espro, independent
+from training.probing import Kept
+
+RESULTS = Path(__file__).parent / "results"
+SEED, B = 100, 30
+COMMON = {"dataset": "fashion-mnist", "network": "preresnet8", "limit": 10_000, "epochs": B, "activate": False}
+# (networks a step, rate, λ); the first four have nearly the same reach, √(λ · rate · iterations).
+CHOICES = [
+    (1, 0.05, 0.1), (2, 0.05, 0.2), (5, 0.1, 0.3), (5, 0.05, 0.5), (1, 0.05, 0.03), (1, 0.05, 0.3), (1, 0.1, 0.05), (1, 0.02, 0.25),
+    (5, 0.05, 0.03), (5, 0.05, 0.1), (5, 0.1, 1.0),
+]  # fmt: skip
+
+
+def base(seed: int) -> Version:
+    return independent.run(independent.Config(name="choices-base", seed=seed, runs=2, **COMMON))
+
+
+def grown(points: int, rate: float, weight: float, seed: int) -> Version:
+    name = f"choices-{points}-{rate:g}-{weight:g}".replace(".", "_")
+    options = {"points_per_step": points, "vertex_lr": rate, "volume_weight": weight, "vertex_epochs": B // points}
+    return espro.run(
+        espro.Config(name=name, seed=seed, base=(f"{base(seed).name}/0",), vertices=1, bank=0, **options, **COMMON)
+    )
+
+
+ARMS = [
+    Arm("the base", base, slice(0, 1), 1 / 2),
+    Arm("two independent networks", base, slice(None)),
+    *(
+        Arm(f"{n} a step, rate {rate:g}, λ {weight:g}", functools.partial(grown, n, rate, weight), slice(None), 1, lambda seed: float(B))
+        for n, rate, weight in CHOICES
+    ),
+]  # fmt: skip
+
+
+def main() -> None:
+    Store().check_writable()
+    kept = Kept(RESULTS / "simplex_choices.jsonl", {"about": __doc__, "common": COMMON})
+    named = {arm.method: arm for arm in ARMS}
+    found = kept.measure(list(named), lambda name: measure([named[name]], SEED), "arms")
+    together = {"rows": [row for one in found for row in one["rows"]]}
+    text = ["# Choices for a simplex", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
+    text += [table([together], "fitted", ("validation",)), ""]
+    (RESULTS / "simplex_choices.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
