@@ -5,7 +5,7 @@
 On a GPU, with all images and VGG-16: set COMMON to {"dataset": "fashion-mnist", "network": "vgg16", "lr": 0.05, "weight_decay": 5e-4, …}.
 
 Fixed beforehand: preresnet8 on 10 000 images of Fashion-MNIST, B = 30 epochs at rate 0.1, weight decay 3e-4, the data set's own augmentation,
-seeds 0, 1, 2. A component is a network, a simplex of one further vertex (6 epochs with 5 networks a step: another B), or a Gaussian. Of each
+seeds 0, 1, 2. A component is a network, a simplex of one further vertex (another B), or a Gaussian. Of each
 simplex 25 networks are averaged, of each Gaussian 10. Cost is in forward and backward passes, in units of B. Batch norm is re-estimated for every
 network, and each ensemble has a temperature fitted on validation. Corruptions: see benchmarks/corruptions.py.
 """
@@ -36,7 +36,7 @@ def _networks(seed: int) -> Version:
 
 def _simplexes(seed: int) -> Version:
     modes = _networks(seed).name
-    options = {"vertices": 1, "vertex_epochs": B // 5, "samples": SAMPLES, "bank": 0}
+    options = {"vertices": 1, "vertex_epochs": B, "samples": SAMPLES, "bank": 0}
     base = tuple(f"{modes}/{i}" for i in range(3))
     return espro.run(espro.Config(name=f"simplexes-espro-{seed}", seed=seed, base=base, **options, **COMMON))
 
