@@ -1,20 +1,20 @@
 """ESPRO against deep ensembles, SWAG and MultiSWAG: by number of components, and at equal cost, clean and corrupted.
 
     python -m benchmarks.simplex_ensembles [--seeds N]     train what is missing (of the first N seeds), print and keep results/simplex_ensembles.md
+    python -m benchmarks.simplex_ensembles --large         all images, VGG-16, 60 epochs: for a GPU
 
-On a GPU, with all images and VGG-16: set COMMON to {"dataset": "fashion-mnist", "network": "vgg16", "lr": 0.05, "weight_decay": 5e-4, …}.
-
-Fixed beforehand: preresnet8 on 10 000 images of Fashion-MNIST, B = 30 epochs at rate 0.1, weight decay 3e-4, the data set's own augmentation,
-seeds 0, 1, 2. A component is a network, a simplex of one further vertex (another B), or a Gaussian. Of each
+Fixed beforehand: preresnet8 on 10 000 images of Fashion-MNIST, B = 30 epochs, every other option as the doors have it, seeds 0, 1, 2. A component is a network, a simplex of one further vertex (another B), or a Gaussian. Of each
 simplex 25 networks are averaged, of each Gaussian 10. Cost is in forward and backward passes, in units of B. Batch norm is re-estimated for every
 network, and each ensemble has a temperature fitted on validation. Corruptions: see benchmarks/corruptions.py.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.comparison import Arm, measure, spent, table
 from benchmarks.corruptions import LEFT_OUT, SEVERITIES, corrupted
@@ -23,54 +23,77 @@ from training import espro, independent, swag
 from training.probing import Kept
 
 SEEDS = (0, 1, 2)
-B = 30
-COMMON = {"dataset": "fashion-mnist", "network": "preresnet8", "limit": 10_000, "epochs": B, "activate": False}
 SAMPLES, DRAWN = 25, 10
 RESULTS = Path(__file__).parent / "results"
-LINES = RESULTS / "simplex_ensembles.jsonl"
 
 
-def _networks(seed: int) -> Version:
-    return independent.run(independent.Config(name=f"simplexes-networks-{seed}", seed=seed, runs=6, **COMMON))
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and on how much."""
+
+    label: str
+    epochs: int  # B
+    options: dict[str, Any]
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Options of all doors."""
+        return {"dataset": "fashion-mnist", "epochs": self.epochs, "activate": False, **self.options}
+
+    def networks(self, seed: int) -> Version:
+        """Six, each for a budget."""
+        return independent.run(
+            independent.Config(name=f"{self.label}-networks-{seed}", seed=seed, runs=6, **self.common)
+        )
+
+    def grown(self, seed: int) -> Version:
+        """A simplex at each of the first three."""
+        base = tuple(f"{self.networks(seed).name}/{i}" for i in range(3))
+        options = {"vertices": 1, "vertex_epochs": self.epochs, "samples": SAMPLES, "bank": 0}
+        return espro.run(
+            espro.Config(name=f"{self.label}-espro-{seed}", seed=seed, base=base, **options, **self.common)
+        )
+
+    def gaussians(self, seed: int) -> Version:
+        """Six, each over a run of its own."""
+        return swag.run(swag.Config(name=f"{self.label}-swag-{seed}", seed=seed, runs=6, samples=DRAWN, **self.common))
+
+    def arms(self) -> list[Arm]:
+        """The first nine are 1, 2, 3 components of each kind."""
+
+        def networks(k: int) -> Arm:
+            return Arm("deep ensemble", self.networks, slice(0, k), k / 6)
+
+        def simplexes(k: int) -> Arm:
+            bases = lambda seed: spent(self.networks(seed)) * k / 6  # noqa: E731
+            return Arm("ESPRO", self.grown, slice(0, SAMPLES * k), k / 3, bases)
+
+        def gaussians(k: int) -> Arm:
+            return Arm("SWAG" if k == 1 else "MultiSWAG", self.gaussians, slice(0, DRAWN * k), k / 6)
+
+        compared = [arm for k in (1, 2, 3) for arm in (networks(k), simplexes(k), gaussians(k))]
+        return [*compared, *(kind(k) for kind in (networks, gaussians) for k in (4, 6))]
 
 
-def _simplexes(seed: int) -> Version:
-    modes = _networks(seed).name
-    options = {"vertices": 1, "vertex_epochs": B, "samples": SAMPLES, "bank": 0}
-    base = tuple(f"{modes}/{i}" for i in range(3))
-    return espro.run(espro.Config(name=f"simplexes-espro-{seed}", seed=seed, base=base, **options, **COMMON))
-
-
-def _gaussians(seed: int) -> Version:
-    return swag.run(swag.Config(name=f"simplexes-swag-{seed}", seed=seed, runs=6, samples=DRAWN, **COMMON))
-
-
-def _networks_of(k: int, seed: int) -> float:
-    return spent(_networks(seed)) * k / 6
-
-
-NETWORKS = [Arm("deep ensemble", _networks, slice(0, k), k / 6) for k in (1, 2, 3, 4, 6)]
-SIMPLEXES = [
-    Arm("ESPRO", _simplexes, slice(0, SAMPLES * k), k / 3, functools.partial(_networks_of, k)) for k in (1, 2, 3)
-]
-GAUSSIANS = [Arm("SWAG" if k == 1 else "MultiSWAG", _gaussians, slice(0, DRAWN * k), k / 6) for k in (1, 2, 3, 4, 6)]
-ARMS = [*(arm for k in range(3) for arm in (NETWORKS[k], SIMPLEXES[k], GAUSSIANS[k])), *NETWORKS[3:], *GAUSSIANS[3:]]
+SMALL = Size("simplexes", 30, {"network": "preresnet8", "limit": 10_000})
+LARGE = Size("simplexes-large", 60, {"network": "vgg16-bn", "lr": 0.05, "weight_decay": 5e-4})
 
 
 def main() -> None:
+    size = LARGE if "--large" in sys.argv else SMALL
     seeds = SEEDS[: int(sys.argv[sys.argv.index("--seeds") + 1])] if "--seeds" in sys.argv else SEEDS
     Store().check_writable()
-    kept = Kept(LINES, {"about": __doc__, "common": COMMON, "left out": LEFT_OUT})
-    found = kept.measure(seeds, lambda seed: measure(ARMS, seed, corrupted), "seeds")
+    stem = "simplex_ensembles" + ("_large" if size is LARGE else "")
+    kept = Kept(RESULTS / f"{stem}.jsonl", {"about": __doc__, "size": dataclasses.asdict(size), "left out": LEFT_OUT})
+    found = kept.measure(seeds, lambda seed: measure(size.arms(), seed, corrupted), "seeds")
     shifted = [name for name in found[0]["rows"][0]["plain"] if name not in ("test", "validation")]
-    # The first nine arms are 1, 2 and 3 components of each kind.
     by_components = [{"rows": one["rows"][:9]} for one in found]
     by_cost = [{"rows": sorted(one["rows"], key=lambda row: row["cost"])} for one in found]
-    several = {2.0 * B, 4.0 * B, 6.0 * B}
+    several = {2.0 * size.epochs, 4.0 * size.epochs, 6.0 * size.epochs}
     equal = [{"rows": [row for row in one["rows"] if row["cost"] in several]} for one in by_cost]
     text = ["# ESPRO, deep ensembles, SWAG", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
     text += [
-        f"Mean and standard deviation over seeds {list(seeds)}. Left out of the corruptions: {', '.join(LEFT_OUT)}.",
+        f"Trained were {size}. Mean and standard deviation over seeds {list(seeds)}. Left out of the corruptions: {', '.join(LEFT_OUT)}.",
         "",
     ]
     for of, title in ((by_components, "1, 2, 3 components"), (equal, "Equal cost")):
@@ -81,7 +104,7 @@ def main() -> None:
     for severity in SEVERITIES:
         own = [name for name in shifted if name.endswith(f"-{severity}")]
         text += [f"## Severity {severity}, equal cost, fitted", "", table(equal, "fitted", own), ""]
-    (RESULTS / "simplex_ensembles.md").write_text("\n".join(text))
+    (RESULTS / f"{stem}.md").write_text("\n".join(text))
     print("\n".join(text))
 
 
