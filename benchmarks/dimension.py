@@ -2,7 +2,7 @@
 
     python -m benchmarks.dimension      trains what is missing, prints and keeps results/dimension.md and dimension.png
 
-preresnet8 on 10 000 images of Fashion-MNIST; two networks of 20 epochs; 12 connecting vertices, one after the other, 3 epochs each with 5 networks a step.
+preresnet8 on 10 000 images of Fashion-MNIST; two networks of 20 epochs; 12 connecting vertices, one after the other, 15 epochs each.
 For each k the complex of the first k: its log-volume in float64; the floor, what it would be if the last vertex stood on the others but for float32's
 rounding; that vertex's height over the others, and its distance from the nearest of them; test error and train accuracy of 20 networks drawn from it.
 """
@@ -29,7 +29,7 @@ CONNECTORS, DRAWN = 12, 20
 def main() -> None:
     modes = independent.run(independent.Config(name="dimension-modes", epochs=20, runs=2, **COMMON))
     shared = ",".join(str(2 + i) for i in range(CONNECTORS))
-    options = {"connect": (f"0,{shared}", f"1,{shared}"), "vertex_epochs": 3, "samples": 1, "bank": 0}
+    options = {"connect": (f"0,{shared}", f"1,{shared}"), "vertex_epochs": 15, "samples": 1, "bank": 0}
     version = espro.run(espro.Config(name="dimension", base=(modes.name,), **options, **COMMON))
     geometry = version.manifest.geometry
     assert geometry is not None

@@ -26,8 +26,8 @@ from training.geometry import coefficients, volume
 from training.probing import Kept, Measured, Subset, open_probe
 
 SEEDS = (0, 1, 2)
-GROW = {"vertex_epochs": 10, "points_per_step": 1, "bank": 0}
-VERTICES = 3
+GROW = {"vertices": 3, "vertex_epochs": 10, "volume_weight": 0.6, "bank": 0}
+JOIN = {"connect": ("0,3,4", "1,3,4", "2,3,4"), "vertex_epochs": 15, "samples": 8, "bank": 0}
 TRAIN_IMAGES = 10_000
 DRAWN = 100
 RESULTS = Path(__file__).parent / "results"
@@ -36,20 +36,16 @@ LINES = RESULTS / "simplex.jsonl"
 
 def grown(seed: int) -> Version:
     base = (f"{independents(seed).name}/0",)
-    return espro.run(
-        espro.Config(name=f"simplex-grown-{seed}", seed=seed, base=base, vertices=VERTICES, **GROW, **COMMON)
-    )
+    return espro.run(espro.Config(name=f"simplex-grown-{seed}", seed=seed, base=base, **GROW, **COMMON))
 
 
 def joined(seed: int) -> Version:
-    options = {**GROW, "connect": ("0,3,4", "1,3,4", "2,3,4")}
-    return espro.run(
-        espro.Config(name=f"simplex-joined-{seed}", seed=seed, base=(independents(seed).name,), **options, **COMMON)
-    )
+    base = (independents(seed).name,)
+    return espro.run(espro.Config(name=f"simplex-joined-{seed}", seed=seed, base=base, **JOIN, **COMMON))
 
 
 def plain(seed: int) -> Version:
-    cost = B + VERTICES * GROW["vertex_epochs"] * GROW["points_per_step"]
+    cost = B + GROW["vertices"] * GROW["vertex_epochs"]
     return independent.run(
         independent.Config(name=f"simplex-plain-{seed}", seed=seed, runs=1, **{**COMMON, "epochs": cost})
     )
@@ -145,7 +141,7 @@ def text_of(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     seeds = SEEDS[: int(sys.argv[sys.argv.index("--seeds") + 1])] if "--seeds" in sys.argv else SEEDS
     Store().check_writable()
-    kept = Kept(LINES, {"about": __doc__, "common": COMMON, "grow": GROW})
+    kept = Kept(LINES, {"about": __doc__, "common": COMMON, "grow": GROW, "join": JOIN})
     text = text_of(kept.measure(seeds, measure, "seeds"))
     (RESULTS / "simplex.md").write_text(text)
     print(text)

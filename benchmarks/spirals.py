@@ -84,7 +84,7 @@ def entropy(p: Floats) -> Floats:
 
 def main() -> None:
     modes = independent.run(independent.Config(name="spirals-modes", runs=3, **COMMON))
-    options = {"vertices": 3, "vertex_epochs": 100, "vertex_lr": 0.01, "samples": 25, "bank": 0}
+    options = {"vertices": 3, "vertex_epochs": 200, "bank": 0}
     grown = espro.run(espro.Config(name="spirals-simplex", base=(f"{modes.name}/0",), **options, **COMMON))
     simplex, alone = over_the_plane(grown), over_the_plane(modes)
     points, labels = spirals().train.tensors
