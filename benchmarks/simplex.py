@@ -27,7 +27,14 @@ from training.probing import Kept, Measured, Subset, open_probe
 
 SEEDS = (0, 1, 2)
 GROW = {"vertices": 3, "vertex_epochs": 10, "volume_weight": 0.45, "bank": 0}
-JOIN = {"connect": ("0,3,4", "1,3,4", "2,3,4"), "vertex_epochs": 15, "samples": 8, "bank": 0}
+JOIN = {
+    "connect": ("0,3,4", "1,3,4", "2,3,4"),
+    "vertex_epochs": 20,
+    "vertex_lr": 0.1,
+    "volume_weight": 0.03,
+    "samples": 8,
+    "bank": 0,
+}
 TRAIN_IMAGES = 10_000
 DRAWN = 100
 RESULTS = Path(__file__).parent / "results"
