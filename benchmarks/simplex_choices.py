@@ -1,9 +1,9 @@
-"""How many networks a step, which rate and which λ for a simplex? The choices behind training.espro's defaults, on validation images.
+"""How many networks a step, which rate and which λ for a simplex? And SWAG's rate? The choices behind the doors' defaults, on validation images.
 
     python -m benchmarks.simplex_choices      trains what is missing, prints and keeps results/simplex_choices.md
 
 preresnet8 on 10 000 images of Fashion-MNIST, seed 100, which no other benchmark uses; a base of 30 epochs, and one further vertex that costs 30 more,
-in whatever split between networks a step and epochs; 25 networks are averaged. Scores are of the 6000 validation images, which
+in whatever split between networks a step and epochs; 25 networks are averaged. SWAG: 30 epochs, 10 networks of one Gaussian. Scores are of the 6000 validation images, which
 temperatures are fitted on, too: for choosing, not for claiming. The disagreement is on test images, whose labels it does not use.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.comparison import Arm, measure, table
 from models_store.store import Store, Version
-from training import espro, independent
+from training import espro, independent, swag
 from training.probing import Kept
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,6 +25,7 @@ CHOICES = [
     (1, 0.05, 0.1), (2, 0.05, 0.2), (5, 0.1, 0.3), (5, 0.05, 0.5), (1, 0.05, 0.03), (1, 0.05, 0.3), (1, 0.1, 0.05), (1, 0.02, 0.25),
     (5, 0.05, 0.03), (5, 0.05, 0.1), (5, 0.1, 1.0),
 ]  # fmt: skip
+SWAG_CHOICES = [(0.5, 0.01), (0.75, 0.01), (0.75, 0.03)]
 
 
 def base(seed: int) -> Version:
@@ -39,12 +40,22 @@ def grown(points: int, rate: float, weight: float, seed: int) -> Version:
     )
 
 
+def around(start: float, rate: float, seed: int) -> Version:
+    name = f"choices-swag-{start:g}-{rate:g}".replace(".", "_")
+    options = {"start": start, "swag_lr": rate, "every": 0.5, "samples": 10}
+    return swag.run(swag.Config(name=name, seed=seed, runs=1, **options, **COMMON))
+
+
 ARMS = [
     Arm("the base", base, slice(0, 1), 1 / 2),
     Arm("two independent networks", base, slice(None)),
     *(
         Arm(f"{n} a step, rate {rate:g}, λ {weight:g}", functools.partial(grown, n, rate, weight), slice(None), 1, lambda seed: float(B))
         for n, rate, weight in CHOICES
+    ),
+    *(
+        Arm(f"SWAG from {start:g} B on, rate {rate:g}", functools.partial(around, start, rate), slice(None))
+        for start, rate in SWAG_CHOICES
     ),
 ]  # fmt: skip
 

@@ -4,7 +4,7 @@
     python -m benchmarks.simplex_ensembles --large         all images, VGG-16, 60 epochs: for a GPU
 
 Fixed beforehand: preresnet8 on 10 000 images of Fashion-MNIST, B = 30 epochs, every other option as the doors have it, seeds 0, 1, 2. A component is a network, a simplex of one further vertex (another B), or a Gaussian. Of each
-simplex 25 networks are averaged, of each Gaussian 10. Cost is in forward and backward passes, in units of B. Batch norm is re-estimated for every
+simplex 25 networks are averaged, of each Gaussian 10, over the weights of every half epoch of the last quarter. Cost is in forward and backward passes, in units of B. Batch norm is re-estimated for every
 network, and each ensemble has a temperature fitted on validation. Corruptions: see benchmarks/corruptions.py.
 """
 
@@ -56,7 +56,9 @@ class Size:
 
     def gaussians(self, seed: int) -> Version:
         """Six, each over a run of its own."""
-        return swag.run(swag.Config(name=f"{self.label}-swag-{seed}", seed=seed, runs=6, samples=DRAWN, **self.common))
+        return swag.run(
+            swag.Config(name=f"{self.label}-swag-{seed}", seed=seed, runs=6, every=0.5, samples=DRAWN, **self.common)
+        )
 
     def arms(self) -> list[Arm]:
         """The first nine are 1, 2, 3 components of each kind."""

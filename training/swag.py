@@ -36,7 +36,7 @@ class Config(BaseConfig):
 
     method: ClassVar[str] = "swag"
 
-    start: float = 0.5
+    start: float = 0.75
     """Share of the budget after which weights are collected; until then the rate falls to --swag-lr. With --init it is 0."""
     swag_lr: float = 0.01
     """The constant rate at which they are collected."""

@@ -22,7 +22,7 @@ def plan(steps=10, **options):
 
 
 def test_the_rate_falls_to_its_constant_and_weights_are_collected_there():
-    config, made = plan(epochs=20, lr=0.1, swag_lr=0.02, every=2.0)
+    config, made = plan(epochs=20, start=0.5, lr=0.1, swag_lr=0.02, every=2.0)
     (leg,) = made.legs
     assert leg.collect == (120, 140, 160, 180, 200)
     assert leg.rate(1) == pytest.approx(0.1)
@@ -40,7 +40,7 @@ def test_around_given_weights_the_whole_budget_is_collected():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"epochs": 2}, "1 collections fit"),
+        ({"epochs": 4}, "1 collections fit"),
         ({"rank": 1}, "--rank"),
         ({"start": 1.0}, "--start"),
         ({"endpoints": ("a",)}, "two networks"),
