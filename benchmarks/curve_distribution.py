@@ -32,7 +32,7 @@ def versions(seed: int) -> dict[str, Version]:
     ends = independent.run(independent.Config(name=f"bends-ends-{seed}", seed=seed, epochs=20, runs=2, **COMMON))
     first, second = f"{ends.name}/0", f"{ends.name}/1"
     common = {"seed": seed, **COMMON}
-    over = swag.run(swag.Config(name=f"bends-over-{seed}", endpoints=(first, second), epochs=40, **common))
+    over = swag.run(swag.Config(name=f"bends-over-{seed}", endpoints=(first, second), epochs=40, start=0.5, **common))
     # As many collections, and both networks: 20 epochs around each.
     around = swag.run(
         swag.Config(name=f"bends-around-{seed}", init=(Path(first), Path(second)), epochs=20, samples=15, **common)
