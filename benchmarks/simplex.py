@@ -21,9 +21,8 @@ from benchmarks.comparison import Arm, table
 from benchmarks.comparison import measure as compare
 from models_store.store import Store, Version
 from training import espro, independent
-from training.evaluate import pairwise_disagreement
 from training.geometry import coefficients, volume
-from training.probing import Kept, Measured, Subset, open_probe
+from training.probing import Kept, Probe, Subset, open_probe
 
 SEEDS = (0, 1, 2)
 GROW = {"vertices": 3, "vertex_epochs": 10, "volume_weight": 0.45, "bank": 0}
@@ -38,6 +37,7 @@ JOIN = {
 TRAIN_IMAGES = 10_000
 DRAWN = 100
 RESULTS = Path(__file__).parent / "results"
+WORK = Path("evaluation/simplex")
 LINES = RESULTS / "simplex.jsonl"
 
 
@@ -58,9 +58,9 @@ def plain(seed: int) -> Version:
     )
 
 
-def disagreement(networks: list[Measured]) -> float:
-    apart = pairwise_disagreement(np.stack([one.test_probs for one in networks]))
-    return float(apart[np.triu_indices(len(networks), 1)].mean())
+def disagreement(networks: list[dict[str, Any]]) -> float:
+    labels = np.array([[int(label) for label in one["labels"]] for one in networks])
+    return float(np.mean([(labels[i] != labels[j]).mean() for i in range(len(labels)) for j in range(i)]))
 
 
 def measure(seed: int) -> dict[str, Any]:
@@ -72,14 +72,21 @@ def measure(seed: int) -> dict[str, Any]:
         probe, _ = open_probe(version, files, Subset(train=TRAIN_IMAGES), lambda line: None)
         shares = volume.shares(probe.places, geometry.components)
         drawn = coefficients.uniform_over(np.random.default_rng(seed), DRAWN, geometry.components, shares, len(files))
-        networks = [probe.at(row) for row in drawn]
-        corners = [probe.at(row) for row in np.eye(len(files))]
+        kept = Kept(WORK / f"{name}-{seed}.jsonl", {"files": version.manifest.files, "train images": TRAIN_IMAGES})
+
+        def at(row: list[float], probe: Probe = probe) -> dict[str, Any]:
+            found = probe.at(np.array(row))
+            labels = "".join(map(str, found.test_probs.argmax(1).tolist()))
+            return {"train_accuracy": 1 - found.train_error, "test_error": found.test_error, "labels": labels}
+
+        corners = kept.measure(np.eye(len(files)).tolist(), at, f"{name}, vertices")
+        networks = kept.measure(drawn.tolist(), at, f"{name}, networks")
         edges = [coefficients.distances(probe.places)[i, j] for i in range(len(files)) for j in range(i)]
         found[name] = {
-            "train_accuracy": [1 - one.train_error for one in networks],
-            "test_error": [one.test_error for one in networks],
-            "corner_train_accuracy": [1 - one.train_error for one in corners],
-            "corner_test_error": [one.test_error for one in corners],
+            "train_accuracy": [one["train_accuracy"] for one in networks],
+            "test_error": [one["test_error"] for one in networks],
+            "corner_train_accuracy": [one["train_accuracy"] for one in corners],
+            "corner_test_error": [one["test_error"] for one in corners],
             "disagreement": disagreement(networks),
             "edges": edges,
             "distance_from_zero": float(np.linalg.norm(probe.places[0])),
