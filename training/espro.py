@@ -27,6 +27,7 @@ from training.loop import Leg
 from training.publication import Points
 from training.runs import Run
 from training.schedules import plain_rate, snapshot_rate
+from training.seeds import derive
 from training.steps import Span
 from training.walk import Plan
 
@@ -203,7 +204,7 @@ def within(config: Config, files: Mapping[int, Path], around: Sequence[Sequence[
     simplexes = [[order[v] for v in simplex] for simplex in around]
 
     def begin(others: Sequence[State], parameters: Collection[str]) -> list[State]:
-        generator = torch.Generator().manual_seed(_derive(config.seed, 0, vertex))
+        generator = torch.Generator().manual_seed(derive(config.seed, 7, 0, vertex))
         mean = combine(others, np.full(len(others), 1 / len(others)))
         return [perturbed(mean, parameters, config.perturbation, generator)]
 
@@ -231,7 +232,7 @@ def perturbed(state: State, parameters: Collection[str], length: float, generato
 
 def _points(config: Config, joined: list[list[list[int]]], total: int) -> Points:
     def draw(stream: int, counts: Sequence[int], places: Coordinates) -> Coefficients:
-        generator = np.random.default_rng(_derive(config.seed, 1, stream))
+        generator = np.random.default_rng(derive(config.seed, 7, 1, stream))
         rows = [
             coefficients.uniform_over(generator, count, simplexes, volume.shares(places, simplexes), total)
             for count, simplexes in zip(counts, joined, strict=True)
@@ -264,10 +265,6 @@ def describe(places: Coordinates, simplexes: Sequence[Sequence[int]]) -> str:
             )
         )
     return "\n".join(lines)
-
-
-def _derive(seed: int, *path: int) -> int:
-    return int(np.random.SeedSequence([seed, 7, *path]).generate_state(1, np.uint32)[0])
 
 
 def run(config: Config) -> Version:

@@ -27,6 +27,7 @@ from training.data import Data, in_order
 from training.errors import ConfigError, DivergenceError
 from training.import_string import import_string
 from training.runs import PREFIXED, Progress, Run, load_state, load_weights, save_state
+from training.seeds import derive
 from training.steps import BetweenVertices, OneNetwork, Span, Steps
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,7 +57,7 @@ def iterations_per_epoch(data: Data, batch_size: int) -> int:
 
 def initialise(seed: int, number: int = 0) -> None:
     """Seed what the `number`-th network of a run draws its initial weights from."""
-    _seed_everything(_derive(seed, 0, 0, number))
+    _seed_everything(derive(seed, 0, 0, number))
 
 
 def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Data, legs: list[Leg]) -> float:
@@ -140,16 +141,16 @@ class _Job:
 
     def _epoch(self, index: int, leg: Leg, steps: Steps, epoch: int, an_epoch: int) -> float:
         device, size = self.fabric.device, self.config.batch_size
-        seed = _derive(self.config.seed, 1, index, epoch)
+        seed = derive(self.config.seed, 1, index, epoch)
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))[: an_epoch * size]
         rank, world = self.fabric.global_rank, self.fabric.world_size
         if world > 1:  # each process takes its share of every batch
             order = order.view(an_epoch, -1)[:, rank::world].reshape(-1)
             size = order.numel() // an_epoch
-        generator = torch.Generator().manual_seed(_derive(self.config.seed, 2 + rank, index, epoch))
-        _seed_everything(_derive(self.config.seed, 1002 + rank, index, epoch))
+        generator = torch.Generator().manual_seed(derive(self.config.seed, 2 + rank, index, epoch))
+        _seed_everything(derive(self.config.seed, 1002 + rank, index, epoch))
         # Points between vertices are the same in all processes: their gradients are averaged.
-        between = np.random.default_rng(_derive(self.config.seed, 0, 1 + index, epoch))
+        between = np.random.default_rng(derive(self.config.seed, 0, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
         total, count, i = torch.zeros((), device=device), 0, 0
         self.wrapped.train()
@@ -227,11 +228,6 @@ def _logger(config: Config, run: Run) -> Log:
         return cast("Log", TensorBoardLogger(run.folder, name="tensorboard", version="").log_metrics)
     sessions = len(list((run.folder / "csv").glob("version_*")))
     return cast("Log", CSVLogger(run.folder, name="csv", version=sessions, flush_logs_every_n_steps=1).log_metrics)
-
-
-def _derive(seed: int, *path: int) -> int:
-    """A seed of its own for every place in a run."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint32)[0])
 
 
 def _seed_everything(seed: int) -> None:
