@@ -1,7 +1,7 @@
 """ESPRO against deep ensembles, SWAG and MultiSWAG: by number of components, and at equal cost, clean and corrupted.
 
     python -m benchmarks.simplex_ensembles [--seeds N]     train what is missing (of the first N seeds), print and keep results/simplex_ensembles.md
-    python -m benchmarks.simplex_ensembles --large         all images, VGG-16, 60 epochs: for a GPU
+    python -m benchmarks.simplex_ensembles --large         all images, VGG-16 with batch norm, 60 epochs: for a GPU
 
 Fixed beforehand: preresnet8 on 10 000 images of Fashion-MNIST, B = 30 epochs, every other option as the doors have it, seeds 0, 1, 2. A component is a network, a simplex of one further vertex (another B), or a Gaussian. Of each
 simplex 25 networks are averaged, of each Gaussian 10, over the weights of every half epoch of the last quarter. Cost is in forward and backward passes, in units of B. Batch norm is re-estimated for every
@@ -81,6 +81,10 @@ SMALL = Size("simplexes", 30, {"network": "preresnet8", "limit": 10_000})
 LARGE = Size("simplexes-large", 60, {"network": "vgg16-bn", "lr": 0.05, "weight_decay": 5e-4})
 
 
+def _of_several(cost: float, budget: int) -> bool:
+    return any(abs(cost / budget - several) < 0.1 for several in (2, 4, 6))
+
+
 def main() -> None:
     size = LARGE if "--large" in sys.argv else SMALL
     seeds = SEEDS[: int(sys.argv[sys.argv.index("--seeds") + 1])] if "--seeds" in sys.argv else SEEDS
@@ -91,8 +95,9 @@ def main() -> None:
     shifted = [name for name in found[0]["rows"][0]["plain"] if name not in ("test", "validation")]
     by_components = [{"rows": one["rows"][:9]} for one in found]
     by_cost = [{"rows": sorted(one["rows"], key=lambda row: row["cost"])} for one in found]
-    several = {2.0 * size.epochs, 4.0 * size.epochs, 6.0 * size.epochs}
-    equal = [{"rows": [row for row in one["rows"] if row["cost"] in several]} for one in by_cost]
+    equal = [{"rows": [row for row in one["rows"] if _of_several(row["cost"], size.epochs)]} for one in by_cost]
+    counts = {len(one["rows"]) for one in equal}
+    assert counts == {9}, f"2, 4 and 6 budgets of three kinds; found {counts}"
     text = ["# ESPRO, deep ensembles, SWAG", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
     text += [
         f"Trained were {size}. Mean and standard deviation over seeds {list(seeds)}. Left out of the corruptions: {', '.join(LEFT_OUT)}.",

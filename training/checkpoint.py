@@ -52,7 +52,11 @@ def find(reference: str, store: Store) -> Given:
 
 
 def members(reference: str, store: Store) -> list[str]:
-    """A published ensemble's name as references to its members; anything else as it is."""
+    """A published ensemble's name as references to its members; anything else as it is.
+
+    Raises:
+        StoreError: no such version of it.
+    """
     name = reference.partition("@")[0]
     if Path(reference).is_file() or "/" in reference or name not in store.names():
         return [reference]

@@ -96,6 +96,8 @@ class Config:
         for key in positive:
             if getattr(self, key) <= 0:
                 raise ConfigError(f"--{key.replace('_', '-')} must be positive; got {getattr(self, key)}.")
+        if self.seed < 0 or self.split_seed < 0:
+            raise ConfigError("--seed and --split-seed must not be negative.")
         for key in ("momentum", "weight_decay", "label_smoothing"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"--{key.replace('_', '-')} must lie in [0, 1); got {getattr(self, key)}.")

@@ -77,7 +77,11 @@ class Config(BaseConfig):
         _ = self.connections
 
     def given(self) -> tuple[str, ...]:
-        """See Config."""
+        """See Config.
+
+        Raises:
+            StoreError: a published ensemble that has no such version.
+        """
         store = Store()
         return tuple(one for reference in self.base for one in checkpoint.members(reference, store))
 
@@ -111,7 +115,7 @@ def complexes(config: Config, modes: int) -> list[list[list[int]]]:
     """The simplexes of each complex; modes are the vertices 0 … modes − 1, the others are to be trained.
 
     Raises:
-        ConfigError: --connect leaves out a mode or a number, has a simplex of modes alone, or falls into parts.
+        ConfigError: --connect leaves out a mode or a number, has a simplex of modes alone or one in another, or falls into parts.
     """
     if not config.connect:
         first = [modes + mode * config.grown for mode in range(modes)]
@@ -124,6 +128,11 @@ def complexes(config: Config, modes: int) -> list[list[list[int]]]:
         )
     if fixed := [simplex for simplex in found if max(simplex) < modes]:
         raise ConfigError(f"--connect {','.join(map(str, fixed[0]))} has modes alone; nothing in it could be trained.")
+    for number, simplex in enumerate(found):
+        if any(set(simplex) <= set(other) for other in found[:number] + found[number + 1 :]):
+            raise ConfigError(
+                f"--connect {','.join(map(str, simplex))} is part of another of its simplexes; leave it out."
+            )
     reached = {0}
     while near := {v for simplex in found if reached & set(simplex) for v in simplex} - reached:
         reached |= near
@@ -155,7 +164,11 @@ def in_turn(simplexes: Sequence[Sequence[int]], modes: int) -> list[int]:
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """The modes, unless they are given, and the vertices of each complex in turn."""
+    """The modes, unless they are given, and the vertices of each complex in turn.
+
+    Raises:
+        ConfigError: see complexes.
+    """
     given = len(config.given())
     modes = given or config.runs
     legs = [] if given else [_mode(config, run, steps, number) for number in range(modes)]

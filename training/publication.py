@@ -127,10 +127,11 @@ def publish(
             ),
         )
         version = store.publish(config.published_name, staged, draft, activate=config.activate)
+    beside = " beside the given networks'" if config.given() else ""
     best = max(scores.validation.accuracy for scores in members if scores.validation)
     say(
         f"published {version.name}: {len(members)} members, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
-        f"nll {average.nll:.4f}, temperature {shared:.3f}, cost {epochs_spent:.4g} plain epochs\n{version.folder}"
+        f"nll {average.nll:.4f}, temperature {shared:.3f}, cost {epochs_spent:.4g} plain epochs{beside}\n{version.folder}"
     )
     if points and points.told:
         say(points.told(places))

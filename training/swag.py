@@ -79,15 +79,21 @@ class Config(BaseConfig):
         total, apart = self.epochs * steps, self.every * steps
         begin = self.begin(steps)
         found = [begin + round(number * apart) for number in range(1, int((total - begin) / apart + 1e-9) + 1)]
-        if len(found) < 2 or len(set(found)) < len(found):
+        if len(set(found)) < len(found):
+            raise ConfigError(f"--every {self.every:g} of an epoch is less than a step ({steps} in an epoch).")
+        if len(found) < 2:
             raise ConfigError(
-                f"{len(set(found))} collections fit between iteration {begin} and {total}; a Gaussian needs two. Give more --epochs, or change --every."
+                f"{len(found)} collections fit between iteration {begin} and {total}; a Gaussian needs two. Give more --epochs, or change --every."
             )
         return tuple(found)
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """A leg for each Gaussian, and the networks that are drawn from it."""
+    """A leg for each Gaussian, and the networks that are drawn from it.
+
+    Raises:
+        ConfigError: see Config.collections.
+    """
     collect = config.collections(steps)
     ends = [run.start_file(f"given-{i}") for i in range(len(config.endpoints))]
     if ends:

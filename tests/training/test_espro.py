@@ -1,18 +1,24 @@
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
 
 from models_store.bank import Bank
 from models_store.runtime import EnsembleSession, MemberSession
 from models_store.store import Store
 from tests.training import test_curve
 from tests.training.conftest import SMALL
-from training import espro, independent, networks
-from training.errors import ConfigError
+from training import espro, hardware, independent, networks
+from training.errors import ConfigError, DivergenceError
 from training.espro import Config, complexes, describe, in_turn, perturbed, star
 from training.geometry import volume
-from training.geometry.vertices import coordinates
+from training.geometry.vertices import combine, coordinates
+from training.steps import BetweenVertices
 
 GROW = {**SMALL, "vertices": 2, "vertex_epochs": 2, "samples": 3, "bank": 5}
 
@@ -200,6 +206,28 @@ def test_any_module_can_be_grown_around_and_its_base_is_exact(factory, tmp_path)
     for point in range(2):
         logits = MemberSession(bank.template, weights=bank.weights(point)).logits(images)
         assert np.isfinite(logits).all()
+
+
+def test_a_vertex_that_diverges_is_told(tmp_path):
+    base = independent.run(independent.Config(name="base", epochs=1, **{**SMALL, "runs": 1}))
+    with pytest.raises(DivergenceError, match="--vertex-lr"):
+        espro.run(Config(name="e", base=(base.name,), vertex_lr=1e9, **{**GROW, "vertices": 2}))
+
+
+def test_a_step_in_a_flat_simplex_goes_on_without_the_volume():
+    config = Config(precision="32", device="cpu", points_per_step=3)
+    fabric, network = hardware.launch(config), nn.Linear(4, 3)
+    fixed = [{name: torch.randn_like(tensor) for name, tensor in network.state_dict().items()} for _ in range(2)]
+    span = espro.within(config, [Path()] * 2, [[0, 1, 2]], 2)
+    middle = combine(fixed, [0.5, 0.5])
+    span = dataclasses.replace(span, begin=lambda others, parameters: [middle])
+    steps = BetweenVertices(config, fabric, network, span, fixed, set())
+    images, labels = torch.randn(8, 4), torch.arange(8) % 3
+    before = {name: tensor.clone() for name, tensor in steps.collected()[0].items()}
+    steps.take(lambda: functional.cross_entropy(network(images), labels), 0.1, np.random.default_rng(0))
+    for name, tensor in steps.collected()[0].items():
+        assert torch.isfinite(tensor).all()
+        assert not torch.equal(tensor, before[name])
 
 
 def test_two_processes_grow_one_simplex(command):

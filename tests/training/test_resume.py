@@ -33,7 +33,7 @@ DOORS = {
         "--bank",
         "40",
     ],
-    "swag": ["--epochs", "6", "--runs", "2", "--samples", "3"],
+    "swag": ["--epochs", "8", "--runs", "2", "--samples", "3"],
 }
 
 

@@ -135,26 +135,35 @@ class Vertices:
 
     @torch.no_grad()
     def coordinates(self) -> Coordinates:
-        """Where the vertices lie, as `coordinates` has it, but from their inner products, which stay on the device.
+        """Where the vertices lie to each other, (vertices, vertices), float64; NaN where one of them is not finite.
 
-        Half of the digits are enough for a step. Inner products of two fixed vertices are computed once.
+        From inner products of their differences from the first one, which stay on the device: half of the digits of differences are enough
+        for a step. Along the last axis all lie as far from 0 as the first one does, so that lengths can be compared with the weights'.
+        Products of fixed vertices are computed once.
         """
         count = len(self._weights)
-        pairs = [(i, j) for i in range(count) for j in range(i + 1)]
-        due = [pair for pair in pairs if self._products is None or set(pair) & set(self.free)]
-        wanted = sorted({index for pair in due for index in pair})
+        pairs = [(i, j) for i in range(count) for j in range(i + 1) if j or not i]
+        moved = set(range(count)) if 0 in self.free else set(self.free)
+        due = [pair for pair in pairs if self._products is None or set(pair) & moved]
+        wanted = sorted({index for pair in due for index in pair} | {0})
         totals = torch.zeros(len(due), dtype=torch.float64, device=self._weights[0][0].device)
         for tensors in zip(*self._weights, strict=True):
             parts = {index: tensors[index].flatten().split(_CHUNK) for index in wanted}
-            for number in range(len(parts[wanted[0]])):
-                part = {index: parts[index][number].double() for index in wanted}
+            for number in range(len(parts[0])):
+                first = parts[0][number].double()
+                part = {index: parts[index][number].double() - first if index else first for index in wanted}
                 totals += torch.stack([part[i] @ part[j] for i, j in due])
         if self._products is None:
             self._products = np.zeros((count, count))
         for (i, j), value in zip(due, totals.tolist(), strict=True):
             self._products[i, j] = self._products[j, i] = value
-        values, axes = np.linalg.eigh(self._products)
-        return axes * np.sqrt(np.maximum(values, 0))
+        if not np.isfinite(self._products).all():
+            return np.full((count, count), np.nan)
+        values, axes = np.linalg.eigh(self._products[1:, 1:])
+        places = np.zeros((count, count))
+        places[1:, :-1] = axes * np.sqrt(np.maximum(values, 0))
+        places[:, -1] = np.sqrt(self._products[0, 0])
+        return places
 
     @torch.no_grad()
     def add_to_gradient(self, index: int, coefficients: NDArray[np.float64]) -> None:

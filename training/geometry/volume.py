@@ -26,10 +26,10 @@ FLAT = 2.0**-22
 
 def log_volume(places: Coordinates) -> float:
     """Log of the volume of the simplex that all vertices span; −inf where it is flat. A single vertex: 0."""
-    heights = _heights(places)
-    if (heights <= lowest(places)).any():
+    over = heights(places)
+    if (over <= lowest(places)).any():
         return -math.inf
-    return float(np.log(heights).sum()) - math.lgamma(len(places))
+    return float(np.log(over).sum()) - math.lgamma(len(places))
 
 
 def lowest(places: Coordinates) -> float:
@@ -93,8 +93,8 @@ def gradient(places: Coordinates, simplexes: Simplexes, vertex: int) -> Coeffici
     return found
 
 
-def _heights(places: Coordinates) -> NDArray[np.float64]:
-    """Of each vertex but the first, over those before it: (k,)."""
+def heights(places: Coordinates) -> NDArray[np.float64]:
+    """How far each vertex but the first stands from the plane through those before it: (k,), in units of the weights."""
     edges = (places[1:] - places[0]).T
     if edges.shape[0] < edges.shape[1]:  # more edges than dimensions
         edges = np.pad(edges, ((0, edges.shape[1] - edges.shape[0]), (0, 0)))

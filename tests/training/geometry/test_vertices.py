@@ -162,6 +162,34 @@ def test_coordinates_follow_the_free_vertex_as_it_moves():
     assert not agree(four)
 
 
+def test_a_combination_of_many_weights_is_flat_in_a_step_too():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2_000_000))
+
+    first, second = ({"weight": torch.randn(2_000_000)} for _ in range(2))
+    between = {"weight": 0.3 * first["weight"] + 0.7 * second["weight"]}
+    for end in (second, {"weight": first["weight"] + 1e-3 * second["weight"]}):  # far apart, and nearly alike
+        middle = {"weight": 0.5 * first["weight"] + 0.5 * end["weight"]}
+        places = Vertices(Wide(), [first, end, middle], [2], set()).coordinates()
+        assert volume.log_volume(places) == -np.inf
+        assert volume.gradient(places, [[0, 1, 2]], 2).tolist() == [0, 0, 0]
+    assert volume.log_volume(Vertices(Wide(), [first, second, between], [2], set()).coordinates()) == -np.inf
+
+
+def test_where_a_vertex_is_not_finite_nothing_pushes_and_nothing_raises():
+    three = states(Small, 4)
+    vertices = Vertices(Small(), three, [3], set())
+    with torch.no_grad():
+        vertices.trained()[0].fill_(float("nan"))
+    places = vertices.coordinates()
+    assert np.isnan(places).all()
+    simplexes = [[0, 1, 3], [1, 2, 3]]
+    assert np.isfinite(volume.shares(places, simplexes)).all()
+    assert volume.gradient(places, simplexes, 3).tolist() == [0] * 4
+
+
 def test_the_volumes_gradient_is_a_finite_difference_in_every_weight():
     three = states(Small, 3)
     network = Small()
