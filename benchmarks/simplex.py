@@ -3,7 +3,7 @@
     python -m benchmarks.simplex [--seeds N]      train what is missing (of the first N seeds), print and keep results/simplex.md
 
 preresnet8 on all training images; 100 networks drawn from each simplex (batch norm re-estimated for each), measured on 10 000 training images and the
-test split; seeds 0, 1, 2. `disagreement` is the share of test images that two networks label differently, the mean over all pairs. The base is also
+test split. The recipes were chosen on seed 0, whose test images were looked at for that; seeds 1, 2, 3 were not looked at before. `disagreement` is the share of test images that two networks label differently, the mean over all pairs. The base is also
 trained for as many epochs as the simplex cost in passes. The simplex's average is that of its 25 published networks.
 """
 
@@ -17,14 +17,15 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks.budgets import COMMON, B, independents
-from benchmarks.comparison import Arm, table
+from benchmarks.comparison import Arm, spent, table
 from benchmarks.comparison import measure as compare
 from models_store.store import Store, Version
 from training import espro, independent
 from training.geometry import coefficients, volume
 from training.probing import Kept, Probe, Subset, open_probe
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3)
+CHOSEN_ON = 0
 GROW = {"vertices": 3, "vertex_epochs": 10, "volume_weight": 0.45, "bank": 0}
 JOIN = {
     "connect": ("0,3,4", "1,3,4", "2,3,4"),
@@ -94,6 +95,7 @@ def measure(seed: int) -> dict[str, Any]:
         }
         if name == "complex":
             found["independent"] = disagreement(corners[:3])
+        found[name]["cost"] = spent(version)
     return found | {"scores": compare(ARMS, seed)}
 
 
@@ -120,6 +122,7 @@ def text_of(rows: list[dict[str, Any]]) -> str:
                 f"{simplex['disagreement'] / row['independent']:.2f}",
                 f"{min(simplex['edges']):.2f} … {max(simplex['edges']):.2f}",
                 f"{simplex['distance_from_zero']:.2f}",
+                f"{simplex['cost']:g}",
             ]
         )
         joined, ends = row["complex"], row["complex"]["corner_test_error"][:3]
@@ -132,19 +135,20 @@ def text_of(rows: list[dict[str, Any]]) -> str:
                 f"{100 * (max(joined['test_error']) - np.mean(ends)):+.2f}",
                 f"{100 * (max(joined['test_error']) - max(ends)):+.2f}",
                 f"{100 * joined['disagreement']:.2f}",
+                f"{joined['cost']:g}",
             ]
         )
     parts = {
-        "100 networks of the simplex": (one, ["seed", "base, train accuracy %", "worst of 100", "% of the base's", "disagreement, %", "independent", "ratio", "edges", "base from zero"]),
-        "100 networks of a complex that joins three modes: test error, %": (three, ["seed", "modes", "mean", "worst", "worst − mean of modes", "worst − worst mode", "disagreement"]),
+        "100 networks of the simplex": (one, ["seed", "base, train accuracy %", "worst of 100", "% of the base's", "disagreement, %", "independent", "ratio", "edges", "base from zero", "cost beside the base, epochs"]),
+        "100 networks of a complex that joins three modes: test error, %": (three, ["seed", "modes", "mean", "worst", "worst − mean of modes", "worst − worst mode", "disagreement", "cost beside the modes, epochs"]),
     }  # fmt: skip
     found = ["# A simplex around one network", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
     for title, (body, headers) in parts.items():
         found += [f"## {title}", "", tabulate(body, headers, tablefmt="github", disable_numparse=True), ""]
-    scores = [row["scores"] for row in rows]
+    scores = [row["scores"] for row in rows if row["seed"] != CHOSEN_ON] or [row["scores"] for row in rows]
     for kind, how in (("fitted", "with a temperature fitted on validation"), ("plain", "without temperature")):
         found += [
-            f"## Averages, {how}: test split, mean and standard deviation over the seeds",
+            f"## Averages, {how}: test split, mean and standard deviation over the seeds but {CHOSEN_ON}",
             "",
             table(scores, kind),
             "",

@@ -34,11 +34,13 @@ def find(reference: str, store: Store) -> Given:
     """A checkpoint file, or the weights of a published member, NAME[@VERSION]/INDEX.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: neither, or an ensemble as a whole.
         StoreError: no such ensemble.
     """
     file = Path(reference)
     name, slash, index = reference.rpartition("/")
+    if not file.exists() and not slash and index.partition("@")[0] in store.names():
+        raise CheckpointError(f"{reference} is an ensemble; say which of its networks: {reference}/0, {reference}/1, …")
     if file.is_file() or not slash or "/" in name or not index.isdecimal():
         return Given(file)
     version = store.resolve(name)

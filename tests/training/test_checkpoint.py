@@ -5,6 +5,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from models_store.store import Store
+from tests.onnx_members import publish
+from training import checkpoint
 from training.checkpoint import load_into
 from training.errors import CheckpointError
 
@@ -73,3 +76,13 @@ def test_nan_weights_and_missing_files_and_no_tensors_are_told(tmp_path):
     for file, told in (("nan.pt", "NaN"), ("none.pt", "no state_dict"), ("missing.pt", "does not exist")):
         with pytest.raises(CheckpointError, match=told):
             load_into(make(), tmp_path / file)
+
+
+def test_an_ensemble_as_a_whole_is_no_network_but_its_members_are(tmp_path):
+    store = Store(tmp_path / "store")
+    publish(store, "pets", seeds=(0, 1))
+    for reference in ("pets", "pets@1"):
+        with pytest.raises(CheckpointError, match=f"{reference}/0"):
+            checkpoint.find(reference, store)
+        assert checkpoint.members(reference, store) == ["pets@1/0", "pets@1/1"]
+    assert checkpoint.members("own.pt", store) == ["own.pt"]
