@@ -10,6 +10,7 @@ from training.errors import ConfigError, DivergenceError
 from training.fge import Config
 from training.loop import Leg
 from training.runs import Run, load_state
+from training.seeds import derive
 
 
 def train(data, legs_of, folder="one", **options):
@@ -32,7 +33,7 @@ def test_a_step_is_sgds_step(data):
     loop.initialise(config.seed)
     network = networks.build("mlp", 3, data.shape, {"hidden": 16})
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=config.weight_decay)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(loop._derive(0, 1, 0, 0)))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(derive(0, 1, 0, 0)))
     for rows in order.split(16)[:3]:
         optimizer.zero_grad()
         logits = network((data.train.images[rows] - 0.5) / 0.3)
