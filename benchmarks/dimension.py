@@ -2,7 +2,7 @@
 
     python -m benchmarks.dimension      trains what is missing, prints and keeps results/dimension.md and dimension.png
 
-preresnet8 on 10 000 images of Fashion-MNIST; two networks of 20 epochs; 12 connecting vertices, one after the other, 15 epochs each.
+preresnet8 on 10 000 images of Fashion-MNIST; two networks of 20 epochs; 10 connecting vertices, one after the other, 10 epochs each.
 For each k the complex of the first k: its log-volume in float64; the floor, what it would be if the last vertex stood on the others but for float32's
 rounding; that vertex's height over the others of its simplex, the lower one, and its distance from the nearest vertex of all; test error and train accuracy of 10 networks drawn from it.
 Collapsed is a complex whose newest vertex rises less than a tenth of that distance (in a regular simplex: more than 0.7 of it), or that errs in over 1.5 points more than the modes.
@@ -26,7 +26,7 @@ from training.probing import Kept, Subset, open_probe
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("evaluation/dimension")
 COMMON = {"dataset": "fashion-mnist", "network": "preresnet8", "limit": 10_000, "activate": False}
-CONNECTORS, DRAWN, VERTEX_EPOCHS = 12, 10, 15
+CONNECTORS, DRAWN, VERTEX_EPOCHS = 10, 10, 10
 LOW, WORSE = 0.1, 0.015
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     geometry = version.manifest.geometry
     assert geometry is not None
     files = [version.folder / file for file in geometry.vertices]
-    probe, _ = open_probe(version, files, Subset(train=5000, bn=4096), lambda line: None)
+    probe, _ = open_probe(version, files, Subset(train=2000, bn=2048), lambda line: None)
     kept = Kept(WORK / "drawn.jsonl", {"files": version.manifest.files})
     growth = by_vertices(probe.places, geometry.components)
     WORK.mkdir(parents=True, exist_ok=True)

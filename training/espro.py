@@ -51,8 +51,9 @@ class Config(BaseConfig):
     points_per_step: int = 1
     """Networks drawn from the complex in one step, each on the whole batch. At equal cost more steps were better than more networks a step."""
     volume_weight: float = 0.1
-    """λ, in nats of loss for each e-fold of volume. A vertex that no loss holds back rises to √(λ · --vertex-lr · iterations / (1 − momentum)) over the
-    others; one that is held back leaves the drawn networks' loss about λ/2 higher. Four times λ: twice the distance."""
+    """λ, in nats of loss for each e-fold of volume, of a vertex in segments; in simplexes of k + 1 vertices it is 6 λ / ((k + 1)(k + 2)), because a
+    network drawn there is less of each vertex. One that no loss holds back rises to √(λ · --vertex-lr · iterations / (1 − momentum)) over the others; one that
+    is held back is by itself about 1.5 λ nats worse. Four times λ: twice the distance."""
     perturbation: float = 0.01
     """A new vertex starts at the mean of the others, and so far from it, as a share of each tensor's norm."""
     samples: int = 25
@@ -215,6 +216,10 @@ def within(config: Config, files: Mapping[int, Path], around: Sequence[Sequence[
     fixed = sorted({v for simplex in around for v in simplex} - {vertex})
     order = {v: i for i, v in enumerate([*fixed, vertex])}
     simplexes = [[order[v] for v in simplex] for simplex in around]
+    # The loss holds a vertex back as the second moment of its coefficient, 2 / ((k + 1)(k + 2)): with one λ for all, each vertex would be worse than the
+    # one before it (a third one by 6 points of error where the first was by 0.7).
+    k = max(len(simplex) for simplex in simplexes) - 1
+    weight = config.volume_weight * 6 / ((k + 1) * (k + 2))
 
     def begin(others: Sequence[State], parameters: Collection[str]) -> list[State]:
         generator = torch.Generator().manual_seed(derive(config.seed, 7, 0, vertex))
@@ -227,7 +232,7 @@ def within(config: Config, files: Mapping[int, Path], around: Sequence[Sequence[
         return coefficients.uniform_over(generator, config.points_per_step, simplexes, shares, len(order))
 
     def push(places: Coordinates) -> Coefficients:
-        return -config.volume_weight * volume.gradient(places, simplexes, order[vertex])[None]
+        return -weight * volume.gradient(places, simplexes, order[vertex])[None]
 
     centre = np.zeros(len(order))
     centre[simplexes[0]] = 1 / len(simplexes[0])
