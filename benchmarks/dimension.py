@@ -4,8 +4,9 @@
 
 preresnet8 on 10 000 images of Fashion-MNIST; two networks of 20 epochs; 10 connecting vertices, one after the other, 10 epochs each.
 For each k the complex of the first k: its log-volume in float64; the floor, what it would be if the last vertex stood on the others but for float32's
-rounding; that vertex's height over the others of its simplex, the lower one, and its distance from the nearest vertex of all; test error and train accuracy of 10 networks drawn from it.
-Collapsed is a complex whose newest vertex rises less than a tenth of that distance (in a regular simplex: more than 0.7 of it), or that errs in over 1.5 points more than the modes.
+rounding; that vertex's height over the others of its simplex, the lower one, and what it would rise to if no loss held it back (--volume-weight's help); its
+distance from the nearest vertex of all; test error and train accuracy of 10 networks drawn from it. Collapsed is a complex whose newest vertex rises to less than a
+tenth of that, or of which a drawn network errs in over 1.5 points more than the modes do.
 Cost in plain epochs, the modes included.
 """
 
@@ -21,6 +22,7 @@ from benchmarks.comparison import spent
 from training import espro, independent
 from training.figures.simplexes import by_vertices, plot_volume
 from training.geometry import coefficients, volume
+from training.loop import iterations_per_epoch
 from training.probing import Kept, Subset, open_probe
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,11 +36,13 @@ def main() -> None:
     modes = independent.run(independent.Config(name="dimension-modes", epochs=20, runs=2, **COMMON))
     shared = ",".join(str(2 + i) for i in range(CONNECTORS))
     options = {"connect": (f"0,{shared}", f"1,{shared}"), "vertex_epochs": VERTEX_EPOCHS, "samples": 1, "bank": 0}
-    version = espro.run(espro.Config(name="dimension", base=(modes.name,), **options, **COMMON))
+    config = espro.Config(name="dimension", base=(modes.name,), **options, **COMMON)
+    version = espro.run(config)
     geometry = version.manifest.geometry
     assert geometry is not None
     files = [version.folder / file for file in geometry.vertices]
-    probe, _ = open_probe(version, files, Subset(train=2000, bn=2048), lambda line: None)
+    probe, splits = open_probe(version, files, Subset(train=2000, bn=2048), lambda line: None)
+    steps = iterations_per_epoch(splits, config.batch_size)
     kept = Kept(WORK / "drawn.jsonl", {"files": version.manifest.files})
     growth = by_vertices(probe.places, geometry.components)
     WORK.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,9 @@ def main() -> None:
         height = min(volume.heights(probe.places[own])[-1] for own in grown)
         nearest = coefficients.distances(probe.places)[newest, :newest].min()
         errors = [one["test_error"] for one in found]
-        low += [k] if height < LOW * nearest else []
+        weight = config.volume_weight * 6 / ((k + 1) * (k + 2))
+        free = np.sqrt(weight * config.vertex_lr * VERTEX_EPOCHS * steps / (1 - config.momentum))
+        low += [k] if height < LOW * free else []
         high += [k] if max(errors) > allowed else []
         rows.append(
             [
@@ -64,6 +70,7 @@ def main() -> None:
                 f"{row['log_volume']:.2f}",
                 f"{row['floor']:.2f}",
                 f"{height:.3f}",
+                f"{free:.3f}",
                 f"{nearest:.3f}",
                 f"{100 * np.mean(errors):.2f}",
                 f"{100 * max(errors):.2f}",
@@ -76,6 +83,7 @@ def main() -> None:
         "log-volume",
         "floor",
         "height",
+        "with no loss",
         "nearest",
         "test error, %: mean",
         "worst",
