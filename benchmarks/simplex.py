@@ -32,7 +32,7 @@ JOIN = {
     "connect": ("0,3,4", "1,3,4", "2,3,4"),
     "vertex_epochs": 25,
     "vertex_lr": 0.1,
-    "volume_weight": 0.02,
+    "volume_weight": 0.005,
     "samples": 8,
     "bank": 0,
 }
