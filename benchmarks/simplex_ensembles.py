@@ -46,6 +46,11 @@ class Size:
             independent.Config(name=f"{self.label}-networks-{seed}", seed=seed, runs=6, **self.common)
         )
 
+    def longer(self, seed: int) -> Version:
+        """Three, each for two budgets: what a network and its simplex cost together."""
+        options = {**self.common, "epochs": 2 * self.epochs}
+        return independent.run(independent.Config(name=f"{self.label}-longer-{seed}", seed=seed, runs=3, **options))
+
     def grown(self, seed: int) -> Version:
         """A simplex at each of the first three."""
         base = tuple(f"{self.networks(seed).name}/{i}" for i in range(3))
@@ -76,6 +81,10 @@ class Size:
         compared = [arm for k in (1, 2, 3) for arm in (networks(k), simplexes(k), gaussians(k))]
         return [*compared, *(kind(k) for kind in (networks, gaussians) for k in (4, 6))]
 
+    def rivals(self) -> list[Arm]:
+        """Fewer networks that are trained for longer, at 2, 4 and 6 budgets."""
+        return [Arm("deep ensemble, 2B each", self.longer, slice(0, k), k / 3) for k in (1, 2, 3)]
+
 
 SMALL = Size("simplexes", 30, {"network": "preresnet8", "limit": 10_000})
 LARGE = Size("simplexes-large", 60, {"network": "vgg16-bn", "lr": 0.05, "weight_decay": 5e-4})
@@ -92,12 +101,16 @@ def main() -> None:
     stem = "simplex_ensembles" + ("_large" if size is LARGE else "")
     kept = Kept(RESULTS / f"{stem}.jsonl", {"about": __doc__, "size": dataclasses.asdict(size), "left out": LEFT_OUT})
     found = kept.measure(seeds, lambda seed: measure(size.arms(), seed, corrupted), "seeds")
+    # In a file of their own: they were thought of when the others had been measured.
+    more = Kept(RESULTS / f"{stem}_longer.jsonl", {"size": dataclasses.asdict(size), "left out": LEFT_OUT})
+    rivals = more.measure(seeds, lambda seed: measure(size.rivals(), seed, corrupted), "seeds, longer")
+    found = [{"rows": one["rows"] + its["rows"]} for one, its in zip(found, rivals, strict=True)]
     shifted = [name for name in found[0]["rows"][0]["plain"] if name not in ("test", "validation")]
     by_components = [{"rows": one["rows"][:9]} for one in found]
     by_cost = [{"rows": sorted(one["rows"], key=lambda row: row["cost"])} for one in found]
     equal = [{"rows": [row for row in one["rows"] if _of_several(row["cost"], size.epochs)]} for one in by_cost]
     counts = {len(one["rows"]) for one in equal}
-    assert counts == {9}, f"2, 4 and 6 budgets of three kinds; found {counts}"
+    assert counts == {12}, f"2, 4 and 6 budgets of four kinds; found {counts}"
     text = ["# ESPRO, deep ensembles, SWAG", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
     text += [
         f"Trained were {size}. Mean and standard deviation over seeds {list(seeds)}. Left out of the corruptions: {', '.join(LEFT_OUT)}.",
