@@ -109,6 +109,7 @@ class BetweenVertices:
         given, begun = iter(fixed), iter(span.begin(fixed, trained))
         states = [next(begun) if file is None else next(given) for file in span.vertices]
         free = [i for i, file in enumerate(span.vertices) if file is None]
+        network.zero_grad()  # what a leg before this one left is no part of the first step
         self._vertices = Vertices(network, states, free, statistics)
         # L2 acts at the points, so the optimizer must not add its own at the vertices.
         self._optimizer = _sgd(config, fabric, self._vertices.trained(), 0.0)

@@ -123,15 +123,18 @@ class Vertices:
             parameter.grad = None
         for index in self.free:
             scale = float(coefficients[index]) * share
-            weights = [self._weights[index][i] for i in used]
-            if all(weight.grad is not None for weight in weights):
-                _batched._foreach_add_([weight.grad for weight in weights], gradients, alpha=scale)
-                continue
-            # The last one keeps the tensors themselves: a gradient less in memory.
-            own = gradients if index == self.free[-1] else [torch.clone(g) for g in gradients]
-            _batched._foreach_mul_(own, scale)
-            for weight, gradient in zip(weights, own, strict=True):
-                weight.grad = gradient
+            pairs = list(zip((self._weights[index][i] for i in used), gradients, strict=True))
+            # Each weight by itself: a module that leaves out layers at random uses other ones at other points.
+            again = [(weight.grad, gradient) for weight, gradient in pairs if weight.grad is not None]
+            first = [(weight, gradient) for weight, gradient in pairs if weight.grad is None]
+            if again:
+                _batched._foreach_add_([total for total, _ in again], [gradient for _, gradient in again], alpha=scale)
+            if first:
+                # The last vertex keeps the tensors themselves: a gradient less in memory.
+                own = [gradient if index == self.free[-1] else gradient.clone() for _, gradient in first]
+                _batched._foreach_mul_(own, scale)
+                for (weight, _), gradient in zip(first, own, strict=True):
+                    weight.grad = gradient
 
     @torch.no_grad()
     def coordinates(self) -> Coordinates:

@@ -119,6 +119,26 @@ def test_several_points_add_up():
     assert all(torch.allclose(w.grad, total[name]) for name, w in vertices.named_trained(1).items())
 
 
+def test_points_that_use_different_parameters_add_up():
+    """A module may leave layers out at random, as LayerDrop does: each pass then leaves other gradients."""
+    three = states(Small, 3)
+    network = Small()
+    vertices = Vertices(network, three, [1], set())
+    total = {}
+    for t, used in ((0.3, ["a", "b"]), (0.5, ["b"]), (0.8, ["a", "head"])):
+        c = curve("bezier", t, 1)[0]
+        vertices.place(c)
+        loss = sum((p**3).sum() for name, p in network.named_parameters() if name.split(".")[0] in used)
+        loss.backward()
+        for name, parameter in network.named_parameters():
+            if parameter.grad is not None:
+                total[name] = total.get(name, 0) + c[1] * parameter.grad / 3
+        vertices.pull_back(c, 0.0, 1 / 3)
+    found = vertices.named_trained(1)
+    assert {name for name, weight in found.items() if weight.grad is not None} == total.keys()
+    assert all(torch.allclose(found[name].grad, gradient) for name, gradient in total.items())
+
+
 def test_placing_writes_the_combination_into_any_module():
     three = states(Odd, 3)
     network = Odd()
