@@ -40,16 +40,29 @@ class Config:
     """Clean training images on which batch norm is re-estimated at every point."""
     each_cycle: int = 10
     """FGE: how often a cycle is looked at."""
-    component: int = 0
-    """Simplexes: whose faces are drawn, counted from 0."""
+    face: tuple[str, ...] = ()
+    """Simplexes: faces as their three vertices, 0,1,2 0,1,3 (default: the first three vertices of the first simplex)."""
     output: Path | None = None
     """Folder for the tables and figures (default: evaluation/NAME-VERSION)."""
 
     def __post_init__(self) -> None:
         if self.grid < 2 or self.each_cycle < 2:
             raise ConfigError("--grid and --each-cycle are at least 2.")
+        _ = self.faces
         if len(self.of) not in (1, 3):
             raise ConfigError(f"Give one ensemble, or three networks; got {len(self.of)} names.")
+
+    @property
+    def faces(self) -> list[list[int]]:
+        """--face as numbers.
+
+        Raises:
+            ConfigError: not three different vertices.
+        """
+        found = [[int(vertex) if vertex.isdecimal() else -1 for vertex in face.split(",")] for face in self.face]
+        if wrong := [face for face, own in zip(self.face, found, strict=True) if len(set(own)) != 3 or min(own) < 0]:
+            raise ConfigError(f"--face {wrong[0]}: a face has three different vertices, counted from 0, as 0,1,2.")
+        return found
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -76,7 +89,7 @@ def _of_ensemble(config: Config, version: Version, subset: Subset, folder: Path)
     if version.manifest.method == fge.Config.method:
         return fge_run.measure(version, config.each_cycle, subset, folder)
     if version.manifest.method == espro.Config.method:
-        return simplexes.measure(version, config.component, config.grid, config.margin, subset, folder)
+        return simplexes.measure(version, config.faces, config.grid, config.margin, subset, folder)
     if geometry is None or geometry.shape not in ("bezier", "polychain") or len(geometry.components[0]) != 3:
         raise ConfigError(
             f"{version.name} is no curve with one bend, no FGE ensemble and no simplex; give three networks, NAME/INDEX each."

@@ -6,10 +6,11 @@ With --runs k it is MultiSWAG, one Gaussian a run. With --endpoints the Gaussian
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from training.geometry.vertices import combine
 from training.loop import Leg
 from training.runs import Run, load_weights, save_state
 from training.schedules import plain_rate
+from training.seeds import derive
 from training.steps import Span
 from training.walk import Plan
 
@@ -45,7 +47,7 @@ class Config(BaseConfig):
     rank: int = 20
     """Columns of the low-rank part: the last so many collections."""
     samples: int = 30
-    """Networks drawn from each Gaussian, whose predictions are averaged."""
+    """Networks drawn from each Gaussian, whose predictions are averaged; 0: its mean alone (SWA, Izmailov et al. 2018)."""
     init: tuple[Path, ...] = ()
     """Your own pretrained weights, a Gaussian around each: the whole budget is spent at the constant rate."""
     endpoints: tuple[str, ...] = ()
@@ -55,8 +57,10 @@ class Config(BaseConfig):
         super().__post_init__()
         if not 0 <= self.start < 1 or self.swag_lr <= 0 or self.every <= 0:
             raise ConfigError("--start lies in [0, 1); --swag-lr and --every are positive.")
-        if self.rank < 2 or self.samples < 1:
-            raise ConfigError("--rank is at least 2, --samples at least 1.")
+        if self.rank < 2 or self.samples < 0:
+            raise ConfigError("--rank is at least 2; --samples must not be negative.")
+        if self.endpoints and not self.samples:
+            raise ConfigError("--samples 0 is the mean of weights; over a bend that is a curve. Give at least 1.")
         if self.endpoints and (len(self.endpoints) != 2 or self.init):
             raise ConfigError("--endpoints are two networks, and there is no --init beside them.")
         if (self.init or self.endpoints) and self.runs > 1:
@@ -65,6 +69,12 @@ class Config(BaseConfig):
     def given(self) -> tuple[str, ...]:
         """See Config."""
         return self.endpoints or tuple(str(file) for file in self.init)
+
+    def beginning_from(self, given: Sequence[str]) -> Self:
+        """See Config."""
+        if self.endpoints:
+            return dataclasses.replace(self, endpoints=tuple(given))
+        return dataclasses.replace(self, init=tuple(map(Path, given)))
 
     def begin(self, steps: int) -> int:
         """Iterations before the constant rate."""
@@ -97,23 +107,26 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
     collect = config.collections(steps)
     ends = [run.start_file(f"given-{i}") for i in range(len(config.endpoints))]
     if ends:
-        legs = [_leg(config, steps, collect, "curve", None, curve.between(curve.Config(), ends))]
+        legs = [
+            _leg(config, steps, collect, "curve", None, curve.between(curve.Config(bends=1, points_per_step=1), ends))
+        ]
     elif config.init:
         starts = [run.start_file(f"given-{i}") for i in range(len(config.init))]
         legs = [_leg(config, steps, collect, f"around {number}", file) for number, file in enumerate(starts)]
     else:
         starts = [run.start_file(f"fresh-{number}") for number in range(config.runs)]
         legs = [_leg(config, steps, collect, f"run {number + 1}", file) for number, file in enumerate(starts)]
-    samples = [run.sample_file(index) for index in range(config.samples * len(legs))]
+    each = max(1, config.samples)
+    samples = [run.sample_file(index) for index in range(each * len(legs))]
 
     def draw(network: nn.Module) -> None:
         parameters = _names(network)
         for leg in range(len(legs)):
-            own = samples[leg * config.samples : (leg + 1) * config.samples]
+            own = samples[leg * each : (leg + 1) * each]
             passed = [run.vertex_file(leg, number) for number in range(len(collect))]
             _draw(config, parameters, passed, own, leg, ends)
 
-    vertices = [(file, Origin(cycle=1 + index // config.samples)) for index, file in enumerate(samples)]
+    vertices = [(file, Origin(cycle=1 + index // each)) for index, file in enumerate(samples)]
     return Plan(legs, vertices, then=draw)
 
 
@@ -140,10 +153,10 @@ def _draw(
     gaussian = Gaussian(map(load_weights, passed), parameters, config.rank)
     first_and_last = [load_weights(file) for file in ends]
     for index, file in enumerate(samples):
-        seed = np.random.SeedSequence([config.seed, 11, number, index]).generate_state(2, np.uint32)
-        drawn = gaussian.sample(torch.Generator().manual_seed(int(seed[0])))
+        seed = derive(config.seed, 11, number, index)
+        drawn = gaussian.sample(torch.Generator().manual_seed(seed)) if config.samples else gaussian.middle()
         if first_and_last:
-            t = np.random.default_rng(int(seed[1])).random(1)
+            t = np.random.default_rng(seed).random(1)
             drawn = combine([first_and_last[0], drawn, first_and_last[1]], coefficients.curve("bezier", t, 1)[0])
         save_state(file, drawn)
 

@@ -42,6 +42,7 @@ def test_around_given_weights_the_whole_budget_is_collected():
     [
         ({"epochs": 4}, "1 collections fit"),
         ({"rank": 1}, "--rank"),
+        ({"endpoints": ("a", "b"), "samples": 0}, "over a bend that is a curve"),
         ({"start": 1.0}, "--start"),
         ({"endpoints": ("a",)}, "two networks"),
         ({"endpoints": ("a", "b"), "init": ("c",)}, "no --init"),
@@ -65,6 +66,18 @@ def test_networks_of_several_gaussians_are_published():
         return float((drawn[a][name] - drawn[b][name]).norm())
 
     assert 0 < max(apart(0, 1), apart(0, 2), apart(3, 4)) < apart(0, 3)
+
+
+def test_without_samples_the_mean_of_the_collected_weights_is_published():
+    version = swag.run(Config(name="s", epochs=8, samples=0, **SMALL))
+    (member,) = version.manifest.members
+    published = load_file(version.folder / member.weights)
+    run = next(Path(os.environ["MODEPATH_RUNS"]).glob("swag-*"))
+    passed = [load_file(file) for file in sorted(run.glob("vertices/*"))]
+    assert len(passed) == 2
+    for name, tensor in published.items():
+        if "running" not in name and tensor.is_floating_point():
+            assert torch.allclose(tensor, (passed[0][name] + passed[1][name]) / 2, atol=1e-6), name
 
 
 def test_a_gaussian_over_the_bend_gives_points_of_curves_between_the_same_ends():

@@ -21,17 +21,28 @@ from training.geometry.coefficients import Coordinates
 from training.probing import Kept, Subset, open_probe
 
 
-def measure(version: Version, component: int, grid: int, margin: float, subset: Subset, folder: Path) -> dict[str, Any]:
-    """Write face-A-B-C.{csv,json,png} of one simplex, complex.{json,png}, and volume.{csv,png}; returns what complex.json holds.
+def measure(
+    version: Version, faces: list[list[int]], grid: int, margin: float, subset: Subset, folder: Path
+) -> dict[str, Any]:
+    """Write face-A-B-C.{csv,json,png} of each face, complex.{json,png}, and volume.{csv,png}; returns what complex.json holds.
+
+    Args:
+        version: of training.espro.
+        faces: three vertices each; none: the first three of the first simplex.
+        grid: points on each side of a face's plane.
+        margin: how far that goes beyond the face, as a share of its extent.
+        subset: what is measured on.
+        folder: where all of it is written.
 
     Raises:
-        ConfigError: there is no such simplex.
+        ConfigError: there is no such vertex.
     """
     geometry = version.manifest.geometry
     assert geometry is not None, "a version of training.espro has one"
-    if not 0 <= component < len(geometry.components):
+    faces = faces or [own[:3] for own in geometry.components if len(own) > 2][:1]
+    if beyond := [vertex for face in faces for vertex in face if vertex >= len(geometry.vertices)]:
         raise ConfigError(
-            f"{version.name} has {len(geometry.components)} simplexes, counted from 0; got --component {component}."
+            f"{version.name} has {len(geometry.vertices)} vertices, counted from 0; --face names vertex {beyond[0]}."
         )
     files = [version.folder / file for file in geometry.vertices]
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +58,10 @@ def measure(version: Version, component: int, grid: int, margin: float, subset: 
     kept = Kept(folder / "complex.jsonl", question)
     vertices = np.eye(len(files)).tolist()
     samples = [member.origin.coefficients for member in version.manifest.members if member.origin.coefficients]
+    networks = len(vertices) + len(samples) + grid**2 * len(faces)
+    print(
+        f"{networks} networks are measured; simplexes: {' '.join(','.join(map(str, own)) for own in geometry.components)}"
+    )
     values = kept.measure([*vertices, *samples], lambda row: probe.at(np.array(row)).record(), "complex")
     places = np.array([*vertices, *samples]) @ in_three_dimensions(probe.places)
     report: dict[str, Any] = {
@@ -63,14 +78,13 @@ def measure(version: Version, component: int, grid: int, margin: float, subset: 
     (folder / "complex.json").write_text(json.dumps(report, allow_nan=False) + "\n")
     plot_complex(report, folder / "complex.png")
 
-    own = geometry.components[component]
-    if len(own) < 3:
-        print(f"simplex {component} of {version.name} is a segment: it has no faces to draw")
-    for corners in itertools.combinations(own, 3):
+    if not faces:
+        print(f"{version.name} has segments alone: there are no faces to draw")
+    for corners in faces:
         outline = np.eye(3)[[0, 1, 2, 0]]
         names = [f"{version.name}, vertex {corner}" for corner in corners]
         three, stem = [files[corner] for corner in corners], f"face-{'-'.join(map(str, corners))}"
-        if not np.isfinite(volume.log_volume(probe.places[list(corners)])):
+        if not np.isfinite(volume.log_volume(probe.places[corners])):
             print(f"{stem} is flat: it is not drawn")
             continue
         plane.measure(names, version, three, outline, grid, margin, subset, folder, stem)

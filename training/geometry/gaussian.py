@@ -53,13 +53,21 @@ class Gaussian:
         """A weight set drawn from it."""
         columns = len(self.deviations)
         shared = torch.randn(columns, generator=generator) / (2 * (columns - 1)) ** 0.5
-        found = dict(self._last)
-        for name, *tied in self._parameters:
-            mean = self.mean[name]
+        drawn: State = {}
+        for name, mean in self.mean.items():
             own = torch.randn(mean.shape, generator=generator)
-            drawn = mean + self.variance[name].clamp_min(0).sqrt() * own * 0.5**0.5
+            drawn[name] = mean + self.variance[name].clamp_min(0).sqrt() * own * 0.5**0.5
             for deviation, z in zip(self.deviations, shared.tolist(), strict=True):
-                drawn.add_(deviation[name], alpha=z)
-            for one in (name, *tied):
-                found[one] = drawn.to(self._last[name].dtype)
+                drawn[name].add_(deviation[name], alpha=z)
+        return self._whole(drawn)
+
+    def middle(self) -> State:
+        """Its mean: stochastic weight averaging (Izmailov et al. 2018)."""
+        return self._whole(self.mean)
+
+    def _whole(self, weights: State) -> State:
+        found = dict(self._last)
+        for names in self._parameters:
+            for name in names:
+                found[name] = weights[names[0]].to(self._last[name].dtype)
         return found

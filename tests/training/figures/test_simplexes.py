@@ -38,14 +38,22 @@ def test_volume_by_number_of_vertices_stays_above_its_floor_until_it_is_flat():
 def test_the_figures_of_a_simplex_are_drawn_and_go_on_where_they_were(tmp_path):
     grow = {"vertices": 2, "vertex_epochs": 1, "points_per_step": 2, "samples": 3, "bank": 0}
     espro.run(espro.Config(name="e", epochs=2, **grow, **SMALL))
-    config = landscape.Config(of=("e",), grid=2, train_images=64, bn_images=128, output=tmp_path / "out")
+    config = landscape.Config(
+        of=("e",), face=("2,0,1",), grid=2, train_images=64, bn_images=128, output=tmp_path / "out"
+    )
     report = landscape.run(config)
     assert len(report["places"]) == 3 + 3
-    for name in ("volume.png", "complex.png", "face-0-1-2.png"):
+    for name in ("volume.png", "complex.png", "face-2-0-1.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
     assert len(list(csv.DictReader((tmp_path / "out/volume.csv").read_text().splitlines()))) == 2
     kept = (tmp_path / "out/complex.jsonl").read_text()
     assert landscape.run(config)["test_error"] == report["test_error"]
     assert (tmp_path / "out/complex.jsonl").read_text() == kept
-    with pytest.raises(ConfigError, match="1 simplexes"):
-        landscape.run(landscape.Config(of=("e",), component=1, output=tmp_path / "out"))
+    with pytest.raises(ConfigError, match="3 vertices, counted from 0; --face names vertex 3"):
+        landscape.run(landscape.Config(of=("e",), face=("0,1,3",), output=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("face", ["0,1", "0,1,1", "0,1,x", "0,1,2,3"])
+def test_a_face_that_is_none_is_told(face):
+    with pytest.raises(ConfigError, match="three different vertices"):
+        landscape.Config(of=("e",), face=(face,))
