@@ -120,6 +120,11 @@ class Provenance(_Record):
         ge=0,
         description="training cost in forward and backward passes, in epochs over the train split, without that of given networks",
     )
+    epochs_forward: float | None = Field(
+        default=None,
+        ge=0,
+        description="besides, forward passes alone, in such epochs: batch norm re-estimated for every member and every point of the bank",
+    )
     device: str | None = None
 
 

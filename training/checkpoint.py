@@ -66,6 +66,18 @@ def members(reference: str, store: Store) -> list[str]:
     return [f"{version.name}/{index}" for index in range(len(version.manifest.members))]
 
 
+def pinned(reference: str, store: Store) -> str:
+    """A published member with its version, NAME@VERSION/INDEX; anything else as it is.
+
+    Raises:
+        StoreError: no such version.
+    """
+    name, slash, index = reference.rpartition("/")
+    if Path(reference).exists() or not slash or not index.isdecimal() or name.partition("@")[0] not in store.names():
+        return reference
+    return f"{store.resolve(name).name}/{index}"
+
+
 def load_into(network: nn.Module, file: Path) -> None:
     """Put a checkpoint's weights into a network.
 

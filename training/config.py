@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from training.data import DataOptions
 from training.errors import ConfigError
@@ -116,6 +117,10 @@ class Config:
     def given(self) -> tuple[str, ...]:
         """Weights that the run begins from: checkpoint files, or members of published ensembles."""
         return ()
+
+    def beginning_from(self, given: Sequence[str]) -> Self:
+        """The same options with these in place of `given()`."""
+        return self
 
     def initial_networks(self) -> int:
         """How many networks with initial weights of their own the run needs."""

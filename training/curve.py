@@ -6,10 +6,11 @@ min over the bends of E_{t ~ U(0, 1)} L(w(t)). Members are equally spaced points
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -70,6 +71,10 @@ class Config(BaseConfig):
     def given(self) -> tuple[str, ...]:
         """See Config."""
         return self.endpoints
+
+    def beginning_from(self, given: Sequence[str]) -> Self:
+        """See Config."""
+        return dataclasses.replace(self, endpoints=tuple(given))
 
     def initial_networks(self) -> int:
         """See Config."""

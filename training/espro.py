@@ -7,10 +7,12 @@ the complex is large: its loss is the mean over the drawn networks, minus --volu
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -86,6 +88,10 @@ class Config(BaseConfig):
         store = Store()
         return tuple(one for reference in self.base for one in checkpoint.members(reference, store))
 
+    def beginning_from(self, given: Sequence[str]) -> Self:
+        """See Config."""
+        return dataclasses.replace(self, base=tuple(given))
+
     @property
     def grown(self) -> int:
         """Vertices that grow at each mode."""
@@ -105,7 +111,9 @@ class Config(BaseConfig):
                 f"--connect are lists of vertices, as 0,2,3 1,2,3; got {' '.join(self.connect)}."
             ) from None
         for simplex in found:
-            if len(simplex) < 2 or len(set(simplex)) != len(simplex) or min(simplex) < 0:
+            if min(simplex) < 0:
+                raise ConfigError(f"--connect {','.join(map(str, simplex))}: vertices are counted from 0.")
+            if len(simplex) < 2 or len(set(simplex)) != len(simplex):
                 raise ConfigError(
                     f"--connect {','.join(map(str, simplex))}: a simplex has two different vertices or more."
                 )
@@ -123,9 +131,9 @@ def complexes(config: Config, modes: int) -> list[list[list[int]]]:
         return [[[mode, *range(start, start + config.grown)]] for mode, start in enumerate(first)]
     found = config.connections
     used = {vertex for simplex in found for vertex in simplex}
-    if missing := sorted(set(range(max(*used, modes - 1) + 1)) - used):
+    if (missing := next(number for number in itertools.count() if number not in used)) < max(modes, *used):
         raise ConfigError(
-            f"--connect names no vertex {missing[0]}; the {modes} modes are 0 … {modes - 1}, connecting vertices are counted on from {modes}."
+            f"--connect names no vertex {missing}; the {modes} modes are 0 … {modes - 1}, connecting vertices are counted on from {modes}."
         )
     if fixed := [simplex for simplex in found if max(simplex) < modes]:
         raise ConfigError(f"--connect {','.join(map(str, fixed[0]))} has modes alone; nothing in it could be trained.")
@@ -168,9 +176,11 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
     """The modes, unless they are given, and the vertices of each complex in turn.
 
     Raises:
-        ConfigError: see complexes.
+        ConfigError: see complexes; one mode of a complex is given twice.
     """
-    given = len(config.given())
+    given = len(config.base)
+    if config.connect and (twice := [one for one in config.base if config.base.count(one) > 1]):
+        raise ConfigError(f"--base names {twice[0]} twice; a complex joins different networks.")
     modes = given or config.runs
     legs = [] if given else [_mode(config, run, steps, number) for number in range(modes)]
     files = {i: run.start_file(f"given-{i}") if given else run.vertex_file(i, 0) for i in range(modes)}
@@ -182,7 +192,9 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
             legs.append(_vertex(config, steps, files, star(simplexes, vertex, files), vertex, label))
             files[vertex] = run.vertex_file(len(legs) - 1, 0)
     vertices = [(files[vertex], Origin()) for vertex in sorted(files)]
-    return Plan(legs, vertices, _points(config, joined, len(vertices)))
+    unused = given and (config.epochs, config.lr) != (Config.epochs, Config.lr)
+    note = "note: --epochs and --lr are those of modes that are trained here; with --base there are --vertex-epochs and --vertex-lr"
+    return Plan(legs, vertices, _points(config, joined, len(vertices)), note=note if unused else None)
 
 
 def _mode(config: Config, run: Run, steps: int, number: int) -> Leg:

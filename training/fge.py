@@ -6,9 +6,11 @@ low loss, and the weights are collected wherever the rate is lowest. Each collec
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from models_store.manifest import Origin
 from models_store.store import Version
@@ -65,6 +67,10 @@ class Config(BaseConfig):
     def given(self) -> tuple[str, ...]:
         """See Config."""
         return tuple(str(file) for file in self.init)
+
+    def beginning_from(self, given: Sequence[str]) -> Self:
+        """See Config."""
+        return dataclasses.replace(self, init=tuple(map(Path, given)))
 
     @property
     def pretrain_epochs(self) -> int:

@@ -154,12 +154,14 @@ class Kept:
     """What was measured, a JSON line each, in a file that belongs to one question."""
 
     def __init__(self, file: Path, question: dict[str, Any]):
-        """Goes on with the file if it answers the same question; else begins it anew."""
+        """Goes on with the file if it answers the same question; else puts it aside, as FILE.before, and begins anew."""
         self._file = file
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
         lines = _whole_lines(file)
         if not lines or lines[0] != {"question": key}:
             file.parent.mkdir(parents=True, exist_ok=True)
+            if lines:
+                file.replace(file.with_name(f"{file.name}.before"))
             file.write_text(json.dumps({"question": key}) + "\n")
             lines = [{}]
         self._found = {json.dumps(line["at"]): line["found"] for line in lines[1:]}

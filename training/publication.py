@@ -16,7 +16,7 @@ from models_store import manifest
 from models_store.bank import Bank
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
-from training import bank, member, temperature
+from training import bank, batch_norm, member, temperature
 from training.config import Config
 from training.data import Data, as_arrays
 from training.errors import ExportError
@@ -88,6 +88,8 @@ def publish(
         shared = temperature.fit(logits, labels, weights_of)
         own = [temperature.fit(one[None], labels, np.ones(1)) for one in logits]
         average = score(combine(softmax(logits, shared), weights_of).mean_probs, labels)
+        rows_of_bank = points.bank(places) if points else np.zeros((0, 0))
+        forward = (len(origins) + len(rows_of_bank)) * _settling(network, data, config.bn_images, device)
         members = [
             manifest.Member(
                 file=f"members/{index:03d}.onnx",
@@ -108,10 +110,9 @@ def publish(
             temperature=shared,
             validation=average,
             geometry=points and _keep_vertices(staged, states, points),
-            bank=points
-            and _keep_bank(
+            bank=_keep_bank(
                 staged,
-                points.bank(places),
+                rows_of_bank,
                 lambda rows: bank.build(run, network, data, states, rows, config.bn_images, device),
                 say,
             ),
@@ -123,19 +124,28 @@ def publish(
                 data_fingerprint=data.fingerprint,
                 wall_seconds=round(seconds, 1),
                 epochs_spent=round(epochs_spent, 4),
+                epochs_forward=round(forward, 4),
                 device=described,
             ),
         )
         version = store.publish(config.published_name, staged, draft, activate=config.activate)
     beside = " beside the given networks'" if config.given() else ""
     best = max(scores.validation.accuracy for scores in members if scores.validation)
+    settled = f", and {forward:.3g} epochs of forward passes for batch norm" if forward else ""
     say(
         f"published {version.name}: {len(members)} members, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
-        f"nll {average.nll:.4f}, temperature {shared:.3f}, cost {epochs_spent:.4g} plain epochs{beside}\n{version.folder}"
+        f"nll {average.nll:.4f}, temperature {shared:.3f}, cost {epochs_spent:.4g} plain epochs{settled}{beside}\n{version.folder}"
     )
     if points and points.told:
         say(points.told(places))
     return version
+
+
+def _settling(network: nn.Module, data: Data, bn_images: int, device: torch.device) -> float:
+    """Forward passes that a network's statistics take, in epochs over the train split."""
+    if not batch_norm.statistics(network, next(member.clean_images(data, 2, device))):
+        return 0.0
+    return min(bn_images, len(data.train)) / len(data.train)
 
 
 def _weights_of_members(

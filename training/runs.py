@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,14 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, door: str, config: dict[str, Any], depends_on: dict[str, str], *, fresh: bool, leader: bool = True
+        cls,
+        door: str,
+        config: dict[str, Any],
+        depends_on: dict[str, str],
+        *,
+        fresh: bool,
+        given: Sequence[str] = (),
+        leader: bool = True,
     ) -> Iterator[Run]:
         """The run of this config: a new one, or the one that was begun.
 
@@ -63,14 +70,13 @@ class Run:
             config: everything that decides what the run computes; its hash names the folder.
             depends_on: fingerprints of data and code that the config names but does not hold.
             fresh: forget what was done.
+            given: the weights that it begins from, by name and version; kept for `begun_from`.
             leader: of the processes that train one run together, one locks and writes; the others open it after it did.
 
         Raises:
             RunError: another process works on it, or what it depends on has changed.
         """
-        text = json.dumps(config, sort_keys=True)
-        key = hashlib.sha256(f"{FORMAT}\n{text}".encode()).hexdigest()[:16]
-        folder = Path(os.environ.get("MODEPATH_RUNS") or "runs") / f"{door}-{key}"
+        folder = _folder(door, config)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
             try:
@@ -83,7 +89,8 @@ class Run:
             file = folder / "run.json"
             if leader and not file.exists():
                 folder.mkdir(exist_ok=True)
-                record = {"format": FORMAT, "run": uuid.uuid4().hex, "depends_on": depends_on, "config": config}
+                record = {"format": FORMAT, "run": uuid.uuid4().hex, "given": list(given), "depends_on": depends_on}
+                record["config"] = config
                 write_whole(file, json.dumps(record, indent=2).encode())
             record = json.loads(file.read_text())
             if changed := sorted(k for k, v in depends_on.items() if record["depends_on"].get(k) != v):
@@ -92,6 +99,12 @@ class Run:
                     "Train anew with --fresh."
                 )
             yield cls(folder, record["run"])
+
+    @staticmethod
+    def begun_from(door: str, config: dict[str, Any]) -> list[str] | None:
+        """The weights that this config's run begins from, where it was begun: names may have got new versions since."""
+        file = _folder(door, config) / "run.json"
+        return json.loads(file.read_text()).get("given") if file.exists() else None
 
     def progress(self) -> Progress:
         """How far the run is."""
@@ -122,6 +135,12 @@ class Run:
     def sample_file(self, index: int) -> Path:
         """The `index`-th weights that were drawn, from 0."""
         return self.folder / "samples" / f"{index:03d}.safetensors"
+
+
+def _folder(door: str, config: dict[str, Any]) -> Path:
+    text = json.dumps(config, sort_keys=True)
+    key = hashlib.sha256(f"{FORMAT}\n{text}".encode()).hexdigest()[:16]
+    return Path(os.environ.get("MODEPATH_RUNS") or "runs") / f"{door}-{key}"
 
 
 def save_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> None:

@@ -34,6 +34,7 @@ class Plan:
     legs: list[Leg]
     vertices: Sequence[tuple[Path, Origin]]  # weight sets that the run has when the legs are done
     points: Points | None = None  # members between the vertices; None: each vertex is a member
+    note: str | None = None  # for people, before training begins
     # What makes the vertices from what the legs left, where they did not train them; it is called again after a kill.
     then: Callable[[nn.Module], None] | None = None
 
@@ -53,7 +54,13 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     found = data.load(config.data_options(), say)
     loop.initialise(config.seed)
     network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
-    given = [checkpoint.find(reference, store) for reference in config.given()]
+    # The same command goes on with what it began from, whatever has been published under those names since.
+    identity = config.deciding()
+    references = None if config.fresh else Run.begun_from(config.method, identity)
+    if references is None:
+        references = [checkpoint.pinned(reference, store) for reference in config.given()]
+    config = config.beginning_from(references)
+    given = [checkpoint.find(reference, store) for reference in references]
     begin_from = [_state(network, one.file) for one in given]
     # Networks of another split, or of an unknown one, may have been trained on our validation images.
     elsewhere = [one for one in given if one.fingerprint != found.fingerprint]
@@ -66,7 +73,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     leader = fabric.is_global_zero
     with contextlib.ExitStack() as stack:
         with fabric.rank_zero_first():
-            opened = Run.open(config.method, config.deciding(), depends_on, fresh=config.fresh, leader=leader)
+            opened = Run.open(config.method, identity, depends_on, fresh=config.fresh, given=references, leader=leader)
             this_run = stack.enter_context(opened)
             if leader:
                 for index, state in enumerate(begin_from):
@@ -83,6 +90,8 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         placed = data.on_device(found, fabric.device)
         steps = loop.iterations_per_epoch(found, config.batch_size)
         planned = plan(config, this_run, steps)
+        if planned.note:
+            say(planned.note)
         seconds = loop.train(config, fabric, this_run, network, placed, planned.legs)
         if leader:
             if planned.then:

@@ -1,7 +1,7 @@
 from training.probing import Kept
 
 
-def test_measured_points_are_not_measured_again_and_another_question_begins_anew(tmp_path):
+def test_measured_points_are_not_measured_again_and_another_question_puts_them_aside(tmp_path):
     asked = []
 
     def ask(place):
@@ -15,4 +15,6 @@ def test_measured_points_are_not_measured_again_and_another_question_begins_anew
     assert Kept(file, {"a": 1}).measure([1, 2, 3], ask, "x")[2] == {"value": 3.0}
     assert asked == [1, 2, 3]
     Kept(file, {"a": 2}).measure([1], ask, "x")
+    assert asked == [1, 2, 3, 1]
+    Kept(tmp_path / "kept.jsonl.before", {"a": 1}).measure([1, 2, 3], ask, "x")
     assert asked == [1, 2, 3, 1]
