@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker a core, each with one thread: else those of all of them spin while they wait for one another.
+    os.environ.update(OMP_NUM_THREADS="1", MODEPATH_THREADS="1")
 
 
 @pytest.fixture(autouse=True)
