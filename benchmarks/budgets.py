@@ -63,7 +63,7 @@ ARMS = [
 def main() -> None:
     seeds = SEEDS[: int(sys.argv[sys.argv.index("--seeds") + 1])] if "--seeds" in sys.argv else SEEDS
     Store().check_writable()
-    kept = Kept(LINES, {"about": __doc__, "common": COMMON})
+    kept = Kept(LINES, {"common": COMMON, "arms": [arm.method for arm in ARMS]})
     found = kept.measure(seeds, lambda seed: measure(ARMS, seed), "seeds")
     text = ["# Ensembles at equal cost", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
     for kind, title in (("plain", "Without temperature"), ("fitted", "With a temperature fitted on validation")):

@@ -76,14 +76,10 @@ def measure(
     return {"rows": rows}
 
 
-def table(
-    found: Sequence[dict[str, Any]], kind: str, sets: Sequence[str] = ("test",), only: Callable[[dict[str, Any]], bool] = lambda row: True
-) -> str:  # fmt: skip
+def table(found: Sequence[dict[str, Any]], kind: str, sets: Sequence[str] = ("test",)) -> str:
     """Mean and standard deviation over what `measure` found for each seed; a score over several test sets is their mean."""
     body = []
     for of_seeds in zip(*(one["rows"] for one in found), strict=True):
-        if not only(of_seeds[0]):
-            continue
         cells = []
         for name in SCORES:
             values = np.array([np.mean([row[kind][one][name] for one in sets]) for row in of_seeds])

@@ -5,7 +5,7 @@
 preresnet8 on 10 000 images of Fashion-MNIST; two networks of 20 epochs; 10 connecting vertices, one after the other, 10 epochs each.
 For each k the complex of the first k: its log-volume in float64; the floor, what it would be if the last vertex stood on the others but for float32's
 rounding; that vertex's height over the others of its simplex, the lower one, and what it would rise to if no loss held it back (--volume-weight's help); its
-distance from the nearest vertex of all; test error and train accuracy of 10 networks drawn from it. Collapsed is a complex whose newest vertex rises to less than a
+distance from the nearest vertex of all; test error and train accuracy of 30 networks drawn from it. Collapsed is a complex whose newest vertex rises to less than a
 tenth of that, or of which a drawn network errs in over 1.5 points more than the modes do.
 Cost in plain epochs, the modes included.
 """
@@ -28,7 +28,7 @@ from training.probing import Kept, Subset, open_probe
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("evaluation/dimension")
 COMMON = {"dataset": "fashion-mnist", "network": "preresnet8", "limit": 10_000, "activate": False}
-CONNECTORS, DRAWN, VERTEX_EPOCHS = 10, 10, 10
+CONNECTORS, DRAWN, VERTEX_EPOCHS = 10, 30, 10
 LOW, WORSE = 0.1, 0.015
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     ]
     largest = max(growth, key=lambda row: row["log_volume"])
     said = [
-        f"{what}: from k = {where[0]} on." if where else f"{what}: not up to k = {CONNECTORS}."
+        f"{what}: at k = {', '.join(map(str, where))}." if where else f"{what}: not up to k = {CONNECTORS}."
         for what, where in (
             ("A vertex that rises no more", low),
             (f"A network that errs in over {100 * allowed:.2f} %", high),

@@ -59,7 +59,7 @@ ARMS = [
 
 def main() -> None:
     Store().check_writable()
-    kept = Kept(RESULTS / "simplex_choices.jsonl", {"about": __doc__, "common": COMMON})
+    kept = Kept(RESULTS / "simplex_choices.jsonl", {"common": COMMON, "choices": CHOICES, "swag": SWAG_CHOICES})
     named = {arm.method: arm for arm in ARMS}
     found = kept.measure(list(named), lambda name: measure([named[name]], SEED), "arms")
     together = {"rows": [row for one in found for row in one["rows"]]}

@@ -83,7 +83,7 @@ def entropy(p: Floats) -> Floats:
 
 
 def main() -> None:
-    modes = independent.run(independent.Config(name="spirals-modes", runs=3, **COMMON))
+    modes = independent.run(independent.Config(name="spirals-modes", runs=4, **COMMON))
     options = {"vertices": 3, "vertex_epochs": 200, "bank": 0}
     grown = espro.run(espro.Config(name="spirals-simplex", base=(f"{modes.name}/0",), **options, **COMMON))
     simplex, alone = over_the_plane(grown), over_the_plane(modes)
@@ -95,7 +95,7 @@ def main() -> None:
     titles = ["base", "sample", "sample", "sample", "average of 25", "its entropy"]
     for row, panels, names in (
         (0, upper, titles),
-        (1, lower, ["network", "network", "network", "average of 3", "its entropy"]),
+        (1, lower, ["network", "network", "network", "network", "average of 4", "its entropy"]),
     ):
         for ax, panel, title in zip(axes[row], panels, names, strict=False):
             drawn = ax.imshow(
@@ -109,12 +109,11 @@ def main() -> None:
             ax.scatter(*points.view(-1, 2).T, c=labels, s=1, cmap="gray")
             ax.set(title=title, xticks=[], yticks=[])
             figure.colorbar(drawn, ax=ax, shrink=0.6)
-    axes[1, 5].axis("off")
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / "spirals.png", dpi=110)
     rows = []
-    costs = spent(modes), spent(grown) + spent(modes) / 3
-    for name, probs, cost in zip(("3 independent networks", "25 of the simplex"), (alone, simplex), costs, strict=True):
+    costs = spent(modes), spent(grown) + spent(modes) / 4
+    for name, probs, cost in zip(("4 independent networks", "25 of the simplex"), (alone, simplex), costs, strict=True):
         label = probs > 0.5
         pairs = [(label[i] != label[j]).mean() for i in range(len(label)) for j in range(i)]
         rows.append([name, cost, f"{np.mean(pairs):.3f}", f"{entropy(probs.mean(0)).mean():.3f}"])

@@ -2,7 +2,8 @@
 
     python -m benchmarks.step_cost [NETWORK] [BATCH]      (default: preresnet8 128 for time, wrn-28-10 at 2 and 32 and preresnet8 at 128 for memory)
 
-`curve` is a Bezier curve with one bend, one network a step; `simplex` the third further vertex of a simplex, five networks a step.
+`curve` is a Bezier curve with one bend, one network a step; `simplex` the third further vertex of a simplex, with one and with five
+networks a step.
 On the CPU. Time: the kinds take turns, in blocks of as many passes each, so that a disturbance weighs alike; the median of the blocks' ratios is
 reported. Memory: a process of its own for each kind; its largest resident size (Linux) beyond what it held before the network was made.
 """
@@ -25,24 +26,24 @@ from training.steps import BetweenVertices, OneNetwork
 
 SHAPE = (1, 28, 28)
 BLOCKS, PASSES = 75, 10
-KINDS = ("plain", "curve", "simplex")
-PASSES_OF_STEP = {"plain": 1, "curve": 1, "simplex": 5}
-WANTED = {"curve": 1.10, "simplex": 5.30}  # plain steps
+KINDS = ("plain", "curve", "simplex, 1", "simplex, 5")
+PASSES_OF_STEP = {"plain": 1, "curve": 1, "simplex, 1": 1, "simplex, 5": 5}
+WANTED = {"curve": 1.10, "simplex, 1": 1.10, "simplex, 5": 5.30}  # plain steps
 DRAWS = np.random.default_rng(0)
 
 
 def make(kind: str, name: str):
     """A network and how it steps."""
-    config = espro.Config(precision="32", device="cpu", points_per_step=PASSES_OF_STEP["simplex"])
+    config = espro.Config(precision="32", device="cpu", points_per_step=PASSES_OF_STEP[kind])
     fabric = hardware.launch(config)
     network = networks.build(name, 10, SHAPE, {}).to(memory_format=torch.channels_last)
     if kind == "plain":
         return network, OneNetwork(config, fabric, network)
     # What lies in the files of the fixed vertices is given here.
-    span = {
-        "curve": lambda: curve.between(curve.Config(), [Path(), Path()]),
-        "simplex": lambda: espro.within(config, [Path()] * 3, [[0, 1, 2, 3]], 3),
-    }[kind]()
+    if kind == "curve":
+        span = curve.between(curve.Config(), [Path(), Path()])
+    else:
+        span = espro.within(config, dict.fromkeys(range(3), Path()), [[0, 1, 2, 3]], 3)
     count = sum(file is not None for file in span.vertices)
     fixed = [{k: v.clone() for k, v in networks.build(name, 10, SHAPE, {}).state_dict().items()} for _ in range(count)]
     return network, BetweenVertices(config, fabric, network, span, fixed, set())
@@ -100,7 +101,7 @@ def memory(name: str, size: int) -> str:
         found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         sets = found["peak"] / found["weights"]
         plain = plain or found["peak"]
-        vertices = {"plain": 0, "curve": 3, "simplex": 4}[kind]
+        vertices = {"plain": 0, "curve": 3}.get(kind, 4)
         rows.append([kind, f"{found['peak'] / 2**20:.0f} MiB", f"{found['peak'] / plain:.2f}", f"{sets:.2f}", vertices])
     headers = [
         f"memory, {name}, batch {size}",
