@@ -11,7 +11,8 @@ ServiceError
 ├── BrokenEnsembleError    500  a member failed, or gave NaN
 ├── NotReadyError          503  nothing to serve yet
 ├── BusyError              503  more bytes are held than the limit allows
-└── QueueTimeError         503  the request waited too long for its turn
+├── QueueTimeError         503  the request waited too long for its turn
+└── DeadlineError          504  the whole took too long
 """
 
 from __future__ import annotations
@@ -104,3 +105,10 @@ class QueueTimeError(ServiceError):
     status = 503
     reason = "queue_time"
     retry_after = 1
+
+
+class DeadlineError(ServiceError):
+    """The whole took too long."""
+
+    status = 504
+    reason = "deadline"

@@ -27,6 +27,7 @@ REFUSALS = {
     429: "too much waits already",
     500: "the ensemble or the service is broken",
     503: "not ready, or too busy",
+    504: "not answered in time",
 }
 
 

@@ -1,6 +1,9 @@
 """Against a real `bentoml serve`."""
 
+import subprocess
+import sys
 import time
+from urllib.parse import urlparse
 
 import httpx
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 from models_store.uncertainty import softmax
 from tests.onnx_members import SHAPE, linear, linear_logits, publish
+from tests.service import bad_requests
 
 images = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
 
@@ -89,3 +93,39 @@ def test_torch_is_not_there_or_not_loaded_after_a_served_prediction(store, serve
     mapped = {m.path for process in processes for m in process.memory_maps()}
     assert any("onnxruntime" in path for path in mapped)
     assert not [path for path in mapped if "libtorch" in path]
+
+
+def test_what_takes_longer_than_its_limit_is_stopped_and_the_next_one_answered(store, serve):
+    publish(store, "animals")
+    server = serve(store, MODEPATH_WORKERS="1", MODEPATH_TIMEOUT="1", MODEPATH_STALL_SECONDS="30")
+    server.until(200)
+    half = bad_requests.message("/predict", b'{"inputs"', "application/json", headers=["Content-Length: 1000"])
+    address = urlparse(server.url)
+    status, body = bad_requests.answer((address.hostname, address.port), half)
+    assert status == 504
+    assert "MODEPATH_TIMEOUT" in body["error"]
+    assert httpx.post(server.url + "/predict", json={"inputs": images.tolist()}).status_code == 200
+    assert 'modepath_refused_total{reason="deadline"} 1.0' in httpx.get(server.url + "/metrics").text
+
+
+def test_an_answered_request_leaves_no_timer():
+    code = """
+import asyncio, gc, uvloop
+from service.app import Modepath
+async def received(): return {"type": "http.request", "body": b"", "more_body": False}
+async def ask(app):
+    async def sent(message): pass
+    scope = {"type": "http", "method": "GET", "path": "/nowhere", "raw_path": b"/nowhere", "query_string": b"", "headers": [], "http_version": "1.1",
+             "scheme": "http", "server": ("localhost", 1), "client": ("localhost", 2), "root_path": "", "asgi": {"version": "3.0"}}
+    await app(scope, received, sent)
+async def main():
+    app = Modepath.to_asgi()
+    for _ in range(50):
+        await ask(app)
+    gc.collect()
+    return sum(type(thing).__name__ == "TimerHandle" for thing in gc.get_objects())
+with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    print("timers", runner.run(main()))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "timers 0" in found.stdout, found.stdout + found.stderr
