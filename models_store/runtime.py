@@ -39,10 +39,12 @@ class MemberSession:
         providers: ProviderChoice = "auto",
         threads: int | None = None,
         weights: Mapping[str, NDArray[np.float32]] | None = None,
+        shares_arena: bool = False,
     ):
         """Make a session. `threads` work on one call, the caller's among them (default: all this process may use).
 
-        `weights` are the initializers that the model declares external: a bank's template with the weights of a point.
+        `weights` are the initializers that the model declares external: a bank's template with the weights of a point. With `shares_arena` its activations
+        lie in memory that it has together with all sessions that say so: for many sessions of which few run at once.
 
         Raises:
             MemberError: ONNX Runtime refuses the model.
@@ -50,7 +52,12 @@ class MemberSession:
         """
         label = "the model" if isinstance(model, bytes) else str(model)
         self._weights = weights  # ONNX Runtime may go on reading from them
-        self._session = _open(model, label, providers, threads or default_threads(), weights)
+        self._session = _open(model, label, providers, threads or default_threads(), weights, shares_arena)
+
+    @property
+    def providers(self) -> list[str]:
+        """Execution providers in actual use."""
+        return self._session.get_providers()
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, C, H, W) in [0, 1] -> (batch, classes)."""
@@ -167,12 +174,16 @@ def _open(
     providers: ProviderChoice,
     threads: int,
     weights: Mapping[str, NDArray[np.float32]] | None = None,
+    shares_arena: bool = False,
 ) -> Any:
     wanted = _resolve(providers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # A pool that spins while it has nothing to do takes its cores from everybody else.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if shares_arena:
+        _register_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     if weights:
         # Not add_initializer: its weights come after fusions have already used the template's own.
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(weight) for weight in weights.values()]
@@ -192,6 +203,14 @@ def _open(
             "not load. Install the extra `modepath[cuda]`, or set providers to cpu."
         )
     return session
+
+
+@functools.cache
+def _register_arena() -> None:
+    info = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(info, None)
 
 
 def _resolve(choice: ProviderChoice) -> list[str]:
