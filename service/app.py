@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import os
 import secrets
 import time
@@ -25,18 +26,27 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models_store.runtime import EnsembleSession
 from models_store.store import Store
 from service import metrics, openapi
 from service.access_log import AccessLog
-from service.batching import Answer, Batcher, QueueLimits
+from service.batching import Answer, Batcher, QueueLimits, Rows, Session
 from service.bodies import read_request
-from service.ensemble import Ensembles
-from service.errors import BadRequestError, DeadlineError, NoRouteError, NotReadyError, ServiceError, TooLargeError
-from service.images import Images, Limits
+from service.draws import Keyed
+from service.ensemble import Ensemble, Ensembles
+from service.errors import (
+    BadRequestError,
+    DeadlineError,
+    ForbiddenError,
+    NoRouteError,
+    NotReadyError,
+    ServiceError,
+    TooLargeError,
+)
+from service.images import Limits
 from service.intake import Intake
-from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, Status, describe, respond
-from service.settings import settings
+from service.policy import Mode
+from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PoolInfo, Status, describe, padded, respond
+from service.settings import settings, share_key
 from service.supervision import replace_dead_workers
 
 T = TypeVar("T")
@@ -72,12 +82,13 @@ class Worker:
             chosen.threads,
         )
         self.ensembles = Ensembles(
-            Store(chosen.store), chosen.providers, chosen.default, threads=chosen.threads, warm=self._warm
-        )
+            Store(chosen.store), chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
+            pool_bytes=chosen.pool_bytes, keyed=Keyed(chosen.secret(), chosen.key_seconds, chosen.key_rows), warm=self._warm,
+        )  # fmt: skip
         self._beside = ThreadPoolExecutor(chosen.threads, "decode")
 
-    def _warm(self, session: EnsembleSession, image: Images) -> None:
-        self.batcher.warm(session, image)
+    def _warm(self, session: Session, row: Rows) -> None:
+        self.batcher.warm(session, row)
         # What is loaded stays: walking through all of it again and again made 1 % of the answers 20 ms late.
         gc.collect()
         gc.freeze()
@@ -110,27 +121,40 @@ async def _predicted(request: Request) -> Response:
         large = len(body) > INLINE_BYTES
         asked = await worker.beside(large, lambda: read_request(content_type, query, body))
         options = asked.options
-        session = worker.ensembles.get(options.ensemble)
-        spec = session.manifest.input
+        ensemble = worker.ensembles.get(options.ensemble)
+        mode = ensemble.mode(options.mode)
+        _refuse_members(ensemble, mode, options)
+        spec = ensemble.manifest.input
         images = await worker.beside(large or asked.encoded, lambda: asked.decode(spec, worker.limits))
-        _bound_answer(session, len(images), options.members)
+        _bound_answer(ensemble, len(images), options.members)
+        caller = request.headers.get(settings().caller_header or "", "")
+        rows = await worker.beside(images.nbytes > INLINE_BYTES, lambda: ensemble.rows(mode, images, caller))
         decode_seconds = time.perf_counter() - began
-        answer = await worker.batcher.run(session, images)
+        answer = await worker.batcher.run(ensemble.sessions[mode], rows)
         request_id = secrets.token_hex(8)
         if (told := request.scope.get("told")) is not None:
-            manifest = session.manifest
+            manifest = ensemble.manifest
             told |= {
                 "request_id": request_id, "ensemble": manifest.name, "version": manifest.version, "rows": len(images),
             }  # fmt: skip
         reply = await worker.beside(
             len(images) > INLINE_ROWS or answer.member_probs.size > INLINE_NUMBERS,
-            lambda: _reply(session, options, request_id, answer, decode_seconds),
+            lambda: _reply(ensemble, mode, options, request_id, rows, answer, decode_seconds),
         )
     return Response(reply, media_type="application/json")
 
 
-def _bound_answer(session: EnsembleSession, rows: int, members: bool) -> None:
-    manifest = session.manifest
+def _refuse_members(ensemble: Ensemble, mode: Mode, options: Options) -> None:
+    if not options.members:
+        return
+    if mode != "average":
+        raise BadRequestError(f"Mode {mode!r} answers with one network for each image; it has no `members` to give.")
+    if not ensemble.policy.shows_members:
+        raise ForbiddenError(f"The operator does not show what each member of {ensemble.manifest.name} says.")
+
+
+def _bound_answer(ensemble: Ensemble, rows: int, members: bool) -> None:
+    manifest = ensemble.manifest
     numbers = rows * len(manifest.classes) * (len(manifest.members) if members else 1)
     if numbers > settings().max_numbers:
         raise TooLargeError(
@@ -138,25 +162,25 @@ def _bound_answer(session: EnsembleSession, rows: int, members: bool) -> None:
         )
 
 
-def _reply(session: EnsembleSession, options: Options, request_id: str, answer: Answer, decode_seconds: float) -> bytes:
+def _reply(
+    ensemble: Ensemble, mode: Mode, options: Options, request_id: str, rows: Rows, answer: Answer, decode_seconds: float
+) -> bytes:
     began = time.perf_counter()
-    reply = orjson.dumps(
-        respond(
-            session.manifest,
-            request_id,
-            options.mode,
-            answer.prediction,
-            answer.member_probs if options.members else None,
-        )
-    )
+    manifest, policy = ensemble.manifest, ensemble.policy
+    points = [network.number for network in rows.networks]
+    reply = orjson.dumps(respond(manifest, request_id, mode, answer, policy, members=options.members, points=points))
+    if mode != "average":
+        reply = padded(reply, manifest, policy, mode, len(rows))
     # Before the answer leaves: whoever has it finds it counted.
-    metrics.answered(session.manifest, options.mode, answer, decode_seconds, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    each = not policy.hides(mode) or settings().metrics_port is not None
+    metrics.answered(manifest, mode, answer, decode_seconds, seconds, each=each)
     return reply
 
 
 async def list_ensembles(request: Request) -> Response:
     """GET /ensembles."""
-    return _json(EnsembleList(ensembles=[_info(session) for session in _worker().ensembles.all()]))
+    return _json(EnsembleList(ensembles=[_info(ensemble) for ensemble in _worker().ensembles.all()]))
 
 
 async def show_ensemble(request: Request) -> Response:
@@ -184,13 +208,21 @@ async def readyz(request: Request) -> Response:
 async def docs(request: Request) -> Response:
     """GET /docs.json: OpenAPI."""
     worker = _worker()
-    served = [session.manifest for session in worker.ensembles.all()]
-    return _json(openapi.document(served, worker.limits.rows, has_metrics=settings().metrics_port is None))
+    ensembles = worker.ensembles.all()
+    served = [ensemble.manifest for ensemble in ensembles]
+    modes: list[Mode] = sorted({mode for ensemble in ensembles for mode in ensemble.policy.modes})
+    return _json(openapi.document(served, modes, worker.limits.rows, has_metrics=settings().metrics_port is None))
 
 
-def _info(session: EnsembleSession) -> EnsembleInfo:
-    manifest = session.manifest
-    return describe(manifest, session.providers, is_default=manifest.name == _worker().ensembles.default_name)
+def _info(ensemble: Ensemble) -> EnsembleInfo:
+    manifest, pool = ensemble.manifest, ensemble.pool
+    shown = None
+    if pool and ensemble.policy.defended:
+        shown = PoolInfo(mebibytes=math.ceil(settings().pool_bytes / 2**20), networks=None, of=None)
+    elif pool:
+        shown = PoolInfo(mebibytes=math.ceil(pool.bytes / 2**20), networks=len(pool), of=pool.source.count)
+    is_default = manifest.name == _worker().ensembles.default_name
+    return describe(manifest, ensemble.providers, ensemble.policy, shown, is_default=is_default)
 
 
 def _json(content: BaseModel | dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -293,6 +325,7 @@ class Modepath:
     def prepare() -> None:  # pyright: ignore[reportSelfClsParameterName] - the decorator makes it static
         """Once, in the process that starts the workers."""
         metrics.prepare()
+        share_key()
         replace_dead_workers()
         if (port := settings().metrics_port) is not None:
             metrics.listen(settings().metrics_host, port)

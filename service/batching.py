@@ -1,7 +1,7 @@
 """Rows of many requests run together, fairly, and only as many wait as can be answered in time.
 
 Nobody waits for a batch to fill: a batch is half of the rows that are there, so that while one half runs, the answers
-to the other are written and its next questions read. The parts of a batch are spread over the worker's threads, and a
+to the other are written and its next questions read. The tasks of a batch are spread over the worker's threads, and a
 thread that finds none left begins with the next batch: no core waits for another. Requests take turns: a large one runs
 in pieces, and small ones pass between them. How many rows a batch may have follows from how long a row takes.
 """
@@ -25,29 +25,47 @@ from numpy.typing import NDArray
 from models_store.uncertainty import Floats, Prediction
 from service.errors import BrokenEnsembleError, QueueFullError, QueueTimeError, ServiceError
 from service.images import Images
+from service.pool import Network
 
 log = logging.getLogger("bentoml.modepath")
 SMOOTHING = 0.2  # weight of the newest batch in the mean time of a row
 
 
-class Part(Protocol):
-    """Members that one thread runs together: models_store.runtime.Part."""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is asked of an ensemble, one image a row."""
 
-    def logits(self, images: Images) -> NDArray[np.float32]:
-        """(batch, C, H, W) -> (these members, batch, classes)."""
-        ...
+    images: Images
+    networks: tuple[Network, ...] = ()  # of each row, where each has one of its own
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(self.images[rows], self.networks[rows])
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Rows]) -> Rows:
+        """One after the other; all of one ensemble, asked in one way."""
+        if len(pieces) == 1:
+            return pieces[0]
+        networks = tuple(network for piece in pieces for network in piece.networks)
+        return cls(np.concatenate([piece.images for piece in pieces]), networks)
 
 
 class Session(Protocol):
-    """What is run: models_store.runtime.EnsembleSession."""
+    """What is run: all members of an ensemble or a network of its own for each row: service/modes.py."""
 
-    @property
-    def parts(self) -> Sequence[Part]:
-        """All members."""
+    def tasks(self, rows: int) -> int:
+        """Into how many parts a batch of so many rows falls, which threads run side by side."""
         ...
 
-    def joined(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """What the parts answered, as (members, batch, classes)."""
+    def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
+        """One of them."""
+        ...
+
+    def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """What all of them gave, as logits (members, batch, classes)."""
         ...
 
     def probs(self, logits: NDArray[np.float32]) -> Floats:
@@ -85,7 +103,7 @@ class _Job:
     """One request: its rows, how many of them are in a batch already, and what has come out."""
 
     session: Session
-    images: Images
+    rows: Rows
     future: asyncio.Future[Answer]
     arrived: float = field(default_factory=time.perf_counter)
     began: float = 0.0
@@ -118,32 +136,30 @@ class _Piece:
     stop: int
 
     @property
-    def images(self) -> Images:
-        return self.job.images[self.start : self.stop]
+    def rows(self) -> Rows:
+        return self.job.rows[self.start : self.stop]
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Pieces of one ensemble that run together, and how far its parts are."""
+    """Pieces of one ensemble that run together, and how far its tasks are."""
 
     session: Session
     pieces: list[_Piece]
-    logits: list[NDArray[np.float32] | None]  # of each part
-    joined: Images | None = None
+    results: list[NDArray[np.float32] | None]  # of each task
+    joined: Rows | None = None
     begun: int = 0
     ended: int = 0
-    seconds: float = 0.0  # of all parts
+    seconds: float = 0.0  # of all tasks
     error: Exception | None = None
 
-    def images(self) -> Images:
-        """All rows. Not joined before a thread needs them, so that nobody waits for that with the queue locked."""
+    def rows(self) -> Rows:
+        """All of them. Not joined before a thread needs them, so that nobody waits for that with the queue locked."""
         if self.joined is None:
-            rows = [piece.images for piece in self.pieces]
-            self.joined = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            self.joined = Rows.joined([piece.rows for piece in self.pieces])
         return self.joined
 
-    @property
-    def rows(self) -> int:
+    def __len__(self) -> int:
         return sum(piece.stop - piece.start for piece in self.pieces)
 
 
@@ -156,7 +172,7 @@ class Batcher:
         # Guards all that follows.
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
-        self._open: _Batch | None = None  # has parts that nobody has begun
+        self._open: _Batch | None = None  # has tasks that nobody has begun
         self._rows = 0  # of all requests that are not answered yet
         self._bytes = 0
         self._seconds = 0.0  # until a newcomer's turn
@@ -165,7 +181,7 @@ class Batcher:
         for number in range(threads):
             threading.Thread(target=self._work, name=f"batches-{number}", daemon=True).start()
 
-    async def run(self, session: Session, images: Images) -> Answer:
+    async def run(self, session: Session, rows: Rows) -> Answer:
         """Wait for the rows' turn and for their answers.
 
         Raises:
@@ -173,27 +189,28 @@ class Batcher:
             QueueTimeError: its turn did not come in time.
             BrokenEnsembleError: a member failed or gave NaN.
         """
-        job = _Job(session, images, asyncio.get_running_loop().create_future())
+        job = _Job(session, rows, asyncio.get_running_loop().create_future())
         with self._changed:
             self._admit(job)
             self._queue(job)
             self._changed.notify_all()
         return await job.future
 
-    def warm(self, session: Session, image: Images) -> None:
-        """Run one image and the largest batch, so that no client waits for allocations; learn how long a row takes."""
-        self._run_alone(session, image)  # loads libraries, chooses algorithms: no measure of anything
-        spent = self._run_alone(session, image)
+    def warm(self, session: Session, row: Rows) -> None:
+        """Run one row and the largest batch, so that no client waits for allocations; learn how long a row takes."""
+        self._run_alone(session, row)  # loads libraries, chooses algorithms: no measure of anything
+        spent = self._run_alone(session, row)
         with self._changed:
             self._learn(session, spent)
-            rows = self._batch_rows(session)
-        self._run_alone(session, np.repeat(image, rows, axis=0))
+            count = self._batch_rows(session)
+        self._run_alone(session, Rows.joined([row] * count))
 
-    def _run_alone(self, session: Session, images: Images) -> float:
+    def _run_alone(self, session: Session, rows: Rows) -> float:
         began = time.perf_counter()
-        for part in session.parts:
-            part.logits(images)
-        return (time.perf_counter() - began) / min(self._threads, len(session.parts)) / len(images)
+        tasks = session.tasks(len(rows))
+        for task in range(tasks):
+            session.run(task, rows)
+        return (time.perf_counter() - began) / min(self._threads, tasks) / len(rows)
 
     def close(self) -> None:
         """Let the threads end after what they are doing."""
@@ -213,17 +230,17 @@ class Batcher:
     def _admit(self, job: _Job) -> None:
         # Whoever finds nobody waiting is taken, whatever its size: its own limits were checked when it was decoded.
         if self._rows and (
-            self._rows + len(job.images) > self._limits.rows
-            or self._bytes + job.images.nbytes > self._limits.bytes
+            self._rows + len(job.rows) > self._limits.rows
+            or self._bytes + job.rows.images.nbytes > self._limits.bytes
             or self._seconds > self._limits.seconds
         ):
             raise self._full()
-        self._rows += len(job.images)
-        self._bytes += job.images.nbytes
+        self._rows += len(job.rows)
+        self._bytes += job.rows.images.nbytes
 
     def _queue(self, job: _Job, *, first: bool = False) -> None:
         # Everybody gets a piece in turn, so a newcomer waits for one piece of each of those in front.
-        rows = min(len(job.images) - job.taken, self._batch_rows(job.session))
+        rows = min(len(job.rows) - job.taken, self._batch_rows(job.session))
         job.turn_seconds = rows * self._row_seconds.get(job.session, 0.0)
         self._seconds += job.turn_seconds
         (self._waiting.appendleft if first else self._waiting.append)(job)
@@ -253,18 +270,18 @@ class Batcher:
     def _run(self, batch: _Batch, number: int) -> None:
         began = time.perf_counter()
         try:
-            batch.logits[number] = batch.session.parts[number].logits(batch.images())
+            batch.results[number] = batch.session.run(number, batch.rows())
         except Exception as error:
             batch.error = error
         with self._changed:
             batch.seconds += time.perf_counter() - began
             batch.ended += 1
-            ended = batch.ended == len(batch.logits)
+            ended = batch.ended == len(batch.results)
         if ended:
             self._finish(batch)
 
     def _next(self) -> tuple[_Batch, int] | None:
-        """A part of a batch that nobody has begun."""
+        """A task of a batch that nobody has begun."""
         with self._changed:
             while not self._closed:
                 if self._open is None:
@@ -272,7 +289,7 @@ class Batcher:
                 if (batch := self._open) is not None:
                     number = batch.begun
                     batch.begun += 1
-                    if batch.begun == len(batch.logits):
+                    if batch.begun == len(batch.results):
                         self._open = None
                     return batch, number
                 self._changed.wait()
@@ -301,11 +318,11 @@ class Batcher:
                 continue
             if not job.taken:
                 job.began = now
-            piece = _Piece(job, job.taken, min(job.taken + room, len(job.images)))
+            piece = _Piece(job, job.taken, min(job.taken + room, len(job.rows)))
             pieces.append(piece)
             room -= piece.stop - piece.start
             job.taken = piece.stop
-            if job.taken < len(job.images):
+            if job.taken < len(job.rows):
                 unfinished.append(job)
         for job in reversed(passed):
             self._queue(job, first=True)
@@ -314,25 +331,27 @@ class Batcher:
         if not pieces:
             return None
         session = pieces[0].job.session
-        return _Batch(session, pieces, [None] * len(session.parts))
+        rows = sum(piece.stop - piece.start for piece in pieces)
+        return _Batch(session, pieces, [None] * session.tasks(rows))
 
     def _finish(self, batch: _Batch) -> None:
         try:
             if batch.error is not None:
                 raise batch.error
-            logits = [part for part in batch.logits if part is not None]
-            self._deliver(batch.session, batch.pieces, batch.session.joined(logits))
+            results = [result for result in batch.results if result is not None]
+            self._deliver(batch.session, batch.pieces, batch.session.joined(results))
             with self._changed:
-                at_once = min(self._threads, len(batch.logits))
-                self._learn(batch.session, batch.seconds / at_once / batch.rows)
+                at_once = min(self._threads, len(batch.results))
+                self._learn(batch.session, batch.seconds / at_once / len(batch))
         except Exception as error:
             if len(batch.pieces) == 1:
                 self._fail(batch.pieces[0].job, error)
                 return
             for piece in batch.pieces:  # one of them must not cost the others their answers
                 try:
-                    logits = batch.session.joined([part.logits(piece.images) for part in batch.session.parts])
-                    self._deliver(batch.session, [piece], logits)
+                    rows = piece.rows
+                    results = [batch.session.run(task, rows) for task in range(batch.session.tasks(len(rows)))]
+                    self._deliver(batch.session, [piece], batch.session.joined(results))
                 except Exception as its_own:
                     self._fail(piece.job, its_own)
 
@@ -347,7 +366,7 @@ class Batcher:
             with self._changed:
                 job.parts[piece.start] = part
                 job.answered += piece.stop - piece.start
-                ended = job.answered == len(job.images)
+                ended = job.answered == len(job.rows)
                 if ended:
                     self._leave(job)
             if ended:
@@ -375,8 +394,8 @@ class Batcher:
         if job.left:  # several of its pieces may fail
             return
         job.left = True
-        self._rows -= len(job.images)
-        self._bytes -= job.images.nbytes
+        self._rows -= len(job.rows)
+        self._bytes -= job.rows.images.nbytes
 
 
 def _answer(job: _Job) -> Answer | ServiceError:

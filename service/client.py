@@ -43,13 +43,13 @@ class Answer:
     ensemble: str
     version: int
     mode: str
-    members_used: int
+    members_used: int | None  # None: a network by itself for each image
     request_id: str
     labels: NDArray[np.intp]  # (batch,)
     class_names: list[str]  # (batch,)
-    probs: NDArray[np.float64]  # (batch, classes)
-    confidence: NDArray[np.float64]  # (batch,)
-    uncertainty: dict[str, NDArray[np.float64]]  # each (batch,); entropies in nats
+    probs: NDArray[np.float64] | None  # (batch, classes); None where the operator shows labels only
+    confidence: NDArray[np.float64] | None  # (batch,)
+    uncertainty: dict[str, NDArray[np.float64]]  # each (batch,); entropies in nats. Empty where it is not shown
     members: NDArray[np.float64] | None  # (members, batch, classes), when asked for
 
 
@@ -170,14 +170,15 @@ def _answer(body: dict[str, Any]) -> Answer:
         ensemble=body["ensemble"],
         version=body["version"],
         mode=body["mode"],
-        members_used=body["members_used"],
+        members_used=body.get("members_used"),
         request_id=body["request_id"],
         labels=np.array([row["label"] for row in rows]),
         class_names=[row["class_name"] for row in rows],
-        probs=np.array([row["probs"] for row in rows]),
-        confidence=np.array([row["confidence"] for row in rows]),
+        probs=np.array([row["probs"] for row in rows]) if "probs" in rows[0] else None,
+        confidence=np.array([row["confidence"] for row in rows]) if "confidence" in rows[0] else None,
         uncertainty={
-            measure: np.array([row["uncertainty"][measure] for row in rows]) for measure in rows[0]["uncertainty"]
+            measure: np.array([row["uncertainty"][measure] for row in rows])
+            for measure in rows[0].get("uncertainty", {})
         },
         members=members,
     )

@@ -5,24 +5,74 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from models_store import lineage
 from models_store.errors import ProviderError, StoreError
-from models_store.runtime import EnsembleSession, ProviderChoice
+from models_store.manifest import Manifest
+from models_store.runtime import EnsembleSession, ProviderChoice, default_threads
 from models_store.store import Store
-from service.errors import NotReadyError, UnknownEnsembleError
+from service import policy
+from service import pool as pools
+from service.batching import Rows, Session
+from service.draws import LEVELS, Draw, Keyed, at_random, quantised
+from service.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
+from service.images import Images
+from service.modes import Average, OneEach
+from service.policy import Known, Mode, Policy
+from service.pool import Pool
 
 FIRST_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds
 log = logging.getLogger("bentoml.modepath")  # BentoML shows what is below its own name
 
 
 @dataclass(frozen=True, slots=True)
+class Ensemble:
+    """One of them, ready to answer in the modes that its policy opens."""
+
+    manifest: Manifest
+    policy: Policy
+    providers: list[str]
+    sessions: dict[Mode, Session]
+    pool: Pool | None  # of single networks, where a mode needs them
+    draws: dict[Mode, Draw]
+
+    def mode(self, asked: Mode | None) -> Mode:
+        """The mode of a request.
+
+        Raises:
+            ForbiddenError: it is not open.
+        """
+        if asked is None:
+            return self.policy.modes[0]
+        if asked not in self.policy.modes:
+            raise ForbiddenError(
+                f"Mode {asked!r} of {self.manifest.name} is not open here; open: {', '.join(self.policy.modes)}."
+            )
+        return asked
+
+    def rows(self, mode: Mode, images: Images, caller: str = "") -> Rows:
+        """What is run for a request; a network is drawn for each image where each gets one of its own.
+
+        `caller` is who asks, where somebody who can be trusted says so.
+        """
+        if self.pool is None or mode not in self.draws:
+            return Rows(images)
+        asked = f"{self.manifest.name}@{self.manifest.version} {caller}".encode()
+        if mode == "keyed":
+            # The network sees what the key sees: else a question could be varied within its cell, and one network be asked all of it.
+            images = (quantised(images) / np.float32(LEVELS)).astype(np.float32)
+        places = self.draws[mode](images, len(self.pool), asked)
+        return Rows(images, tuple(self.pool[int(place)] for place in places))
+
+
+@dataclass(frozen=True, slots=True)
 class _Served:
-    loaded: dict[str, EnsembleSession]
+    loaded: dict[str, Ensemble]
+    closed: set[str]  # that answer nobody
     latest: str | None  # the one activated last
 
 
@@ -44,7 +94,10 @@ class Ensembles:
         default: str | None,
         *,
         threads: int | None = None,
-        warm: Callable[[EnsembleSession, NDArray[np.float32]], object] = EnsembleSession.logits,
+        policies: Mapping[str, Policy] | None = None,
+        pool_bytes: int = 2**30,
+        keyed: Keyed | None = None,
+        warm: Callable[[Session, Rows], object] = lambda session, row: session.run(0, row),
     ):
         """Nothing is loaded yet.
 
@@ -53,14 +106,22 @@ class Ensembles:
             providers: what the members run on.
             default: the ensemble that answers when none is named; None: the one that was activated last.
             threads: that run members.
-            warm: is called with each new session and one black image, before the session serves.
+            policies: what is open, by name; see policy.of.
+            pool_bytes: memory for single networks of one ensemble.
+            keyed: draws for the mode of that name.
+            warm: is called with each new session and a black image, before the session serves.
         """
         self._store = store
         self._threads = threads
+        self._policies = policies or {}
+        self._pool_bytes = pool_bytes
+        self._keyed = keyed
         self._warm = warm
         self._providers: ProviderChoice = providers
         self._default = default
-        self._served = _Served({}, None)
+        self._unknown: set[str] = set()  # names in policies that were told of
+        self._known: dict[tuple[str, int], Known] = {}  # by version
+        self._served = _Served({}, set(), None)
         self._refused: dict[str, _Refused] = {}
         self._looked = threading.Event()
         self._stop = threading.Event()
@@ -68,17 +129,28 @@ class Ensembles:
     def refresh(self) -> None:
         """Load what was activated since; a version that cannot be served is said once, and the old one goes on."""
         try:
-            loaded: dict[str, EnsembleSession] = {}
+            loaded: dict[str, Ensemble] = {}
             activated: dict[str, float] = {}
             for name in self._store.names():
-                if (session := self._refreshed(name, activated)) is not None:
-                    loaded[name] = session
-            latest = max((n for n in loaded if n in activated), key=lambda n: activated[n], default=None)
-            self._served = _Served(loaded, latest)
+                if (ensemble := self._refreshed(name, activated)) is not None:
+                    loaded[name] = ensemble
+            closed = policy.closed(
+                {name: self._know(name, loaded.get(name)) for name in self._store.names()}, self._policies
+            )
+            for name in self._policies.keys() - set(self._store.names()) - {"*", *self._unknown}:
+                log.error(
+                    "MODEPATH_POLICIES names %r, which the store does not hold; nothing follows that policy.", name
+                )
+                self._unknown.add(name)
+            for name in sorted(closed - self._served.closed):
+                log.warning("%s answers nobody: it shares networks with an ensemble that the policy defends", name)
+            open_ones = [name for name in loaded if name in activated and name not in closed]
+            latest = max(open_ones, key=lambda name: activated[name], default=None)
+            self._served = _Served(loaded, closed, latest)
         finally:
             self._looked.set()
 
-    def _refreshed(self, name: str, activated: dict[str, float]) -> EnsembleSession | None:
+    def _refreshed(self, name: str, activated: dict[str, float]) -> Ensemble | None:
         current = self._served.loaded.get(name)
         try:
             number = self._store.active(name)
@@ -90,9 +162,9 @@ class Ensembles:
             # What was refused is looked at again when it is activated anew, or now and then: hashing it costs.
             if refused is not None and refused.activated == activated[name] and time.monotonic() < refused.again:
                 return current
-            session = self._open(name, number)
+            ensemble = self.open(name, number)
             self._refused.pop(name, None)
-            return session
+            return ensemble
         except Exception as error:  # ONNX Runtime's share no base class, and one ensemble must not stop the others
             before = self._refused.get(name)
             if before is None or before.why != str(error):
@@ -101,6 +173,24 @@ class Ensembles:
             pause = min(2 * before.pause, MAX_PAUSE) if before else FIRST_PAUSE
             self._refused[name] = _Refused(str(error), activated.get(name), pause, time.monotonic() + pause)
             return current
+
+    def _know(self, name: str, loaded: Ensemble | None) -> Known | None:
+        """Of a defended ensemble all versions count, active or not: whoever had one of them answered from it."""
+        defended = policy.of(name, self._policies).defended
+        numbers = self._store.versions(name) if defended else [loaded.manifest.version] if loaded else []
+        try:
+            for number in numbers:
+                if (name, number) not in self._known:
+                    version = self._store.load(name, number)
+                    bank = version.manifest.bank
+                    networks = bank.points if bank else len(version.manifest.members)
+                    self._known[name, number] = Known(lineage.marks(version), networks)
+        except Exception:  # whatever it is: who shares networks with it is not known then
+            log.exception("the networks of %s could not be read", name)
+            return None
+        mine = [self._known[name, number] for number in numbers]
+        marks = frozenset[bytes]().union(*(one.marks for one in mine))
+        return Known(marks, max((one.networks for one in mine), default=0))
 
     def follow(self, seconds: float) -> None:
         """Refresh in the background, at once and then every so often, until `close`."""
@@ -118,20 +208,25 @@ class Ensembles:
         """None when a request could be answered now."""
         if not self._looked.is_set():
             return "The ensembles are being loaded; ask again in a moment."
-        loaded = self._served.loaded
-        if not loaded:
+        loaded, closed = self._served.loaded, self._served.closed
+        if not loaded.keys() - closed:
+            if closed & loaded.keys():
+                return "No ensemble may answer: all share networks with one that the policy defends, and that is not loaded."
             if self._refused:
                 return f"No ensemble can be served: {'; '.join(one.why for one in self._refused.values())}"
             return f"The store {self._store.root} holds no active ensemble. Train one: python -m training.fge; it is picked up by itself."
         if self._default is not None and self._default not in loaded:
             return f"The default ensemble {self._default!r} (MODEPATH_DEFAULT) is not in the store {self._store.root}."
+        if self._default is not None and self._default in closed:
+            return policy.CLOSED.format(self._default)
         return None
 
-    def get(self, name: str | None) -> EnsembleSession:
+    def get(self, name: str | None) -> Ensemble:
         """The ensemble of that name, or the default one.
 
         Raises:
             NotReadyError: nothing is loaded.
+            ForbiddenError: it shares networks with a defended one.
             UnknownEnsembleError: no such ensemble.
         """
         served = self._served
@@ -144,8 +239,10 @@ class Ensembles:
         found = served.loaded.get(name or "")
         if found is None:
             raise UnknownEnsembleError(
-                f"No ensemble {(name or '')[:80]!r} is served. Served: {', '.join(sorted(served.loaded)) or 'none'}."
+                f"No ensemble {(name or '')[:80]!r} is served. Served: {', '.join(one.manifest.name for one in self.all()) or 'none'}."
             )
+        if found.manifest.name in served.closed:
+            raise ForbiddenError(policy.CLOSED.format(found.manifest.name))
         return found
 
     @property
@@ -153,20 +250,52 @@ class Ensembles:
         """Who answers when nobody is named: the setting, else the one that was activated last."""
         return self._default or self._served.latest
 
-    def all(self) -> list[EnsembleSession]:
-        """Every loaded ensemble, by name."""
-        loaded = self._served.loaded
-        return [loaded[name] for name in sorted(loaded)]
+    def all(self) -> list[Ensemble]:
+        """Every ensemble that answers, by name."""
+        served = self._served
+        return [served.loaded[name] for name in sorted(served.loaded.keys() - served.closed)]
 
-    def _open(self, name: str, number: int) -> EnsembleSession:
+    def open(self, name: str, number: int) -> Ensemble:
+        """Make one version ready, whether it is active or not."""
         version = self._store.load(name, number)
         self._store.verify(version)
-        session = EnsembleSession(version.folder, version.manifest, self._providers, self._threads)
-        self._warm(session, np.zeros((1, *version.manifest.input.shape), np.float32))
+        found, providers = policy.of(name, self._policies), list[str]()
+        sessions: dict[Mode, Session] = {}
+        draws: dict[Mode, Draw] = {}
+        pool = None
+        if "average" in found.modes:
+            members = EnsembleSession(version.folder, version.manifest, self._providers, self._threads)
+            sessions["average"], providers = Average(members), members.providers
+        alone: list[Mode] = [mode for mode in found.modes if mode != "average"]
+        if alone:
+            source = pools.source(version, self._providers)
+            order = self._keyed.order(source.count) if self._keyed and "keyed" in alone else None
+            pool = Pool(source, self._pool_bytes, order)
+            providers = pool[0].session.providers
+            if source.count == 1:
+                log.warning("%s has one network: every query is answered by it, whatever its modes", version.name)
+            each = OneEach(self._threads or default_threads())
+            for mode in alone:
+                sessions[mode], draws[mode] = each, self._draw(mode)
+            log.info("%s: %d of %d networks ready, %d MiB", version.name, len(pool), source.count, pool.bytes >> 20)
+        ensemble = Ensemble(version.manifest, found, providers, sessions, pool, draws)
+        image = np.zeros((1, *version.manifest.input.shape), np.float32)
+        for mode in found.modes:
+            self._warm(sessions[mode], ensemble.rows(mode, image))
         log.info(
-            "serving %s: %d members on %s", version.name, len(version.manifest.members), ", ".join(session.providers)
+            "serving %s: %d members on %s, %s",
+            version.name,
+            len(version.manifest.members),
+            ", ".join(providers),
+            ", ".join(found.modes),
         )
-        return session
+        return ensemble
+
+    def _draw(self, mode: Mode) -> Draw:
+        if mode == "random":
+            return at_random
+        assert self._keyed is not None, "whoever opens `keyed` gives a key"
+        return self._keyed
 
     def _follow(self, seconds: float) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 ServiceError
 ├── BadRequestError        400  malformed or invalid input
+├── ForbiddenError         403  the operator's policy does not open it
 ├── NoRouteError           404  no such address, or 405: not with this method
 ├── UnknownEnsembleError   404  no ensemble of that name is served
 ├── SlowBodyError          408  the body stopped coming
@@ -31,6 +32,13 @@ class BadRequestError(ServiceError):
 
     status = 400
     reason = "bad_request"
+
+
+class ForbiddenError(ServiceError):
+    """The operator's policy does not open it."""
+
+    status = 403
+    reason = "forbidden"
 
 
 class NoRouteError(ServiceError):

@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, multiproces
 from models_store.manifest import Manifest  # noqa: E402
 from service.batching import Answer  # noqa: E402
 from service.errors import ServiceError  # noqa: E402
+from service.policy import Mode  # noqa: E402
 
 prometheus_client.disable_created_metrics()  # they would double the series
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -46,6 +47,7 @@ _ROW = {
     "confidence": _histogram("confidence_ratio", "probability of the top class", RATIO),
 }
 _ENTROPIES = {"predictive_entropy", "expected_entropy", "mutual_information"}
+_OF_ONE = [(name, _ROW[name]) for name in ("predictive_entropy", "confidence")]  # what a network by itself has
 _members_used = _histogram("members_used", "members that answered a row", MEMBERS)
 _TIMES = {
     "decode": _histogram("decode_seconds", "from the body's bytes to an array", SECONDS),
@@ -57,22 +59,31 @@ _predictions = Counter("modepath_predictions", "rows answered", [*LABELS, "class
 _refused = Counter("modepath_refused", "requests that were refused", ["reason"], registry=_own)
 
 
-def answered(manifest: Manifest, mode: str, answer: Answer, decode_seconds: float, reply_seconds: float) -> None:
-    """Count one request that was answered."""
+def answered(
+    manifest: Manifest, mode: Mode, answer: Answer, decode_seconds: float, reply_seconds: float, *, each: bool = True
+) -> None:
+    """Count one request that was answered. Without `each`, nothing that tells one answer from another but its class:
+
+    a histogram's sum before and after one query is that query's own number.
+    """
     labels = (manifest.name, mode)
     prediction = answer.prediction
+    labels_of_rows: list[int] = prediction.label.tolist()
+    for label in labels_of_rows:
+        _predictions.labels(*labels, manifest.classes[label]).inc()
+    if not each:
+        return
     to_ratio = 1 / math.log(len(manifest.classes)) if len(manifest.classes) > 1 else 0.0
-    for measure, histogram in _ROW.items():
+    for measure, histogram in _ROW.items() if mode == "average" else _OF_ONE:
         child = histogram.labels(*labels)
         scale = to_ratio if measure in _ENTROPIES else 1.0
         values: list[float] = getattr(prediction, measure).tolist()
         for value in values:
             child.observe(value * scale)
-    used = _members_used.labels(*labels)
-    labels_of_rows: list[int] = prediction.label.tolist()
-    for label in labels_of_rows:
-        used.observe(len(manifest.members))
-        _predictions.labels(*labels, manifest.classes[label]).inc()
+    if mode == "average":
+        used = _members_used.labels(*labels)
+        for _ in labels_of_rows:
+            used.observe(len(manifest.members))
     spent = {
         "decode": decode_seconds,
         "queue": answer.queue_seconds,

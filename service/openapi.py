@@ -11,6 +11,7 @@ from pydantic.json_schema import JsonSchemaMode
 
 from models_store.manifest import Manifest
 from service.bodies import ENCODED, JSON, NPY
+from service.policy import Mode
 from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PredictRequest, PredictResponse, Status
 
 _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
@@ -20,6 +21,7 @@ _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
 )  # fmt: skip
 REFUSALS = {
     400: "malformed or invalid",
+    403: "not open here, by the operator's policy",
     404: "no such ensemble or address",
     408: "the body stopped coming",
     413: "too large",
@@ -31,9 +33,11 @@ REFUSALS = {
 }
 
 
-def document(served: Sequence[Manifest], max_rows: int, *, has_metrics: bool) -> dict[str, Any]:
-    """OpenAPI 3.1. `served` are the ensembles' manifests."""
+def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *, has_metrics: bool) -> dict[str, Any]:
+    """OpenAPI 3.1. `served` are the ensembles' manifests, `modes` those that some of them open."""
     schemas = dict(_schemas())
+    for name in ("Options", "PredictRequest"):
+        schemas[name] = _with_modes(schemas[name], modes)
     schemas["PredictRequest"] = _either(schemas["PredictRequest"], served, max_rows)
     predict = {
         "summary": "Classify images",
@@ -88,6 +92,11 @@ def _schemas() -> dict[str, dict[str, Any]]:
         [(shape, mode, TypeAdapter(shape)) for shape, mode in _SHAPES], ref_template="#/components/schemas/{model}"
     )
     return found["$defs"]
+
+
+def _with_modes(schema: dict[str, Any], modes: Sequence[Mode]) -> dict[str, Any]:
+    mode = {**schema["properties"]["mode"], "anyOf": [{"type": "string", "enum": list(modes)}, {"type": "null"}]}
+    return {**schema, "properties": {**schema["properties"], "mode": mode}}
 
 
 def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -> dict[str, Any]:

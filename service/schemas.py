@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
 from models_store.manifest import Manifest, Scores
-from models_store.uncertainty import Floats, Prediction
-
-Mode = Literal["average"]
+from service.batching import Answer
+from service.policy import Mode, Policy
 
 
 class Options(BaseModel):
@@ -21,7 +22,11 @@ class Options(BaseModel):
     ensemble: str | None = Field(
         default=None, max_length=64, description="which ensemble answers (default: the service's)"
     )
-    mode: Mode = Field(default="average", description="how the members answer")
+    mode: Mode | None = Field(
+        default=None,
+        description="average: all members together; random: a network of its own for each image; keyed: the same, but the same "
+        "image gets the same network for a while (default: the first one that is open)",
+    )
     members: bool = Field(default=False, description="also give each member's probabilities")
 
 
@@ -50,9 +55,10 @@ class RowPrediction(TypedDict):
 
     label: int
     class_name: str
-    confidence: float
-    probs: list[float]
-    uncertainty: Uncertainty
+    confidence: NotRequired[float]
+    probs: NotRequired[Annotated[list[float], Field(description="rounded, or left out, as the operator has it")]]
+    uncertainty: NotRequired[Annotated[Uncertainty, Field(description="only in `average`")]]
+    point: NotRequired[Annotated[int, Field(description="which network answered; only where the operator shows it")]]
     members: NotRequired[Annotated[list[list[float]], Field(description="only when asked: (members, classes)")]]
 
 
@@ -62,9 +68,21 @@ class PredictResponse(TypedDict):
     ensemble: str
     version: int
     mode: Mode
-    members_used: int
+    members_used: NotRequired[Annotated[int, Field(description="only in `average`")]]
     request_id: str
     predictions: list[RowPrediction]
+
+
+class PoolInfo(BaseModel):
+    """Single networks that are ready to answer, in each worker."""
+
+    mebibytes: int = Field(
+        description="of memory, about; where the ensemble is defended, what they may take at most, because what they take tells how many there are"
+    )
+    networks: int | None = Field(
+        description="null where the ensemble is defended: how many there are helps an attacker"
+    )
+    of: int | None = Field(description="that the ensemble has; those that are not ready take turns")
 
 
 class EnsembleInfo(BaseModel):
@@ -73,12 +91,14 @@ class EnsembleInfo(BaseModel):
     name: str
     version: int
     method: str
-    members: int
+    members: int | None = Field(description="null where the ensemble is defended")
     input_shape: tuple[int, int, int]
     resize: str
     classes: list[str]
     validation: Scores | None
     providers: list[str]
+    modes: list[Mode]
+    pool: PoolInfo | None
     default: bool
 
 
@@ -101,33 +121,38 @@ class ErrorBody(BaseModel):
 
 
 def respond(
-    manifest: Manifest, request_id: str, mode: Mode, prediction: Prediction, member_probs: Floats | None
+    manifest: Manifest,
+    request_id: str,
+    mode: Mode,
+    answer: Answer,
+    policy: Policy,
+    *,
+    members: bool,
+    points: Sequence[int] = (),
 ) -> PredictResponse:
-    """Put arrays into the response. `member_probs` is (members, batch, classes), or None when not asked for."""
-    labels: list[int] = prediction.label.tolist()
-    rows: list[RowPrediction] = [
-        {
-            "label": label,
-            "class_name": manifest.classes[label],
-            "confidence": confidence,
-            "probs": probs,
-            "uncertainty": {
+    """Put arrays into the response: what the policy shows of them. `points` are the networks of the rows, where each has its own."""
+    rows = _rows(manifest.classes, answer, policy.digits(mode))
+    if mode != "average":
+        if policy.point:
+            for row, point in zip(rows, points, strict=True):
+                row["point"] = point
+        return {
+            "ensemble": manifest.name, "version": manifest.version, "mode": mode, "request_id": request_id, "predictions": rows,
+        }  # fmt: skip
+    if policy.shows_uncertainty:
+        prediction = answer.prediction
+        for row, predictive_entropy, expected_entropy, mutual_information, disagreement in zip(
+            rows, prediction.predictive_entropy.tolist(), prediction.expected_entropy.tolist(),
+            prediction.mutual_information.tolist(), prediction.disagreement.tolist(), strict=True,
+        ):  # fmt: skip
+            row["uncertainty"] = {
                 "predictive_entropy": predictive_entropy,
                 "expected_entropy": expected_entropy,
                 "mutual_information": mutual_information,
                 "disagreement": disagreement,
-            },
-        }
-        for (
-            label, confidence, probs, predictive_entropy, expected_entropy, mutual_information, disagreement,
-        ) in zip(
-            labels, prediction.confidence.tolist(), prediction.mean_probs.tolist(),
-            prediction.predictive_entropy.tolist(), prediction.expected_entropy.tolist(),
-            prediction.mutual_information.tolist(), prediction.disagreement.tolist(), strict=True,
-        )
-    ]  # fmt: skip
-    if member_probs is not None:
-        for row, probs in zip(rows, member_probs.transpose(1, 0, 2).tolist(), strict=True):
+            }
+    if members:
+        for row, probs in zip(rows, answer.member_probs.transpose(1, 0, 2).tolist(), strict=True):
             row["members"] = probs
     return {
         "ensemble": manifest.name,
@@ -139,17 +164,43 @@ def respond(
     }
 
 
-def describe(manifest: Manifest, providers: list[str], *, is_default: bool) -> EnsembleInfo:
+def _rows(classes: list[str], answer: Answer, digits: Literal["exact", "none"] | int) -> list[RowPrediction]:
+    labels: list[int] = answer.prediction.label.tolist()
+    if digits == "none":
+        return [{"label": label, "class_name": classes[label]} for label in labels]
+    probs, confidence = answer.prediction.mean_probs, answer.prediction.confidence
+    if digits != "exact":
+        probs, confidence = probs.round(digits), confidence.round(digits)
+    return [
+        {"label": label, "class_name": classes[label], "confidence": sure, "probs": one}
+        for label, sure, one in zip(labels, confidence.tolist(), probs.tolist(), strict=True)
+    ]
+
+
+def padded(reply: bytes, manifest: Manifest, policy: Policy, mode: Mode, rows: int) -> bytes:
+    """The answer with blanks behind it, so that its length tells nothing of what is in it: of a network by itself, not even that."""
+    digits = policy.digits(mode)
+    number = {"none": 0, "exact": 25}.get(str(digits)) if isinstance(digits, str) else digits + 4  # with its comma
+    name = max(len(orjson.dumps(one)) for one in manifest.classes)
+    row = 100 + name + (len(manifest.classes) + 1) * (number or 0)
+    return reply.ljust(200 + len(manifest.name) + rows * row)
+
+
+def describe(
+    manifest: Manifest, providers: list[str], policy: Policy, pool: PoolInfo | None, *, is_default: bool
+) -> EnsembleInfo:
     """What `/ensembles` shows."""
     return EnsembleInfo(
         name=manifest.name,
         version=manifest.version,
         method=manifest.method,
-        members=len(manifest.members),
+        members=None if policy.defended else len(manifest.members),
         input_shape=manifest.input.shape,
         resize=manifest.input.resize,
         classes=manifest.classes,
         validation=manifest.validation,
         providers=providers,
+        modes=list(policy.modes),
+        pool=pool,
         default=is_default,
     )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from functools import cache
 from pathlib import Path
+from typing import Self
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models_store.runtime import ProviderChoice, available_cores
 from models_store.store import default_root
+from service.policy import Policy
+
+KEY_BYTES = 16
 
 
 class Settings(BaseSettings):
@@ -37,6 +43,22 @@ class Settings(BaseSettings):
         description="threads of a worker that run members",
     )
 
+    policies: dict[str, Policy] = Field(
+        default_factory=lambda: {}, description="by ensemble, * for all others, as JSON; see service/policy.py"
+    )
+    pool_bytes: int = Field(
+        default=2**30, gt=0, description="memory for single networks of one ensemble, in each worker"
+    )
+    key: SecretStr | None = Field(default=None, description="of `keyed`; default: a new one at each start")
+    key_file: Path | None = Field(default=None, description="a file that holds it")
+    key_seconds: float = Field(default=3600, gt=0, description="after which it turns")
+    key_rows: int | None = Field(default=None, gt=0, description="after so many rows, too; each worker counts its own")
+
+    caller_header: str | None = Field(
+        default=None,
+        description="in which an authenticating proxy names the caller, overwriting what clients send: `keyed` then draws for each caller apart",
+    )
+
     max_body_bytes: int = Field(default=16 * 2**20, gt=0)
     max_rows: int = Field(default=1024, gt=0, description="images in one request")
     max_pixels: int = Field(default=2**24, gt=0, description="pixels of the encoded images of one request")
@@ -51,6 +73,30 @@ class Settings(BaseSettings):
     queue_rows: int = Field(default=4096, gt=0, description="rows that may wait; beyond: 429")
     queue_seconds: float = Field(default=2, gt=0, description="how long a request may wait; beyond: 429 or 503")
     held_bytes: int = Field(default=256 * 2**20, gt=0, description="bodies, and again decoded images, held at once")
+
+    def secret(self) -> bytes:
+        """The key of `keyed`."""
+        if self.key_file is not None:
+            return self.key_file.read_bytes().strip()
+        assert self.key is not None, "share_key gave one to this process's parent"
+        return self.key.get_secret_value().encode()
+
+    @model_validator(mode="after")
+    def _long_key(self) -> Self:
+        given = self.key is not None or self.key_file is not None
+        if given and len(self.secret()) < KEY_BYTES:  # an empty one, too: it is often a variable that was not set
+            raise ValueError(f"the key has less than {KEY_BYTES} bytes; make one with: openssl rand -hex 32")
+        if self.key_rows is not None and self.workers > 1:
+            raise ValueError(
+                "key_rows needs one worker: each counts its own rows, so that several would give several answers"
+            )
+        return self
+
+
+def share_key() -> None:
+    """In the process that starts the workers: give them one key, where the operator has none, so that they answer alike."""
+    if settings().key is None and settings().key_file is None:
+        os.environ["MODEPATH_KEY"] = secrets.token_hex(KEY_BYTES)
 
 
 def workers_for(cores: int) -> int:

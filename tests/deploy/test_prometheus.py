@@ -1,7 +1,6 @@
 """A real Prometheus reads a real service of several workers, by the configuration that is deployed."""
 
 import shutil
-import socket
 import subprocess
 import time
 
@@ -12,16 +11,11 @@ import yaml
 
 from service.client import Client
 from tests.onnx_members import SHAPE, publish
-from tests.service.conftest import ROOT
+from tests.service.conftest import ROOT, free_port
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="Debian's package prometheus is not installed"
 )
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def test_it_sums_the_workers_and_accepts_the_rules(store, serve, tmp_path):

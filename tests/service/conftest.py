@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import socket
@@ -19,13 +20,28 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
+def free_port():
+    """On which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def workers_of(server):
+    """Its workers' processes, as psutil has them."""
+    psutil = pytest.importorskip("psutil")  # comes with bentoml
+    found = []
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie counts as none
+            if "--worker-id" in child.cmdline():
+                found.append(child)
+    return found
+
+
 class Server:
     """A real `bentoml serve` of a store, or of an unpacked bento with its own."""
 
     def __init__(self, store, folder, bento=None, **environment):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"serve-{port}.log"
         inherited = {name: value for name, value in os.environ.items() if name != "MODELS_STORE"}

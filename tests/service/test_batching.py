@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models_store.uncertainty import combine, softmax
-from service.batching import Batcher, QueueLimits
+from service.batching import Batcher, QueueLimits, Rows
 from service.errors import BrokenEnsembleError, QueueFullError, QueueTimeError
 
 LIMITS = QueueLimits(batch_rows=8, batch_seconds=10, rows=100, bytes=10**9, seconds=10)
@@ -38,8 +38,14 @@ class Ensemble:
         self.sizes = []
         self.parts = [Part(number, self) for number in range(members)]
 
-    def joined(self, logits):
-        return np.concatenate(logits)
+    def tasks(self, rows):
+        return len(self.parts)
+
+    def run(self, task, rows):
+        return self.parts[task].logits(rows.images)
+
+    def joined(self, results):
+        return np.concatenate(results)
 
     def probs(self, logits):
         return softmax(logits)
@@ -47,13 +53,13 @@ class Ensemble:
     def combine(self, member_probs):
         return combine(member_probs, np.full(len(self.parts), 1 / len(self.parts)))
 
-    def expected(self, images):
+    def expected(self, rows):
         with np.errstate(all="ignore"):
-            return softmax(self.joined([part.logits(images) for part in self.parts]))
+            return softmax(self.joined([part.logits(rows.images) for part in self.parts]))
 
 
 def rows(*values):
-    return np.array(values, np.float32).reshape(-1, 1, 1, 1)
+    return Rows(np.array(values, np.float32).reshape(-1, 1, 1, 1))
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_options_come_in_the_json_body_or_in_the_query():
     ):
         assert (asked.options.ensemble, asked.options.mode, asked.options.members) == ("a", "average", True)
     plain = read_request("application/x-npy", [], npy()).options
-    assert (plain.ensemble, plain.mode, plain.members) == (None, "average", False)
+    assert (plain.ensemble, plain.mode, plain.members) == (None, None, False)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_options_come_in_the_json_body_or_in_the_query():
         (b'{"inputs": null}', "either `inputs` or `images`"),
         (b'{"inputs": [], "extra": 1}', "'extra'"),
         (b'{"inputs": {"a": 1}}', "'inputs'"),
-        (b'{"inputs": [], "mode": "random"}', "'mode'"),
+        (b'{"inputs": [], "mode": "any"}', "'mode'"),
         (b'{"inputs": [], "members": "yes"}', "'members'"),
         (b'{"inputs": [], "members": 1}', "'members'"),
         (b'{"inputs": [], "ensemble": 5}', "'ensemble'"),
@@ -114,7 +114,7 @@ def test_a_colon_in_a_name_is_no_duplicate():
     [
         ([("extra", "1")], "'extra'"),
         ([("members", "perhaps")], "'members'"),
-        ([("mode", "random")], "'mode'"),
+        ([("mode", "any")], "'mode'"),
         ([("members", "true"), ("members", "false")], "given twice"),
     ],
 )

@@ -3,7 +3,9 @@ import os
 import pytest
 
 from service.ensemble import Ensembles
-from service.errors import NotReadyError, UnknownEnsembleError
+from service.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
+from service.policy import Policy
+from tests import onnx_members
 from tests.onnx_members import publish
 
 
@@ -103,18 +105,20 @@ def test_a_provider_that_is_asked_for_and_missing_is_told(store):
 def test_each_new_session_is_warmed_before_it_serves(store):
     publish(store, "a")
     warmed = []
-    ensembles = Ensembles(store, "cpu", None, warm=lambda session, image: warmed.append((session, image.shape)))
+    ensembles = Ensembles(store, "cpu", None, warm=lambda session, row: warmed.append((session, row.images.shape)))
     ensembles.refresh()
     ensembles.refresh()
-    assert warmed == [(ensembles.get("a"), (1, 1, 4, 4))]
+    assert warmed == [(ensembles.get("a").sessions["average"], (1, 1, 4, 4))]
 
 
 def test_an_ensemble_that_fails_in_an_unknown_way_stops_no_other(store, caplog):
+    warmed = []
     publish(store, "a")
     publish(store, "b")
 
-    def warm(session, image):
-        if session.manifest.name == "a":
+    def warm(session, row):
+        if not warmed:
+            warmed.append(session)
             raise RuntimeError("out of something")
 
     ensembles = Ensembles(store, "cpu", None, warm=warm)
@@ -128,7 +132,7 @@ def test_what_was_refused_is_not_hashed_at_every_look_but_tried_again_later(stor
     publish(store, "a")
     tries = []
 
-    def warm(session, image):
+    def warm(session, row):
         tries.append(session)
         if len(tries) < 3:
             raise RuntimeError("not yet")
@@ -147,3 +151,39 @@ def test_what_was_refused_is_not_hashed_at_every_look_but_tried_again_later(stor
     os.utime(store.root / "a" / "active", (2e9, 2e9))  # activated anew
     ensembles.refresh()
     assert ensembles.get("a").manifest.version == 1
+
+
+DEFENDED = {"path": Policy(modes=("random",))}
+
+
+@pytest.mark.parametrize("harm", ["not active", "fails to load", "an older version", "unreadable"])
+def test_relatives_of_a_defended_ensemble_answer_nobody_whatever_became_of_it(store, harm):
+    path = publish(store, "path", bank=onnx_members.bank(points=4))
+    publish(store, "ends", seeds=(0, 9))
+    publish(store, "free", seeds=(20, 21))
+    if harm == "not active":
+        (store.root / "path" / "active").unlink()
+    elif harm == "fails to load":
+        (path.folder / "members/001.onnx").write_bytes(b"")
+    elif harm == "an older version":
+        publish(store, "path", seeds=(30, 31))
+    else:
+        (path.folder / "manifest.json").write_text("{}")
+    ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
+    ensembles.refresh()
+    with pytest.raises(ForbiddenError):
+        ensembles.get("ends")
+    assert "ends" not in [one.manifest.name for one in ensembles.all()]
+    if harm == "unreadable":
+        with pytest.raises(ForbiddenError):
+            ensembles.get("free")
+    else:
+        assert ensembles.get("free").mode(None) == "average"
+
+
+def test_a_policy_for_nobody_is_told(store, caplog):
+    publish(store, "a")
+    ensembles = Ensembles(store, "cpu", None, policies={"A": Policy(modes=("random",))})
+    for _ in range(2):
+        ensembles.refresh()
+    assert len([r for r in caplog.records if "names 'A'" in r.message]) == 1

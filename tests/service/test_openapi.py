@@ -13,7 +13,7 @@ def served(store):
 
 
 def document(served=(), **options):
-    return openapi.document(served, 5, **{"has_metrics": True, **options})
+    return openapi.document(served, ["average"], 5, **{"has_metrics": True, **options})
 
 
 def test_it_names_every_route_and_method():

@@ -1,17 +1,22 @@
 import numpy as np
+import pytest
 from pydantic import TypeAdapter
 
 from models_store.uncertainty import combine
+from service.batching import Answer
+from service.policy import Policy
 from service.schemas import EnsembleInfo, PredictResponse, Uncertainty, describe, respond
 from tests.onnx_members import publish
 
 probs = np.random.default_rng(0).dirichlet(np.ones(3), size=(3, 4))
 prediction = combine(probs, np.full(3, 1 / 3))
+ANSWER = Answer(probs, prediction, 0.1, 0.2)
+ALONE = Answer(probs[:1], combine(probs[:1], np.ones(1)), 0.1, 0.2)
 
 
 def test_each_row_carries_its_own_numbers(store):
     manifest = publish(store, "a").manifest
-    answer = respond(manifest, "id", "average", prediction, probs)
+    answer = respond(manifest, "id", "average", ANSWER, Policy(), members=True)
     assert len(answer["predictions"]) == 4
     for i, row in enumerate(answer["predictions"]):
         assert row["probs"] == prediction.mean_probs[i].tolist()
@@ -24,14 +29,40 @@ def test_each_row_carries_its_own_numbers(store):
 
 def test_the_answer_is_what_the_schema_says(store):
     manifest = publish(store, "a").manifest
-    for member_probs in (None, probs):
-        answer = respond(manifest, "id", "average", prediction, member_probs)
+    for members in (False, True):
+        answer = respond(manifest, "id", "average", ANSWER, Policy(), members=members)
         assert TypeAdapter(PredictResponse).validate_python(answer, strict=True, extra="forbid") == answer
 
 
 def test_members_are_absent_unless_asked(store):
-    answer = respond(publish(store, "a").manifest, "id", "average", prediction, None)
+    answer = respond(publish(store, "a").manifest, "id", "average", ANSWER, Policy(), members=False)
     assert "members" not in answer["predictions"][0]
+
+
+@pytest.mark.parametrize("mode", ["random", "keyed"])
+def test_a_network_by_itself_tells_neither_uncertainty_nor_how_many_there_are_nor_which_it_is(store, mode):
+    answer = respond(
+        publish(store, "a").manifest, "id", mode, ALONE, Policy(modes=(mode,)), members=False, points=[3] * 4
+    )
+    assert TypeAdapter(PredictResponse).validate_python(answer, strict=True, extra="forbid") == answer
+    assert set(answer) == {"ensemble", "version", "mode", "request_id", "predictions"}
+    for i, row in enumerate(answer["predictions"]):
+        assert set(row) == {"label", "class_name", "confidence", "probs"}
+        assert row["probs"] == [round(p, 2) for p in probs[0, i].tolist()]
+        assert row["confidence"] == max(row["probs"])
+
+
+def test_the_operator_may_show_labels_only_or_all_digits_or_the_point(store):
+    manifest = publish(store, "a").manifest
+    for shown, fields in (("none", {"label", "class_name"}), (1, {"label", "class_name", "confidence", "probs"})):
+        for mode, answer in (("random", ALONE), ("average", ANSWER)):
+            policy = Policy(modes=(mode,), probabilities=shown, uncertainty=False)
+            rows = respond(manifest, "id", mode, answer, policy, members=False)["predictions"]
+            assert all(set(row) == fields for row in rows)
+    policy = Policy(modes=("random",), probabilities="exact", point=True)
+    rows = respond(manifest, "id", "random", ALONE, policy, members=False, points=[5, 0, 1, 5])["predictions"]
+    assert [row["point"] for row in rows] == [5, 0, 1, 5]
+    assert rows[2]["probs"] == probs[0, 2].tolist()
 
 
 def test_every_uncertainty_field_is_a_measure():
@@ -39,6 +70,7 @@ def test_every_uncertainty_field_is_a_measure():
 
 
 def test_clients_see_a_whitelist_only(store):
-    shown = describe(publish(store, "a").manifest, ["CPUExecutionProvider"], is_default=True).model_dump()
+    manifest = publish(store, "a").manifest
+    shown = describe(manifest, ["CPUExecutionProvider"], Policy(), None, is_default=True).model_dump()
     assert set(shown) == set(EnsembleInfo.model_fields)
     assert not {"provenance", "files", "network", "created"} & set(shown)

@@ -34,3 +34,19 @@ def test_the_readme_names_every_setting():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     names = {f"MODEPATH_{name.upper()}" for name in Settings.model_fields} - {"MODEPATH_STORE"}
     assert not {name for name in names if name not in readme}
+
+
+def test_an_empty_or_short_key_is_refused(monkeypatch):
+    for key in ("", "short"):
+        monkeypatch.setenv("MODEPATH_KEY", key)
+        with pytest.raises(ValidationError, match="openssl rand"):
+            Settings()
+    monkeypatch.setenv("MODEPATH_KEY", "a key of sixteen bytes")
+    assert Settings().secret() == b"a key of sixteen bytes"
+
+
+def test_rows_turn_the_key_of_one_worker_only(monkeypatch):
+    monkeypatch.setenv("MODEPATH_KEY_ROWS", "100")
+    monkeypatch.setenv("MODEPATH_WORKERS", "2")
+    with pytest.raises(ValidationError, match="one worker"):
+        Settings()

@@ -1,10 +1,8 @@
 """Several workers: their metrics, activations under load, and the death of one."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -18,18 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from models_store.uncertainty import combine, softmax
 from service.client import Client
 from tests.onnx_members import SHAPE, linear, linear_logits, publish
+from tests.service.conftest import free_port, workers_of
 
-psutil = pytest.importorskip("psutil")  # comes with bentoml
 rng = np.random.default_rng(0)
-
-
-def workers_of(server):
-    found = []
-    for child in psutil.Process(server.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie counts as none
-            if "--worker-id" in child.cmdline():
-                found.append(child)
-    return found
 
 
 def metrics_of(url):
@@ -97,8 +86,7 @@ def test_the_metrics_of_four_workers_are_those_of_what_was_sent(store, serve):
 
 def test_metrics_can_have_a_listener_of_their_own(store, serve):
     publish(store, "animals")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = serve(store, MODEPATH_WORKERS="2", MODEPATH_METRICS_PORT=str(port))
     server.until(200)
     ask(server.url, [rng.random((1, *SHAPE))] * 10)
