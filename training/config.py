@@ -21,6 +21,9 @@ class Config:
     # Fields that change nothing of what is computed; they stay out of the run's hash.
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"log", "fresh", "activate", "workers"})
 
+    # Fields that came after runs had been made without them: where they are off they stay out, so that those runs are still found.
+    LATER: ClassVar[frozenset[str]] = frozenset({"adversarial_epsilon", "adversarial_steps", "adversarial_share"})
+
     name: str | None = None
     """Name to publish under (default: DATASET-METHOD)."""
     dataset: str = "digits"
@@ -50,6 +53,12 @@ class Config:
     """Of the cross-entropy."""
     loss: str | None = None
     """Another loss as package.module:function(logits, labels) -> scalar."""
+    adversarial_epsilon: float = 0.0
+    """Adversarial training: descend on the worst images within this distance of each pixel, in [0, 1]; 0: off."""
+    adversarial_steps: int = 7
+    """Steps in which they are looked for; each costs a forward and a backward pass."""
+    adversarial_share: float = 1.0
+    """Of each batch; the other images stay as they are."""
 
     validation: float = 0.1
     """Share of the training images set aside where the data set has no validation split."""
@@ -102,6 +111,10 @@ class Config:
         for key in ("momentum", "weight_decay", "label_smoothing"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"--{key.replace('_', '-')} must lie in [0, 1); got {getattr(self, key)}.")
+        if not 0 <= self.adversarial_epsilon < 1 or self.adversarial_steps < 1 or not 0 < self.adversarial_share <= 1:
+            raise ConfigError(
+                "--adversarial-epsilon lies in [0, 1), --adversarial-steps is at least 1, --adversarial-share lies in (0, 1]."
+            )
         if self.nesterov and self.momentum == 0:
             raise ConfigError("--nesterov needs --momentum above 0.")
         if self.loss is not None and self.label_smoothing:
@@ -128,8 +141,18 @@ class Config:
 
     def deciding(self) -> dict[str, Any]:
         """What decides the result, as JSON: it names the run and is kept as provenance."""
-        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.INCIDENTAL}
+        fields = [field for field in dataclasses.fields(self) if field.name not in self.INCIDENTAL]
+        record = {
+            f.name: getattr(self, f.name)
+            for f in fields
+            if f.name not in self.LATER or getattr(self, f.name) != f.default
+        }
         return {key: _plain(value) for key, value in record.items()}
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes of a step, in units of a plain one."""
+        return 1 + self.adversarial_steps * self.adversarial_share if self.adversarial_epsilon else 1.0
 
     def data_options(self) -> DataOptions:
         """The part that data.load reads."""

@@ -22,6 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from training import batch_norm, member
+from training.adversary import Adversary
 from training.config import Config
 from training.data import Data, in_order
 from training.errors import ConfigError, DivergenceError
@@ -152,6 +153,7 @@ class _Job:
         # Points between vertices are the same in all processes: their gradients are averaged.
         between = np.random.default_rng(derive(self.config.seed, 0, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
+        adversary = self._adversary(mean, std)
         total, count, i = torch.zeros((), device=device), 0, 0
         self.wrapped.train()
         batches = self.data.train.batches(order, size)
@@ -164,6 +166,8 @@ class _Job:
                 images = images.contiguous(memory_format=torch.channels_last)
 
             def loss_here(images: torch.Tensor = images, labels: torch.Tensor = labels) -> torch.Tensor:
+                if adversary is not None:
+                    images = adversary.attack(self.network, self.loss, images, labels, self.fabric.autocast)
                 return self.loss(self.wrapped(images), labels)
 
             total += steps.take(loss_here, leg.rate(i), between)
@@ -181,6 +185,12 @@ class _Job:
                 f"too high, or the data or loss hold NaN; try {leg.rate_option} a third of what it was. Nothing was published."
             )
         return mean_loss
+
+    def _adversary(self, mean: torch.Tensor, std: torch.Tensor) -> Adversary | None:
+        config = self.config
+        if not config.adversarial_epsilon:
+            return None
+        return Adversary(config.adversarial_epsilon, config.adversarial_steps, config.adversarial_share, mean, std)
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float]:

@@ -99,7 +99,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
             publication.publish(
                 store, config, this_run, network, placed, planned.vertices, planned.points,
                 device=fabric.device, described=hardware.describe(fabric), seconds=seconds,
-                epochs_spent=sum(leg.iterations * leg.passes for leg in planned.legs) / steps,
+                epochs_spent=sum(leg.iterations * leg.passes for leg in planned.legs) / steps * config.passes,
             )  # fmt: skip
         fabric.barrier()
         return store.load(name, store.find_run(name, this_run.identity))

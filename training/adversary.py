@@ -1,0 +1,49 @@
+"""Adversarial training (Madry et al. 2018, eq. 2.1): a step descends on the worst images that gradient ascent finds nearby."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+STEP = 2.5  # steps of this share of the distance could cross it so many times over, as the paper's do
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """Projected gradient ascent in L∞, from a random start."""
+
+    epsilon: float  # how far a pixel may go, in [0, 1]
+    steps: int
+    share: float  # of each batch; the other images stay as they are
+    mean: torch.Tensor  # (1, C, 1, 1): what the images were normalised with
+    std: torch.Tensor
+
+    def attack(
+        self,
+        network: nn.Module,
+        loss: Loss,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> torch.Tensor:
+        """Normalised images, (batch, C, H, W), of which the first so many are moved; no pixel leaves [0, 1]."""
+        count = round(self.share * len(images))
+        clean, labels = images[:count], labels[:count]
+        if not count:
+            return images
+        room = self.epsilon / self.std
+        lowest, highest = -self.mean / self.std, (1 - self.mean) / self.std
+        moved = clean + room * (2 * torch.rand_like(clean) - 1)
+        for _ in range(self.steps):
+            moved = moved.clamp(lowest, highest).detach().requires_grad_()
+            with autocast():
+                worse = loss(network(moved), labels)
+            (gradient,) = torch.autograd.grad(worse, moved)
+            moved = moved.detach() + STEP / self.steps * room * gradient.sign()
+            moved = clean + (moved - clean).clamp(-room, room)
+        return torch.cat([moved.clamp(lowest, highest).detach(), images[count:]])
