@@ -19,8 +19,8 @@ bento: $(VENV)/.installed  ## NAME=…: the service with one published ensemble,
 	@$(PY) -m deploy.bento $(if $(NAME),$(NAME),$(error make bento NAME=…: which ensemble? python -m models_store list))
 
 test: $(VENV)/.installed-dev test-service  ## everything that must hold
-	$(PY) -m pytest --ignore=tests/training
-	$(PY) -m pytest tests/training --numprocesses=auto --maxprocesses=8 --dist=worksteal
+	$(PY) -m pytest --ignore=tests/training --ignore=tests/benchmarks
+	$(PY) -m pytest tests/training tests/benchmarks --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 test-service: $(VENV)-service/.installed  ## the service and the store where torch is not installed
 	$(VENV)-service/bin/python -m pytest tests/service tests/models_store tests/deploy

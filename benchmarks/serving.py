@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 from tabulate import tabulate
@@ -159,19 +160,24 @@ def write_bodies(folder: Path, image: np.ndarray | None = None) -> dict[str, tup
     return {form: (scripts[form], image) for form in texts}
 
 
+def free_port() -> int:
+    """On which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
 def running(arm: Arm) -> Iterator[tuple[str, psutil.Process]]:
-    with socket.socket() as free, tempfile.TemporaryDirectory() as home:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-        free.close()
+    port = str(free_port())
+    with tempfile.TemporaryDirectory() as home:
         scripts = Path(sys.executable).parent
         process = subprocess.Popen(
-            [part.format(port=port) for part in arm.command],
+            [part.replace("{port}", port) for part in arm.command],
             cwd=ROOT,
             env={
                 **os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True",
-                **{name: value.format(port=port) for name, value in arm.environment.items()},
+                **{name: value.replace("{port}", port) for name, value in arm.environment.items()},
             },
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
@@ -184,6 +190,20 @@ def running(arm: Arm) -> Iterator[tuple[str, psutil.Process]]:
             except subprocess.TimeoutExpired:  # LitServe with several workers does not end by itself
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def until_ready(url: str) -> None:
+    """Until the service of `running` answers.
+
+    Raises:
+        SystemExit: it does not, for a minute.
+    """
+    for _ in range(600):
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url.replace("/predict", "/readyz")).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise SystemExit("the service does not become ready")
 
 
 def measure(arm: Arm, bodies: dict[str, tuple[Path, np.ndarray]], args: argparse.Namespace, members: Path) -> None:

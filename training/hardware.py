@@ -39,11 +39,11 @@ def launch(config: Config) -> Fabric:
         )
         fabric.launch()
     if device == "cpu":
-        _keep_memory()
+        keep_memory()
     return fabric
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Let the process keep what tensors free: glibc gives it back at every step, and to fault it in again took a third of a step's time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # another C library has none

@@ -1,0 +1,76 @@
+"""Is the door in this process the running service's own? The same attack through HTTP, on a store of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks import serving
+from benchmarks.defense import arms, blackbox
+from models_store.store import Store, Version
+from models_store.uncertainty import softmax
+from service import pool
+
+AWAY = 1e-5  # of probabilities: in another batch, another rounding
+NEVER = 1e12  # seconds, after which the key turns
+
+
+def over_http(version: Version, images: np.ndarray, labels: np.ndarray, epsilon: float, budget: int) -> dict[str, Any]:
+    """Square against `keyed`, whose key both know, through either door; then answers of `random` beside those of the network that each names."""
+    name = version.manifest.name
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(version.folder, Path(folder) / name / version.folder.name)
+        store = Store(Path(folder))
+        store.activate(name, version.manifest.version)
+        policy = json.dumps({name: {"modes": ["random", "keyed"], "probabilities": "exact", "point": True}})
+        environment = {
+            "MODELS_STORE": folder,
+            "MODEPATH_POLICIES": policy,
+            "MODEPATH_KEY": arms.SECRET.decode(),
+            "MODEPATH_KEY_SECONDS": str(NEVER),
+        }
+        command = ["bentoml", "serve", "--port", "{port}"]
+        with serving.running(serving.Arm("modepath", command, environment)) as (url, _):
+            serving.until_ready(url)
+            doors = (arms.over_http(url, name, "keyed"), arms.door(store, version.name, "keyed"))
+            found = [blackbox.square(door, images, labels, epsilon, budget, 1) for door in doors]
+            fields = {"inputs": images.tolist(), "ensemble": name, "mode": "random"}
+            rows = httpx.post(url, json=fields, timeout=60).raise_for_status().json()["predictions"]
+        source, away = pool.source(store.resolve(version.name), "cpu"), 0.0
+        for image, row in zip(images, rows, strict=True):
+            network = source.open(row["point"])
+            alone = softmax(network.session.logits(image[None]), network.temperature)[0]
+            away = max(away, float(np.abs(alone - row["probs"]).max()))
+    return {
+        "images": len(images),
+        "budget": budget,
+        "alike": bool(np.array_equal(*found)),
+        "answers": doors[0].answers,
+        "random_away": away,
+        "points": len({row["point"] for row in rows}),
+    }
+
+
+def check(found: dict[str, Any]) -> None:
+    """Go on only where both doors are the same.
+
+    Raises:
+        SystemExit: they are not.
+    """
+    if not found["alike"] or found["random_away"] > AWAY:
+        raise SystemExit(f"the running service answers otherwise than the door that is attacked: {told(found)}")
+
+
+def told(found: dict[str, Any]) -> str:
+    """For people."""
+    return (
+        f"Square against `keyed` over HTTP, {found['images']} images, {found['answers']} answers: its images are {'the same' if found['alike'] else 'NOT the same'} "
+        f"as through the door in process. {found['images']} answers of `random` over HTTP came from {found['points']} points and differ from those points' own by at most "
+        f"{found['random_away']:.1g}."
+    )
