@@ -6,6 +6,7 @@ StoreError
 ├── ManifestError          a manifest that does not follow FORMAT.md
 ├── MemberError            an ONNX file that does not follow FORMAT.md, or that gives wrong answers
 ├── CorruptionError        a file that is missing, or whose hash is not the manifest's
+├── LineageError           a network of which nothing can be compared with others
 └── StoreWriteError        the disk is full, or the store cannot be written
 ProviderError              an execution provider that was asked for and is not there
 DecodeError                an image file that cannot become an array
@@ -22,6 +23,10 @@ class InvalidNameError(StoreError):
 
 class EnsembleNotFoundError(StoreError):
     """Nothing of that name, or no such version, is published."""
+
+
+class LineageError(StoreError):
+    """A network of which nothing can be compared with others."""
 
 
 class ManifestError(StoreError):

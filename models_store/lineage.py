@@ -11,6 +11,7 @@ import onnx
 from onnx import numpy_helper
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
+from models_store.errors import LineageError
 from models_store.store import Version
 
 Marks = frozenset[bytes]
@@ -21,8 +22,11 @@ def marks(version: Version) -> Marks:
     """Digests of its members' files, and of each tensor that was trained, of members and vertices.
 
     Two versions share a network, or a part of one, when they have a mark in common. What training does not decide marks
-    nothing: tensors of one number repeated (a bias at 0), of integers, and those that all the version's networks share (a table of
+    nothing: tensors of one number repeated (a bias at 0), of longer integers, and those that all the version's networks share (a table of
     positions; but also a frozen backbone, which others may have from elsewhere).
+
+    Raises:
+        LineageError: nothing of a network can be compared.
     """
     manifest = version.manifest
     files = [member.weights for member in manifest.members if member.weights]
@@ -31,6 +35,10 @@ def marks(version: Version) -> Marks:
     by_network = [_digests(load_file(version.folder / file).values()) for file in files]
     # Of networks that came as ONNX, what the graph holds: the same network may be published from its weights, too.
     by_network += [_digests(_constants(version.folder / one.file)) for one in manifest.members if not one.weights]
+    if not all(by_network):
+        raise LineageError(
+            f"A network of {version.name} holds no weights that could be compared: whether it is another ensemble's cannot be known."
+        )
     found = frozenset[bytes]().union(*by_network)
     of_all = found.intersection(*by_network) if len(set(by_network)) > 1 else frozenset[bytes]()
     return (found - of_all).union(models)
@@ -46,9 +54,9 @@ def families(marked: dict[str, Marks]) -> list[set[str]]:
 
 
 def _constants(file: Path) -> Iterable[np.ndarray]:
-    """A model's larger initializers; matrices both ways round, because exporters turn them."""
-    for initializer in onnx.load(file).graph.initializer:  # pyright: ignore[reportUnknownMemberType]
-        tensor = numpy_helper.to_array(initializer)
+    """A model's larger tensors; matrices both ways round, because exporters turn them."""
+    for held in _tensors(onnx.load(file).graph):  # pyright: ignore[reportUnknownMemberType]
+        tensor = numpy_helper.to_array(held)
         if tensor.size < LEAST:  # what images are normalised with is everybody's
             continue
         yield tensor
@@ -56,8 +64,20 @@ def _constants(file: Path) -> Iterable[np.ndarray]:
             yield np.ascontiguousarray(tensor.T)
 
 
+def _tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
+    """Initializers and constants, those of subgraphs, too."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
+            yield from _tensors(inner)
+
+
 def _digests(tensors: Iterable[np.ndarray]) -> Marks:
-    trained = (one for one in tensors if one.dtype.kind == "f" and one.size > 1 and (one != one.flat[0]).any())
+    # Quantised weights are bytes; other integers are shapes and places.
+    numbers = (one for one in tensors if one.dtype.kind == "f" or one.dtype.itemsize == 1)
+    trained = (one for one in numbers if one.size > 1 and (one != one.flat[0]).any())
     return frozenset(
         hashlib.blake2b(one.tobytes() + str(one.shape).encode(), digest_size=16).digest() for one in trained
     )

@@ -95,7 +95,15 @@ class Worker:
 
     async def beside(self, large: bool, work: Callable[[], T]) -> T:
         """Do something here if it is small, else beside the event loop, which goes on answering others."""
-        return await asyncio.get_running_loop().run_in_executor(self._beside, work) if large else work()
+        if not large:
+            return work()
+        running = asyncio.get_running_loop().run_in_executor(self._beside, work)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # A thread cannot be stopped: what it works on is held, and counted as held, until it is done.
+            await asyncio.wait([running])
+            raise
 
 
 async def predict(request: Request) -> Response:
@@ -127,7 +135,7 @@ async def _predicted(request: Request) -> Response:
         spec = ensemble.manifest.input
         images = await worker.beside(large or asked.encoded, lambda: asked.decode(spec, worker.limits))
         _bound_answer(ensemble, len(images), options.members)
-        caller = request.headers.get(settings().caller_header or "", "")
+        caller = _caller(request)
         rows = await worker.beside(images.nbytes > INLINE_BYTES, lambda: ensemble.rows(mode, images, caller))
         decode_seconds = time.perf_counter() - began
         answer = await worker.batcher.run(ensemble.sessions[mode], rows)
@@ -142,6 +150,18 @@ async def _predicted(request: Request) -> Response:
             lambda: _reply(ensemble, mode, options, request_id, rows, answer, decode_seconds),
         )
     return Response(reply, media_type="application/json")
+
+
+def _caller(request: Request) -> str:
+    """Who asks, where a proxy says so. A client that could add a name of its own would have a draw for each name."""
+    if (header := settings().caller_header) is None:
+        return ""
+    named = request.headers.getlist(header)
+    if len(named) != 1:
+        raise BadRequestError(
+            f"{len(named)} headers {header} came, and the operator's proxy has to name the caller in one: it must overwrite what clients send."
+        )
+    return named[0]
 
 
 def _refuse_members(ensemble: Ensemble, mode: Mode, options: Options) -> None:

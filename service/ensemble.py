@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from models_store import lineage
-from models_store.errors import ProviderError, StoreError
+from models_store.errors import EnsembleNotFoundError, ProviderError, StoreError
 from models_store.manifest import Manifest
 from models_store.runtime import EnsembleSession, ProviderChoice, default_threads
 from models_store.store import Store
@@ -120,7 +121,9 @@ class Ensembles:
         self._providers: ProviderChoice = providers
         self._default = default
         self._unknown: set[str] = set()  # names in policies that were told of
+        self._told: set[str] = set()  # closed, and told of
         self._known: dict[tuple[str, int], Known] = {}  # by version
+        self._unread: dict[tuple[str, int], _Refused] = {}  # likewise
         self._served = _Served({}, set(), None)
         self._refused: dict[str, _Refused] = {}
         self._looked = threading.Event()
@@ -129,21 +132,27 @@ class Ensembles:
     def refresh(self) -> None:
         """Load what was activated since; a version that cannot be served is said once, and the old one goes on."""
         try:
+            names = self._store.names()
             loaded: dict[str, Ensemble] = {}
             activated: dict[str, float] = {}
-            for name in self._store.names():
+            # Loading takes its time: relatives are closed before, in every process.
+            soon = self._closed(names, self._served.loaded)
+            self._served = dataclasses.replace(self._served, closed=self._served.closed | soon)
+            for name in names:
                 if (ensemble := self._refreshed(name, activated)) is not None:
                     loaded[name] = ensemble
-            closed = policy.closed(
-                {name: self._know(name, loaded.get(name)) for name in self._store.names()}, self._policies
-            )
-            for name in self._policies.keys() - set(self._store.names()) - {"*", *self._unknown}:
+            closed = self._closed(names, loaded)
+            for name in self._policies.keys() - set(names) - {"*", *self._unknown}:
                 log.error(
                     "MODEPATH_POLICIES names %r, which the store does not hold; nothing follows that policy.", name
                 )
                 self._unknown.add(name)
-            for name in sorted(closed - self._served.closed):
-                log.warning("%s answers nobody: it shares networks with an ensemble that the policy defends", name)
+            for name in sorted(closed - self._told):
+                log.warning(
+                    "%s answers nobody: it shares networks with an ensemble that the policy defends, or nobody knows",
+                    name,
+                )
+            self._told = closed
             open_ones = [name for name in loaded if name in activated and name not in closed]
             latest = max(open_ones, key=lambda name: activated[name], default=None)
             self._served = _Served(loaded, closed, latest)
@@ -166,31 +175,44 @@ class Ensembles:
             self._refused.pop(name, None)
             return ensemble
         except Exception as error:  # ONNX Runtime's share no base class, and one ensemble must not stop the others
-            before = self._refused.get(name)
-            if before is None or before.why != str(error):
-                known = isinstance(error, StoreError | ProviderError | OSError)
-                log.error("%s is not served anew: %s", name, error, exc_info=None if known else error)
-            pause = min(2 * before.pause, MAX_PAUSE) if before else FIRST_PAUSE
-            self._refused[name] = _Refused(str(error), activated.get(name), pause, time.monotonic() + pause)
+            what = f"{name} is not served anew"
+            self._refused[name] = _refused(self._refused.get(name), error, what, activated.get(name))
             return current
 
-    def _know(self, name: str, loaded: Ensemble | None) -> Known | None:
+    def _closed(self, names: Sequence[str], loaded: Mapping[str, Ensemble]) -> set[str]:
+        return policy.closed({name: self._know(name, loaded.get(name)) for name in names}, self._policies)
+
+    def _know(self, name: str, loaded: Ensemble | None) -> Known:
         """Of a defended ensemble all versions count, active or not: whoever had one of them answered from it."""
-        defended = policy.of(name, self._policies).defended
-        numbers = self._store.versions(name) if defended else [loaded.manifest.version] if loaded else []
+        numbers = {loaded.manifest.version} if loaded else set[int]()
+        whole = True
         try:
-            for number in numbers:
-                if (name, number) not in self._known:
-                    version = self._store.load(name, number)
-                    bank = version.manifest.bank
-                    networks = bank.points if bank else len(version.manifest.members)
-                    self._known[name, number] = Known(lineage.marks(version), networks)
-        except Exception:  # whatever it is: who shares networks with it is not known then
-            log.exception("the networks of %s could not be read", name)
-            return None
-        mine = [self._known[name, number] for number in numbers]
-        marks = frozenset[bytes]().union(*(one.marks for one in mine))
-        return Known(marks, max((one.networks for one in mine), default=0))
+            if policy.of(name, self._policies).defended:
+                numbers.update(self._store.versions(name))
+            else:
+                numbers.add(self._store.active(name))
+        except EnsembleNotFoundError:  # none is active
+            pass
+        except (StoreError, OSError):
+            whole = False
+        found = [self._read(name, number) for number in sorted(numbers)]
+        read = [one for one in found if one is not None]
+        marks = frozenset[bytes]().union(*(one.marks for one in read))
+        return Known(marks, max((one.networks for one in read), default=0), whole and len(read) == len(found))
+
+    def _read(self, name: str, number: int) -> Known | None:
+        """What one version holds; None while it cannot be read."""
+        at = name, number
+        refused = self._unread.get(at)
+        if at not in self._known and (refused is None or time.monotonic() >= refused.again):
+            try:
+                version = self._store.load(name, number)
+                bank = version.manifest.bank
+                networks = bank.points if bank else len(version.manifest.members)
+                self._known[at] = Known(lineage.marks(version), networks)
+            except Exception as error:  # whatever it is: who shares networks with it is not known then
+                self._unread[at] = _refused(refused, error, f"the networks of {name}@{number} could not be read")
+        return self._known.get(at)
 
     def follow(self, seconds: float) -> None:
         """Refresh in the background, at once and then every so often, until `close`."""
@@ -302,6 +324,15 @@ class Ensembles:
             _logged(self.refresh)
             if self._stop.wait(seconds):
                 return
+
+
+def _refused(before: _Refused | None, error: Exception, what: str, activated: float | None = None) -> _Refused:
+    """Said once, and tried again after twice the time."""
+    if before is None or before.why != str(error):
+        known = isinstance(error, StoreError | ProviderError | OSError)
+        log.error("%s: %s", what, error, exc_info=None if known else error)
+    pause = min(2 * before.pause, MAX_PAUSE) if before else FIRST_PAUSE
+    return _Refused(str(error), activated, pause, time.monotonic() + pause)
 
 
 def _logged(action: Callable[[], None]) -> None:

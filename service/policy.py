@@ -81,32 +81,30 @@ def of(name: str, policies: Mapping[str, Policy]) -> Policy:
 class Known:
     """What decides whether an ensemble may answer."""
 
-    marks: Marks  # of the version that is loaded; of a defended ensemble, of all its versions
+    marks: Marks  # of the versions that answer or are about to; of a defended ensemble, of all its versions
     networks: int  # that a query may get
+    whole: bool = True  # could all of these versions be read?
 
 
-def closed(known: Mapping[str, Known | None], policies: Mapping[str, Policy]) -> set[str]:
+def closed(known: Mapping[str, Known], policies: Mapping[str, Policy]) -> set[str]:
     """Which ensembles answer nobody, because they share networks with a defended one.
 
     Of several defended relatives one answers, or whoever asks all of them would have several answers to one question: one that has a policy of its
     own before those that `*` defends, and of these the one with the most networks.
 
     Args:
-        known: all that are published, loaded or not; None where what they hold could not be read.
+        known: all that are published, loaded or not.
         policies: by name, and `*`.
     """
-    if any(one is None and of(name, policies).defended for name, one in known.items()):
-        # Nobody knows who shares networks with it.
-        return {name for name in known if not (of(name, policies).defended and name in policies)}
-    some = any(of(name, policies).defended for name in known)
-    found = {name for name, one in known.items() if one is None} if some else set[str]()
-    for family in families({name: one.marks for name, one in known.items() if one is not None}):
-        defended = {name for name in family if of(name, policies).defended}
-        if not defended:
-            continue
-        named = {name for name in defended if name in policies}
-        largest = max(sorted(named or defended), key=lambda name: one.networks if (one := known[name]) else 0)
-        found |= family - {largest}
+    defended = {name for name in known if of(name, policies).defended}
+    named = defended & policies.keys()
+    if any(not known[name].whole for name in defended):  # nobody knows who shares networks with it
+        found = known.keys() - named
+    else:
+        found = {name for name, one in known.items() if defended and not one.whole}
+    for family in families({name: one.marks for name, one in known.items()}):
+        if among := family & named or family & defended:
+            found |= family - {max(sorted(among), key=lambda name: known[name].networks)}
     return found
 
 

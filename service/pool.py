@@ -114,7 +114,9 @@ def _renew(pool: weakref.ref[Pool]) -> None:
             held.renew(place % len(held))
         except Exception:  # the networks that are there go on answering
             log.exception("a network of the pool could not be renewed")
-            time.sleep(FAILED_SECONDS)
+            pause = FAILED_SECONDS
+        else:
+            pause = (time.perf_counter() - began) * (1 / RENEWING - 1)
         place += 1
         del held  # or it would never be let go
-        time.sleep((time.perf_counter() - began) * (1 / RENEWING - 1))
+        time.sleep(pause)

@@ -21,7 +21,7 @@ KEY_BYTES = 16
 class Settings(BaseSettings):
     """Each field is read from MODEPATH_<FIELD>. What is said of a queue or of held bytes holds for each worker."""
 
-    model_config = SettingsConfigDict(env_prefix="MODEPATH_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="MODEPATH_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     store: Path = Field(default_factory=default_root, validation_alias=AliasChoices("MODELS_STORE"))
     default: str | None = Field(default=None, description="ensemble that answers when none is named")
@@ -63,9 +63,7 @@ class Settings(BaseSettings):
     max_rows: int = Field(default=1024, gt=0, description="images in one request")
     max_pixels: int = Field(default=2**24, gt=0, description="pixels of the encoded images of one request")
     max_numbers: int = Field(default=2**21, gt=0, description="probabilities in one answer")
-    timeout: float = Field(
-        default=60, gt=0, description="seconds a request may take from its first byte on; beyond: 504"
-    )
+    timeout: float = Field(default=60, gt=0, description="seconds from a request's headers to its answer; beyond: 504")
     stall_seconds: float = Field(default=5, gt=0, description="how long 64 KiB of a body may take; then 408")
 
     batch_rows: int = Field(default=64, gt=0, description="rows that run together, at most")
@@ -76,16 +74,18 @@ class Settings(BaseSettings):
 
     def secret(self) -> bytes:
         """The key of `keyed`."""
-        if self.key_file is not None:
+        if self.key is None:
+            assert self.key_file is not None, "share_key gave a key to this process's parent"
             return self.key_file.read_bytes().strip()
-        assert self.key is not None, "share_key gave one to this process's parent"
-        return self.key.get_secret_value().encode()
+        return os.fsencode(self.key.get_secret_value())
 
     @model_validator(mode="after")
     def _long_key(self) -> Self:
         given = self.key is not None or self.key_file is not None
         if given and len(self.secret()) < KEY_BYTES:  # an empty one, too: it is often a variable that was not set
             raise ValueError(f"the key has less than {KEY_BYTES} bytes; make one with: openssl rand -hex 32")
+        if given and b"\0" in self.secret():
+            raise ValueError("the key holds a zero byte; make one with: openssl rand -hex 32")
         if self.key_rows is not None and self.workers > 1:
             raise ValueError(
                 "key_rows needs one worker: each counts its own rows, so that several would give several answers"
@@ -94,9 +94,9 @@ class Settings(BaseSettings):
 
 
 def share_key() -> None:
-    """In the process that starts the workers: give them one key, where the operator has none, so that they answer alike."""
-    if settings().key is None and settings().key_file is None:
-        os.environ["MODEPATH_KEY"] = secrets.token_hex(KEY_BYTES)
+    """In the process that starts the workers: give them one key, so that they answer alike; also those that begin after its file has changed."""
+    none = settings().key is None and settings().key_file is None
+    os.environ["MODEPATH_KEY"] = secrets.token_hex(KEY_BYTES) if none else os.fsdecode(settings().secret())
 
 
 def workers_for(cores: int) -> int:

@@ -15,7 +15,8 @@ from tabulate import tabulate
 
 Cell = dict[str, Any]  # a place and what was found there; of one seed, or of all together
 SQUARES = ("square", "square, jittered")
-QUERIES = (*SQUARES, "hopskipjump", "hopskipjump, jittered")
+HOPS = ("hopskipjump", "hopskipjump, jittered")
+QUERIES = (*SQUARES, *HOPS)
 BLACK = (*QUERIES, "surrogate", "noise")
 ELSEWHERE = ("endpoint", "midpoint")  # with the weights of one network
 WHITE = ("pgd", "eot", "arc", "autoattack")
@@ -71,15 +72,19 @@ def interval(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def adapted(cells: Sequence[Cell]) -> list[Cell]:
-    """A cell for each seed, with the number of averaged answers that was best on the other seeds: not chosen on what is reported."""
+    """A cell for each seed, with the attack and the number of averaged answers that were best on the other seeds: not chosen on what is reported."""
+
+    def way(cell: Cell) -> tuple[str, int]:
+        return cell["attack"], cell["m"]
+
     found: list[Cell] = []
     for seed in sorted({cell["seed"] for cell in cells}):
         elsewhere = [cell for cell in cells if cell["seed"] != seed] or cells
         best = max(
-            sorted({cell["m"] for cell in cells}),
-            key=lambda m: shares([cell for cell in elsewhere if cell["m"] == m]).mean(),
+            sorted(set(map(way, cells))),
+            key=lambda one: shares([cell for cell in elsewhere if way(cell) == one]).mean(),
         )
-        found += [cell for cell in cells if cell["seed"] == seed and cell["m"] == best]
+        found += [cell for cell in cells if cell["seed"] == seed and way(cell) == best]
     return found
 
 
@@ -120,16 +125,13 @@ class Report:
 
     def differences(self, beside: str) -> str:
         """How much more each arm errs than another one, under the same attack on the same images."""
-        columns = [(attack,) for attack in ("none", "hopskipjump", "surrogate", "eot", "arc")]
-        columns = [columns[0], SQUARES, *columns[1:]]
+        columns = (("none",), SQUARES, HOPS, ("surrogate",), ("eot",), ("arc",))
         rows = []
         for arm in self.clean:
             row = [arm]
             for attacks in columns:
-                # Of a key's two ways the one that does more.
-                each = [shares(adapted(own)) for attack in attacks if (own := self.of(arm, attack))]
-                mine = max(each, key=lambda values: values.mean())
-                more = mine - shares(adapted(self.of(beside, attacks[0])))
+                mine = [cell for attack in attacks for cell in self.of(arm, attack)]
+                more = shares(adapted(mine)) - shares(adapted(self.of(beside, attacks[0])))
                 low, high = interval(more)
                 row.append(f"{100 * more.mean():+.0f} ({100 * low:+.0f} … {100 * high:+.0f})")
             rows.append(row)

@@ -155,8 +155,9 @@ def test_a_success_that_ends_with_the_key_is_told_apart_from_one_that_lasts():
     assert found == {"now": [1] * 4, "wrong": [0] * 4, "asked": 10}
 
 
-def cell(seed, m, wrong):
-    return {"seed": seed, "m": m, "wrong": wrong, "asked": 10, "now": None, "answers": 7.0}
+def cell(seed, m, wrong, **others):
+    usual = {"attack": "square", "asked": 10, "now": None, "answers": 7.0}
+    return {"seed": seed, "m": m, "wrong": wrong, **usual, **others}
 
 
 def test_the_number_of_averaged_answers_is_not_chosen_on_the_images_that_are_reported():
@@ -164,6 +165,25 @@ def test_the_number_of_averaged_answers_is_not_chosen_on_the_images_that_are_rep
     found = report.pooled(report.adapted(cells))
     assert found["error"] == pytest.approx(np.mean([0, 0, 0.2, 0.2]))
     assert found["m"] == "1/5"
+
+
+def test_differences_hold_the_attack_that_is_adapted_to_a_key():
+    place = {"epsilon": 0.1, "budget": 100}
+    cells = [
+        cell(seed, 1, [wrong, wrong], **place, arm=arm, attack=attack)
+        for seed in (0, 1)
+        for arm in ("fixed", "keyed")
+        for attack in ("none", "square", "hopskipjump", "surrogate", "eot", "arc")
+        for wrong in [1]
+    ]
+    cells += [
+        cell(seed, 5, [9, 9], **place, arm="keyed", attack=attack)
+        for seed in (0, 1)
+        for attack in ("square, jittered", "hopskipjump, jittered")
+    ]
+    told = report.Report(cells, {"fixed": 0.1, "keyed": 0.1}, 0.1, 0.1, 100).differences("fixed")
+    keyed = [value.strip() for value in told.splitlines()[3].strip("|").split("|")]
+    assert keyed == ["keyed", *(f"{more} ({more} … {more})" for more in ("+0", "+80", "+80", "+0", "+0", "+0"))]
 
 
 def test_intervals_are_over_the_images_of_all_seeds():

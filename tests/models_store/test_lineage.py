@@ -6,6 +6,7 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import save_file
 
+from models_store.errors import LineageError
 from models_store.lineage import families, marks
 from models_store.manifest import Geometry
 from tests.onnx_members import publish
@@ -79,6 +80,28 @@ def test_a_network_that_was_imported_as_onnx_is_known_by_its_weights(store, with
         onnx.save(model, file)
         assert len(marks(imported) & marks(trained)) == 1
     assert not marks(imported) & marks(with_weights("others", network(2), network(3)))
+
+
+def test_weights_in_constant_nodes_and_in_subgraphs_are_seen_and_a_network_without_any_is_no_ones_for_sure(store):
+    weights = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    imported = publish(store, "imported", seeds=(50,))
+    file = imported.folder / imported.manifest.members[0].file
+    model = onnx.load(file)
+    del model.graph.initializer[:]
+    bare = model.SerializeToString()
+    found = []
+    constant = onnx.helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(weights))
+    inner = onnx.helper.make_graph([constant], "inner", [], [])
+    for holder in (constant, onnx.helper.make_node("If", ["c"], [], then_branch=inner, else_branch=inner)):
+        model.graph.node.append(holder)
+        onnx.save(model, file)
+        found.append(marks(imported))
+        model = onnx.load_from_string(bare)
+    assert found[0] == found[1]
+    assert len(found[0]) == 3  # the file; the matrix both ways round
+    onnx.save(model, file)
+    with pytest.raises(LineageError, match="imported@1"):
+        marks(imported)
 
 
 def test_families_are_joined_through_others():

@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import pytest
@@ -174,11 +175,39 @@ def test_relatives_of_a_defended_ensemble_answer_nobody_whatever_became_of_it(st
     with pytest.raises(ForbiddenError):
         ensembles.get("ends")
     assert "ends" not in [one.manifest.name for one in ensembles.all()]
-    if harm == "unreadable":
+    if harm in ("fails to load", "unreadable"):  # nobody knows whose networks it held
         with pytest.raises(ForbiddenError):
             ensembles.get("free")
     else:
         assert ensembles.get("free").mode(None) == "average"
+
+
+def test_relatives_are_closed_before_a_defended_ensemble_is_loaded(store):
+    publish(store, "ends", seeds=(0, 9))
+    seen = []
+
+    def warm(session, row):
+        with contextlib.suppress(ForbiddenError, NotReadyError):
+            seen.append((ensembles.get("ends").manifest.name, list(ensembles._served.loaded)))
+
+    ensembles = Ensembles(store, "cpu", None, policies=DEFENDED, warm=warm)
+    ensembles.refresh()
+    assert ensembles.get("ends").mode(None) == "average"
+    seen.clear()
+    publish(store, "path", bank=onnx_members.bank(points=4))
+    ensembles.refresh()
+    assert seen == []
+    assert [one.manifest.name for one in ensembles.all()] == ["path"]
+
+
+def test_what_cannot_be_read_is_said_once(store, caplog):
+    path = publish(store, "path", bank=onnx_members.bank(points=4))
+    publish(store, "path", seeds=(0, 9))
+    (path.folder / "manifest.json").write_text("{}")
+    ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
+    for _ in range(3):
+        ensembles.refresh()
+    assert len([record for record in caplog.records if "could not be read" in record.message]) == 1
 
 
 def test_a_policy_for_nobody_is_told(store, caplog):

@@ -80,8 +80,17 @@ def test_where_one_policy_defends_all_the_relative_with_the_most_networks_answer
     assert closed(found, {"*": DEFENDED, "base": DEFENDED}) == {"curve"}
 
 
+def unread(found, name):
+    return {**found, name: Known(found[name].marks, found[name].networks, whole=False)}
+
+
 def test_where_a_defended_one_cannot_be_read_nobody_answers_but_those_defended_by_name():
-    found = {**known(curve="x", ends="y", other="w"), "path": None}
+    found = unread(known(curve="x", ends="y", other="w", path=""), "path")
     assert closed(found, {"path": DEFENDED, "curve": DEFENDED}) == {"ends", "other"}
-    assert closed({**known(path="x", other="w"), "ends": None}, {"path": DEFENDED}) == {"ends"}
-    assert closed({**known(other="w"), "ends": None}, {}) == set()
+    assert closed(unread(known(path="x", other="w", ends=""), "ends"), {"path": DEFENDED}) == {"ends"}
+    assert closed(unread(known(other="w", ends=""), "ends"), {}) == set()
+
+
+def test_of_relatives_one_answers_also_where_a_version_of_one_cannot_be_read():
+    found = unread(known(path="x", ends="x", other="w"), "path")
+    assert closed(found, {"path": DEFENDED, "ends": DEFENDED}) == {"path", "other"}

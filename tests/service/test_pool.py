@@ -70,6 +70,25 @@ def test_those_that_do_not_fit_take_turns(store, monkeypatch):
     assert gone() is None
 
 
+def test_a_failed_renewal_is_tried_again_soon(store, monkeypatch):
+    monkeypatch.setattr(pools, "RENEWING", 1e-6)  # of the time: what failed must not be counted in it
+    monkeypatch.setattr(pools, "FAILED_SECONDS", 0.01)
+    tried = []
+
+    def renew(self, place):
+        tried.append(place)
+        raise MemoryError
+
+    monkeypatch.setattr(Pool, "renew", renew)
+    found = source(publish(store, "a", bank=onnx_members.bank(points=4)), "cpu")
+    pool = Pool(found, 2 * found.bytes_each)
+    deadline = time.monotonic() + 20
+    while len(tried) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert tried[:4] == [0, 1, 0, 1]
+    assert len(pool) == 2
+
+
 def test_a_renewed_place_holds_a_network_that_was_in_none(store):
     found = source(publish(store, "a", bank=onnx_members.bank(points=4)), "cpu")
     pool = Pool(found, 3 * found.bytes_each, order=[2, 0, 1, 3])

@@ -143,6 +143,13 @@ def test_keyed_draws_for_each_caller_apart_whom_a_proxy_names_and_for_nobody_who
                 return answer["predictions"][0]["point"]
 
             seen[trusted] = [[point(f"caller {number}") for number in range(20)] for _ in range(2)]
+        with httpx.Client() as client:
+            body = {"inputs": image[None].tolist(), "mode": "keyed"}
+            twice = [("X-Caller", "a client's choice"), ("X-Caller", "alice")]
+            statuses = [
+                client.post(server.url + "/predict", json=body, headers=headers).status_code for headers in ([], twice)
+            ]
+        assert statuses == ([400, 400] if trusted else [200, 200])
         server.stop()
     for first, again in seen.values():
         assert first == again

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, workers_for
+from service.settings import Settings, share_key, workers_for
 
 
 def test_settings_come_from_the_environment(monkeypatch, tmp_path):
@@ -48,5 +48,24 @@ def test_an_empty_or_short_key_is_refused(monkeypatch):
 def test_rows_turn_the_key_of_one_worker_only(monkeypatch):
     monkeypatch.setenv("MODEPATH_KEY_ROWS", "100")
     monkeypatch.setenv("MODEPATH_WORKERS", "2")
-    with pytest.raises(ValidationError, match="one worker"):
+    monkeypatch.setenv("MODEPATH_KEY", "0123456789abcdef")
+    with pytest.raises(ValidationError, match="one worker") as told:
+        Settings()
+    assert "0123456789" not in str(told.value)
+
+
+def test_workers_share_the_key_that_its_file_held_at_the_start(monkeypatch, tmp_path):
+    file = tmp_path / "key"
+    file.write_bytes("a key of sixteen bytes, and ø\xff\n".encode("latin-1"))
+    monkeypatch.setenv("MODEPATH_KEY_FILE", str(file))
+    monkeypatch.setenv("MODEPATH_KEY", "")  # so that what is set here is taken back
+    monkeypatch.delenv("MODEPATH_KEY")
+    alone = Settings().secret()
+    monkeypatch.setattr("service.settings.settings", Settings)
+    share_key()
+    file.write_text("another key of sixteen bytes")
+    assert Settings().secret() == alone
+    file.write_bytes(b"a key of sixteen bytes\0and one")
+    monkeypatch.delenv("MODEPATH_KEY")
+    with pytest.raises(ValidationError, match="zero byte"):
         Settings()
