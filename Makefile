@@ -47,7 +47,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[service,training,dev]'
 	@touch $@
 
-$(VENV)-service/.installed: pyproject.toml
+$(VENV)-service/.installed: pyproject.toml Makefile
 	test -x $(VENV)-service/bin/python || $(PYTHON) -m venv $(VENV)-service
-	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service,client]' pytest pytest-timeout hypothesis jsonschema
+	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service,client]' pytest pytest-timeout hypothesis jsonschema scipy
 	@touch $@
