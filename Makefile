@@ -18,8 +18,9 @@ serve: $(VENV)/.installed  ## install, train the default ensemble if there is no
 bento: $(VENV)/.installed  ## NAME=…: the service with one published ensemble, to be served anywhere
 	@$(PY) -m deploy.bento $(if $(NAME),$(NAME),$(error make bento NAME=…: which ensemble? python -m models_store list))
 
+# The service's tests run once, where torch is not installed; here those that need more, and the service as a whole.
 test: $(VENV)/.installed-dev test-service  ## everything that must hold
-	$(PY) -m pytest --ignore=tests/training --ignore=tests/benchmarks
+	$(PY) -m pytest tests/test_architecture.py tests/models_store tests/service/test_app.py tests/service/test_bad_input.py
 	$(PY) -m pytest tests/training tests/benchmarks --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 test-service: $(VENV)-service/.installed  ## the service and the store where torch is not installed

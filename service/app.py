@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models_store.store import Store
 from service import metrics, openapi
 from service.access_log import AccessLog
-from service.batching import Answer, Batcher, QueueLimits, Rows, Session
+from service.batching import Answer, Batcher, QueueLimits
 from service.bodies import read_request
 from service.draws import Keyed
 from service.ensemble import Ensemble, Ensembles
@@ -46,6 +46,7 @@ from service.images import Limits
 from service.intake import Intake
 from service.policy import Mode
 from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PoolInfo, Status, describe, padded, respond
+from service.session import Rows, Session
 from service.settings import settings, share_key
 from service.supervision import replace_dead_workers
 

@@ -18,13 +18,13 @@ from models_store.runtime import EnsembleSession, ProviderChoice, default_thread
 from models_store.store import Store
 from service import policy
 from service import pool as pools
-from service.batching import Rows, Session
 from service.draws import LEVELS, Draw, Keyed, at_random, quantised
 from service.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
 from service.images import Images
 from service.modes import Average, OneEach
 from service.policy import Known, Mode, Policy
 from service.pool import Pool
+from service.session import Rows, Session
 
 FIRST_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds
 log = logging.getLogger("bentoml.modepath")  # BentoML shows what is below its own name

@@ -1,6 +1,6 @@
 """How an ensemble answers: all members together (`average`), or a network of its own for each row (`random`, `keyed`).
 
-Each is a session as batching.py runs it; they share nothing but that.
+Each is a session (session.py) that batching.py runs; they share nothing but that.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from models_store.runtime import EnsembleSession
 from models_store.uncertainty import Floats, Prediction, combine, softmax
-from service.batching import Rows
 from service.images import Images
 from service.pool import Network
+from service.session import Rows
 
 
 class Average:
@@ -24,23 +24,23 @@ class Average:
         self._session = session
 
     def tasks(self, rows: int) -> int:
-        """See batching.Session."""
+        """See session.Session."""
         return len(self._session.parts)
 
     def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
-        """See batching.Session."""
+        """See session.Session."""
         return self._session.parts[task].logits(rows.images)
 
     def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """See batching.Session."""
+        """See session.Session."""
         return self._session.joined(results)
 
     def probs(self, logits: NDArray[np.float32]) -> Floats:
-        """See batching.Session."""
+        """See session.Session."""
         return self._session.probs(logits)
 
     def combine(self, member_probs: Floats) -> Prediction:
-        """See batching.Session."""
+        """See session.Session."""
         return self._session.combine(member_probs)
 
 
@@ -54,27 +54,27 @@ class OneEach:
         self._threads = threads
 
     def tasks(self, rows: int) -> int:
-        """See batching.Session. No more than there are threads: taking up a task costs a small network's time."""
+        """See session.Session. No more than there are threads: taking up a task costs a small network's time."""
         return min(rows, self._threads)
 
     def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
-        """See batching.Session."""
+        """See session.Session."""
         own = range(task, len(rows), self.tasks(len(rows)))
         return np.concatenate([_alone(rows.networks[row], rows.images[row : row + 1]) for row in own])
 
     def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """See batching.Session."""
+        """See session.Session."""
         logits = np.empty((1, sum(map(len, results)), results[0].shape[1]), np.float32)
         for task, result in enumerate(results):
             logits[0, task :: len(results)] = result
         return logits
 
     def probs(self, logits: NDArray[np.float32]) -> Floats:
-        """See batching.Session."""
+        """See session.Session."""
         return softmax(logits)
 
     def combine(self, member_probs: Floats) -> Prediction:
-        """See batching.Session."""
+        """See session.Session."""
         return combine(member_probs, np.ones(1))
 
 

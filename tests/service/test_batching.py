@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from models_store.uncertainty import combine, softmax
-from service.batching import Batcher, QueueLimits, Rows
+from service.batching import Batcher, QueueLimits
 from service.errors import BrokenEnsembleError, QueueFullError, QueueTimeError
+from service.session import Rows
 
 LIMITS = QueueLimits(batch_rows=8, batch_seconds=10, rows=100, bytes=10**9, seconds=10)
 

@@ -7,9 +7,9 @@ import pytest
 
 from models_store.uncertainty import softmax
 from service import pool as pools
-from service.batching import Rows
 from service.modes import OneEach
 from service.pool import Pool, source
+from service.session import Rows
 from tests import onnx_members
 from tests.onnx_members import CLASSES, SHAPE, linear, linear_logits, point_logits, publish
 
