@@ -11,7 +11,7 @@ from benchmarks.defense import blackbox, judging, surrogate, whitebox
 from benchmarks.defense.recipes import Arm, Size, answering
 from training import data
 
-OF_ARC = 16  # networks that ARC looks at
+OF_ARC = 8  # networks that ARC looks at
 # To be raised where an attack changes what it finds: what was measured before is measured again.
 VERSIONS = {
     "clean": 1,

@@ -48,14 +48,14 @@ class Size:
     def path(self, seed: int) -> Version:
         """A curve between the first two."""
         ends = tuple(f"{self.version('networks', seed).name}/{i}" for i in (0, 1))
-        options = {"endpoints": ends, "epochs": 2 * self.epochs, "curve_lr": 0.1, "members": 6, "bank": self.bank}
+        options = {"endpoints": ends, "epochs": self.epochs, "curve_lr": 0.1, "members": 6, "bank": self.bank}
         return curve.run(curve.Config(name=f"{self.label}-curve-{seed}", seed=seed, **options, **self.common))
 
     def simplex(self, seed: int) -> Version:
         """Around the first one."""
         options = {
             "vertices": 3,
-            "vertex_epochs": self.epochs,
+            "vertex_epochs": self.epochs // 2,
             "volume_weight": 0.6,
             "samples": 6,
             "bank": self.bank,
@@ -66,14 +66,14 @@ class Size:
 
     def hardened(self, seed: int) -> Version:
         """Trained adversarially, as far as its accuracy bears it."""
-        return self._adversarially(f"hardened-{seed}", seed, epsilon=0.01, share=0.5, epochs=2 * self.epochs)
+        return self._adversarially(f"hardened-{seed}", seed, epsilon=2 / 255, share=0.5, epochs=3 * self.epochs // 2)
 
     def hardest(self, seed: int) -> Version:
         """Trained on nothing but the worst images within what is attacked."""
         return self._adversarially(f"hardest-{seed}", seed, epsilon=EPSILON, share=1.0, epochs=self.epochs)
 
     def _adversarially(self, name: str, seed: int, *, epsilon: float, share: float, epochs: int) -> Version:
-        options = {"adversarial_epsilon": epsilon, "adversarial_steps": 3, "adversarial_share": share, "runs": 1}
+        options = {"adversarial_epsilon": epsilon, "adversarial_steps": 2, "adversarial_share": share, "runs": 1}
         name = f"{self.label}-{name}"
         return independent.run(independent.Config(name=name, seed=seed, epochs=epochs, **options, **self.common))
 
@@ -92,15 +92,15 @@ class Size:
 
 FASHION = Size(
     label="defense",
-    common={"dataset": "fashion-mnist", "network": "preresnet8", "activate": False},
-    epochs=12,
-    bank=256,
+    common={"dataset": "fashion-mnist", "network": "preresnet8", "bn_images": 2048, "activate": False},
+    epochs=6,
+    bank=64,
     images=100,
     budget=1000,
     seeds=(0, 1),
-    epsilons=(2 / 255, 10 / 255, 20 / 255, 77 / 255),
+    epsilons=(2 / 255, 20 / 255, 77 / 255),
     again=100,
-    surrogate=20_000,
+    surrogate=12_000,
 )
 SMOKE = Size(
     label="smoke",

@@ -30,7 +30,8 @@ def trained(door: Door, images: NDArray[np.float32], splits: Data, answers: int,
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(shown)).split(batch)[: len(shown) // batch]:
-            loss = functional.cross_entropy(network(shown[rows]), told[rows])
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = functional.cross_entropy(network(shown[rows]), told[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
