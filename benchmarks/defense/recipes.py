@@ -48,7 +48,7 @@ class Size:
     def path(self, seed: int) -> Version:
         """A curve between the first two."""
         ends = tuple(f"{self.version('networks', seed).name}/{i}" for i in (0, 1))
-        options = {"endpoints": ends, "epochs": self.epochs, "curve_lr": 0.1, "members": 6, "bank": self.bank}
+        options = {"endpoints": ends, "epochs": 2 * self.epochs, "curve_lr": 0.1, "members": 6, "bank": self.bank}
         return curve.run(curve.Config(name=f"{self.label}-curve-{seed}", seed=seed, **options, **self.common))
 
     def simplex(self, seed: int) -> Version:
@@ -98,7 +98,7 @@ FASHION = Size(
     images=100,
     budget=1000,
     seeds=(0, 1),
-    epsilons=(2 / 255, 20 / 255, 77 / 255),
+    epsilons=(20 / 255, 77 / 255),
     again=100,
     surrogate=12_000,
 )
@@ -147,7 +147,7 @@ ARMS = [
     Arm("random, curve", "path", "random"),
     Arm("keyed, curve", "path", "keyed"),
     Arm("one network, noise", "networks", "fixed", SIGMA),
-    Arm("one network, twice the noise", "networks", "fixed", MORE, unmatched=True),
+    Arm("one network, more noise", "networks", "fixed", MORE, unmatched=True),
     Arm("random, curve, noise", "path", "random", SIGMA),
     Arm("random, simplex", "simplex", "random"),
     Arm("random, 3 independent networks", "networks", "random"),
