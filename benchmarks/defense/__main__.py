@@ -135,15 +135,16 @@ def main() -> None:
         found = kept.measure(places, lambda place: attack(size, place, by_label[place["arm"]]), what)
         return [{**place, **values} for place, values in zip(places, found, strict=True)]
 
+    if options.seed is not None:
+        own = [cell for cell in [*clean(size), *cells(size)] if cell["seed"] == options.seed]
+        measured(own, f"seed {options.seed}")
+        return
     errors = report.errors(measured(clean(size), "clean"))
     off = report.unmatched(errors, {arm.label for arm in ARMS if arm.unmatched})
     if off and size is FASHION:
         raise SystemExit(
             f"clean errors are not matched within {100 * report.MATCHED:g} points: {off}. Change a recipe, or call the arm unmatched."
         )
-    if options.seed is not None:
-        measured([cell for cell in cells(size) if cell["seed"] == options.seed], f"seed {options.seed}")
-        return
     cells_ = measured(cells(size), "cells")
     common = {
         "arm": "fixed",
