@@ -25,7 +25,7 @@ VERSIONS = {
     "pgd": 1,
     "eot": 1,
     "arc": 1,
-    "autoattack": 1,
+    "autoattack": 2,
 }
 
 
