@@ -148,9 +148,9 @@ ARMS = [
     Arm("keyed, curve", "path", "keyed"),
     Arm("one network, noise", "networks", "fixed", SIGMA),
     Arm("random, curve, noise", "path", "random", SIGMA),
-    Arm("random, simplex", "simplex", "random"),
-    Arm("random, 3 independent networks", "networks", "random"),
     Arm("one network, adversarially trained", "hardened", "average"),
+    Arm("random, 3 independent networks", "networks", "random"),
+    Arm("random, simplex", "simplex", "random"),
     Arm("the same, at the attacked ε", "hardest", "average", unmatched=True),
 ]
 
