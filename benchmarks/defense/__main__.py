@@ -60,12 +60,15 @@ def cells(size: Size) -> list[dict[str, Any]]:
             for m in averaged(kind, AVERAGED):
                 add(kind, arm, m=m)
                 add(kind.replace("square", "hopskipjump"), arm, FAR, m)
-        for kind in ("endpoint", "midpoint", "surrogate", "eot", "arc"):
+        for kind in ("endpoint", "midpoint", "eot", "arc"):
             add(kind, arm)
         if not random and arm.mode != "keyed":
             add("autoattack", arm)
         else:
             add("pgd", arm)
+        if arm.briefly:
+            continue
+        add("surrogate", arm)
         # For the figure: the same attacks of every arm at every ε and every budget.
         for epsilon in size.epsilons:
             add("eot", arm, epsilon)

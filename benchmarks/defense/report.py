@@ -131,28 +131,40 @@ class Report:
             row = [arm]
             for attacks in columns:
                 mine = [cell for attack in attacks for cell in self.of(arm, attack)]
+                if not mine:
+                    row.append("")
+                    continue
                 more = shares(adapted(mine)) - shares(adapted(self.of(beside, attacks[0])))
                 low, high = interval(more)
                 row.append(f"{100 * more.mean():+.0f} ({100 * low:+.0f} … {100 * high:+.0f})")
             rows.append(row)
         return tabulate(rows, ["arm", *(attacks[0] for attacks in columns)], tablefmt="github", disable_numparse=True)
 
-    def worst(self, arm: str, attacks: Sequence[str], epsilon: float) -> float:
-        """The largest error that one of the attacks reaches within ε."""
-        return max((pooled(adapted(own))["error"] for attack in attacks if (own := self.of(arm, attack, epsilon=epsilon))), default=0.0)  # fmt: skip
+    def worst(self, arm: str, attacks: Sequence[str], epsilon: float) -> float | None:
+        """The largest error that one of the attacks reaches within ε; None where none of them was tried."""
+        return max((pooled(adapted(own))["error"] for attack in attacks if (own := self.of(arm, attack, epsilon=epsilon))), default=None)  # fmt: skip
 
     def checks(self, largest: float) -> list[str]:
         """What an honest evaluation shows of itself, a line an arm."""
+
+        def beside(within: str, white: float | None, black: float | None) -> str:
+            if white is None or black is None:
+                return ""
+            return f"; white-box {100 * white:.0f} % against black-box {100 * black:.0f} %{within}{'' if white >= black else ' (WEAKER)'}"
+
         found: list[str] = []
         first = next(iter(self.clean.values()))
         for arm, error in self.clean.items():
-            near, near_white = (self.worst(arm, attacks, self.epsilon) for attacks in (BLACK, WHITE))
-            off, off_white = self.worst(arm, QUERIES, self.far), self.worst(arm, WHITE, self.far)
-            away = error - first
+            near, far = (
+                (self.worst(arm, WHITE, epsilon), self.worst(arm, attacks, epsilon))
+                for epsilon, attacks in ((self.epsilon, BLACK), (self.far, QUERIES))
+            )
+            away, last = error - first, self.worst(arm, WHITE, largest)
             found.append(
-                f"- {arm}: clean error {100 * away:+.2f} points from the first arm's{'' if abs(away) <= MATCHED else ' (NOT matched)'}; white-box "
-                f"{100 * near_white:.0f} % against black-box {100 * near:.0f} %{'' if near_white >= near else ' (WEAKER)'}, where HopSkipJump counts {100 * off_white:.0f} against "
-                f"{100 * off:.0f}{'' if off_white >= off else ' (WEAKER)'}; {100 * self.worst(arm, WHITE, largest):.0f} % at ε {largest:.2g}."
+                f"- {arm}: clean error {100 * away:+.2f} points from the first arm's{'' if abs(away) <= MATCHED else ' (NOT matched)'}"
+                + beside("", *near)
+                + beside(" where HopSkipJump counts", *far)
+                + ("." if last is None else f"; {100 * last:.0f} % at ε {largest:.2g}.")
             )
         return found
 
