@@ -165,7 +165,7 @@ def main() -> None:
     at = {"what": "transfer", "version": VERSIONS["pgd"]}
     matrix = kept.measure([at], lambda place: {"matrix": transfer(size, 0)}, "transfer")[0]["matrix"]
     asked = min(50, size.images)
-    at = {"what": "http", "version": VERSIONS["square"]}
+    at = {"what": "http", "version": 2}
     http = kept.measure(
         [at],
         lambda place: parity.over_http(size.version("path", 0), *size.test(asked, 0), EPSILON, size.budget),
