@@ -6,7 +6,8 @@
 
 preresnet8, 6 epochs, two training seeds and 100 test images for each, other ones; clean errors are of all test images. Arms: one network; the mean of 6 points of a curve; `random` and `keyed` over that curve's bank of 64; one network with Gaussian noise
 (σ 0.006) on its input, and `random` with 0.006; `random` over a simplex grown around the network, and over three independent networks; one network
-trained adversarially on half of each batch at ε 2/255 for half as long again, which its accuracy bears, and one on all of it at the attacked ε. Attacks see all digits of the probabilities (Square) or labels alone (HopSkipJump), know that answers may differ, and average m of
+trained adversarially on half of each batch at ε 2/255 for half as long again, which its accuracy bears, and one on all of it at the attacked ε.
+The last three arms are attacked at one ε, with one budget and no surrogate. AutoAttack is its two APGD. Attacks see all digits of the probabilities (Square) or labels alone (HopSkipJump), know that answers may differ, and average m of
 them; 1000 answers for each image, averaged ones counted (a surrogate's maker has 12 000 for all images). How many are averaged is chosen on one training seed and reported on
 the other. What they found is asked again 100 times (of `keyed` across turns of its key): the mean error, and the share of images that most answers get wrong. Errors are of all test images taken, those that are wrong without
 an attack included. ε is in L∞ of pixels in [0, 1].

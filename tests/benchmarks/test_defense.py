@@ -201,9 +201,11 @@ def test_intervals_are_over_the_images_of_all_seeds():
 def test_a_smoke_run_attacks_every_arm_and_the_running_service_answers_alike(command, tmp_path):
     done = command("benchmarks.defense", "--smoke", timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "its images are the same" in done.stdout
     _, *lines = (tmp_path / "evaluation" / "defense.jsonl").read_text().splitlines()
     cells = [json.loads(line) for line in lines]
+    (http,) = (cell["found"] for cell in cells if cell["at"].get("what") == "http")
+    assert http["answers"] > 0
+    assert max(http["keyed_away"], http["random_away"]) < 1e-5
     asked = [cell["at"] for cell in cells if isinstance(cell["at"], dict) and "attack" in cell["at"]]
     assert {"square", "hopskipjump", "surrogate", "eot", "arc", "autoattack"} <= {at["attack"] for at in asked}
     spent = [
