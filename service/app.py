@@ -9,14 +9,14 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # a server of ours reports to nobody
 
 import bentoml
 import orjson
+import uvicorn.config
 from bentoml._internal.server.http import traffic
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -26,36 +26,42 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from models_store.manifest import InputSpec
 from models_store.store import Store
 from service import metrics, openapi
 from service.access_log import AccessLog
 from service.batching import Answer, Batcher, QueueLimits
-from service.bodies import read_request
+from service.bodies import Asked, read_request
+from service.connections import LEFT
 from service.draws import Keyed
 from service.ensemble import Ensemble, Ensembles
 from service.errors import (
     BadRequestError,
     DeadlineError,
     ForbiddenError,
+    MediaTypeError,
+    MisdirectedError,
     NoRouteError,
     NotReadyError,
     ServiceError,
     TooLargeError,
 )
-from service.images import Limits
-from service.intake import Intake
+from service.hosts import Hosts
+from service.images import Encoded, Images, Limits
+from service.intake import Body, Intake
+from service.offload import SMALL_PIXELS, Offload
 from service.policy import Mode
 from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PoolInfo, Status, describe, padded, respond
 from service.session import Rows, Session
 from service.settings import settings, share_key
 from service.supervision import replace_dead_workers
 
-T = TypeVar("T")
 INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
 INLINE_ROWS = 32  # the same for what is written and counted
 INLINE_NUMBERS = 4096
 LOADING_SECONDS = 20
 MAX_ADDRESS_BYTES = 4096  # path and query
+CLIENT_LEFT = "client_left"  # label of the metric refused_total
 
 log = logging.getLogger("bentoml.modepath")
 logging.getLogger("uvicorn.error").propagate = False  # or every traceback is printed twice
@@ -86,25 +92,13 @@ class Worker:
             Store(chosen.store), chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
             pool_bytes=chosen.pool_bytes, keyed=Keyed(chosen.secret(), chosen.key_seconds, chosen.key_rows), warm=self._warm,
         )  # fmt: skip
-        self._beside = ThreadPoolExecutor(chosen.threads, "decode")
+        self.offload = Offload(chosen.threads, chosen.queue_pixels)
 
     def _warm(self, session: Session, row: Rows) -> None:
         self.batcher.warm(session, row)
         # What is loaded stays: walking through all of it again and again made 1 % of the answers 20 ms late.
         gc.collect()
         gc.freeze()
-
-    async def beside(self, large: bool, work: Callable[[], T]) -> T:
-        """Do something here if it is small, else beside the event loop, which goes on answering others."""
-        if not large:
-            return work()
-        running = asyncio.get_running_loop().run_in_executor(self._beside, work)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            # A thread cannot be stopped: what it works on is held, and counted as held, until it is done.
-            await asyncio.wait([running])
-            raise
 
 
 async def predict(request: Request) -> Response:
@@ -124,20 +118,22 @@ async def predict(request: Request) -> Response:
 async def _predicted(request: Request) -> Response:
     worker = _worker()
     content_type, query = request.headers.get("content-type", ""), request.query_params.multi_items()
+    _refuse_coded(request)
     async with worker.intake.body(request) as body:
         worker.batcher.refuse_if_full()
         began = time.perf_counter()
-        large = len(body) > INLINE_BYTES
-        asked = await worker.beside(large, lambda: read_request(content_type, query, body))
+        large = len(body.data) > INLINE_BYTES
+        shapes = [ensemble.manifest.input.shape for ensemble in worker.ensembles.all()] if large else ()
+        read = partial(read_request, content_type, query, body.data, shapes, worker.limits.rows)
+        asked = await worker.offload.run(body, read) if large else read()
         options = asked.options
         ensemble = worker.ensembles.get(options.ensemble)
         mode = ensemble.mode(options.mode)
         _refuse_members(ensemble, mode, options)
-        spec = ensemble.manifest.input
-        images = await worker.beside(large or asked.encoded, lambda: asked.decode(spec, worker.limits))
+        images = await _images(worker, body, asked, ensemble.manifest.input)
         _bound_answer(ensemble, len(images), options.members)
-        caller = _caller(request)
-        rows = await worker.beside(images.nbytes > INLINE_BYTES, lambda: ensemble.rows(mode, images, caller))
+        draw = partial(ensemble.rows, mode, images, _caller(request))
+        rows = await worker.offload.run(body, draw) if images.nbytes > INLINE_BYTES else draw()
         decode_seconds = time.perf_counter() - began
         answer = await worker.batcher.run(ensemble.sessions[mode], rows)
         request_id = secrets.token_hex(8)
@@ -146,11 +142,26 @@ async def _predicted(request: Request) -> Response:
             told |= {
                 "request_id": request_id, "ensemble": manifest.name, "version": manifest.version, "rows": len(images),
             }  # fmt: skip
-        reply = await worker.beside(
-            len(images) > INLINE_ROWS or answer.member_probs.size > INLINE_NUMBERS,
-            lambda: _reply(ensemble, mode, options, request_id, rows, answer, decode_seconds),
-        )
+        write = partial(_reply, ensemble, mode, options, request_id, rows, answer, decode_seconds)
+        large = len(images) > INLINE_ROWS or answer.member_probs.size > INLINE_NUMBERS
+        reply = await worker.offload.run(body, write) if large else write()
     return Response(reply, media_type="application/json")
+
+
+async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> Images:
+    """Decode: small arrays here, the rest in threads, encoded images by how many pixels they have."""
+
+    def opened() -> Images | Encoded:
+        found = asked.open(spec, worker.limits)
+        return found.decode() if isinstance(found, Encoded) and found.pixels <= SMALL_PIXELS else found
+
+    found = await worker.offload.run(body, opened) if asked.encoded or len(body.data) > INLINE_BYTES else opened()
+    return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
+
+
+def _refuse_coded(request: Request) -> None:
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise MediaTypeError(f"Content-Encoding {coding[:80]!r} is not read here; send the body as it is.")
 
 
 def _caller(request: Request) -> str:
@@ -211,7 +222,7 @@ async def show_ensemble(request: Request) -> Response:
 
 async def show_metrics(request: Request) -> Response:
     """GET /metrics: the numbers of all workers."""
-    return Response(await _worker().beside(True, metrics.exposition), media_type=metrics.CONTENT_TYPE)
+    return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)
 
 
 async def livez(request: Request) -> Response:
@@ -300,17 +311,47 @@ class OwnRoutes:
 
     def __init__(self, inner: ASGIApp):
         self._inner = inner
+        self._hosts = Hosts(settings().host, settings().hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event."""
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
         elif len(scope["raw_path"]) + len(scope["query_string"]) > MAX_ADDRESS_BYTES:
-            metrics.refused(TooLargeError.reason)
-            long = ErrorBody(error=f"The address is longer than {MAX_ADDRESS_BYTES} bytes; options are short.")
-            await _json(long, 414)(scope, receive, send)
+            await _refuse_early(
+                TooLargeError(f"The address is longer than {MAX_ADDRESS_BYTES} bytes; options are short."), 414
+            )(scope, receive, send)
+        elif (foreign := self._hosts.foreign(scope["headers"])) is not None:
+            await _refuse_early(MisdirectedError(foreign), MisdirectedError.status)(scope, receive, send)
         else:
-            await app(scope, receive, send)
+            await _until_left(app, scope, receive, send)
+
+
+def _refuse_early(error: ServiceError, status: int) -> Response:
+    metrics.refused(error.reason)
+    return _json(ErrorBody(error=str(error)), status)
+
+
+async def _until_left(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, but give it up when its client is gone."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    def left() -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    scope[LEFT] = left
+    try:
+        await app(scope, receive, send)
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        metrics.refused(CLIENT_LEFT)
+    finally:
+        del scope[LEFT]
 
 
 def _unlimited(app: ASGIApp, timeout: float) -> ASGIApp:
@@ -320,6 +361,7 @@ def _unlimited(app: ASGIApp, timeout: float) -> ASGIApp:
     return app
 
 
+uvicorn.config.HTTP_PROTOCOLS["auto"] = "service.connections:Connection"  # what BentoML's call of uvicorn asks for
 traffic.TimeoutMiddleware = _unlimited  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -145,7 +145,11 @@ class Batcher:
             self._admit(job)
             self._queue(job)
             self._changed.notify_all()
-        return await job.future
+        try:
+            return await job.future
+        except asyncio.CancelledError:  # its client left, or its time is over
+            self._withdraw(job)
+            raise
 
     def warm(self, session: Session, row: Rows) -> None:
         """Run one row and the largest batch, so that no client waits for allocations; learn how long a row takes."""
@@ -188,6 +192,14 @@ class Batcher:
             raise self._full()
         self._rows += len(job.rows)
         self._bytes += job.rows.images.nbytes
+
+    def _withdraw(self, job: _Job) -> None:
+        """Rows that have not begun never will; those that run are thrown away."""
+        with self._changed:
+            self._leave(job)
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
 
     def _queue(self, job: _Job, *, first: bool = False) -> None:
         # Everybody gets a piece in turn, so a newcomer waits for one piece of each of those in front.
@@ -325,11 +337,7 @@ class Batcher:
 
     def _fail(self, job: _Job, error: Exception) -> None:
         log.error("a member failed", exc_info=error)
-        with self._changed:
-            self._leave(job)
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._seconds -= job.turn_seconds
+        self._withdraw(job)
         job.tell(BrokenEnsembleError(f"A member failed on these images: {type(error).__name__}. The log says more."))
 
     def _learn(self, session: Session, row_seconds: float) -> None:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from models_store.manifest import InputSpec
 from service import images
 from service.errors import BadRequestError, MediaTypeError
-from service.images import Images, Limits
+from service.images import Encoded, Images, Limits
+from service.large_json import LARGE_BYTES, Shape, cut
 from service.schemas import Options, PredictRequest
 
 JSON = "application/json"
@@ -25,7 +26,7 @@ NPY = "application/x-npy"
 ENCODED = ("image/png", "image/jpeg")
 EXAMPLE = '{"inputs": [[[[0.0, ...]]]]}'
 Model = TypeVar("Model", bound=BaseModel)
-Decode = Callable[[InputSpec, Limits], Images]
+Open = Callable[[InputSpec, Limits], Images | Encoded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,24 @@ class Asked:
     """A request whose fields are right and whose pixels are still to be decoded."""
 
     options: Options
-    decode: Decode
-    encoded: bool = False  # decoding takes long
+    open: Open  # to arrays, or to encoded images that are decoded next
+    encoded: bool = False
 
 
-def read_request(content_type: str, query: Sequence[tuple[str, str]], body: bytes) -> Asked:
+def read_request(
+    content_type: str, query: Sequence[tuple[str, str]], body: bytes | bytearray, shapes: Sequence[Shape], max_rows: int
+) -> Asked:
     """Parse a body; for arrays and images the other fields come as query parameters.
 
+    Args:
+        content_type: the header.
+        query: names and values.
+        body: as it came.
+        shapes: (C, H, W) of everything that is served.
+        max_rows: images in one request.
+
     Raises:
+        TooLargeError: more images than that.
         MediaTypeError: not a media type we read.
         BadRequestError: broken JSON, or a field that is unknown, missing, given twice, or wrong.
     """
@@ -50,17 +61,20 @@ def read_request(content_type: str, query: Sequence[tuple[str, str]], body: byte
             raise BadRequestError(
                 f"Query parameter {query[0][0]!r} beside a JSON body; its fields go into the body: {EXAMPLE}."
             )
-        return _read_json(body)
+        return _read_json(bytes(body), shapes, max_rows)
     if media_type == NPY:
-        return Asked(_read_query(query), partial(images.from_npy, body))
+        return Asked(_read_query(query), partial(images.from_npy, bytes(body)))
     if media_type in ENCODED:
-        return Asked(_read_query(query), partial(images.from_encoded, [body], "The body"), encoded=True)
+        return Asked(_read_query(query), partial(images.open_encoded, [bytes(body)], "The body"), encoded=True)
     raise MediaTypeError(
         f"Content-Type {media_type[:80] or 'none'!r} is not read here; send {JSON}, {NPY} (numpy.save), {' or '.join(ENCODED)}."
     )
 
 
-def _read_json(body: bytes) -> Asked:
+def _read_json(body: bytes, shapes: Sequence[Shape], max_rows: int) -> Asked:
+    rows = None
+    if len(body) > LARGE_BYTES:
+        body, rows = cut(body, shapes, max_rows)
     try:
         record = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -78,9 +92,11 @@ def _read_json(body: bytes) -> Asked:
         raise BadRequestError(f'A request has either `inputs` or `images`: {EXAMPLE} or {{"images": [base64, ...]}}.')
     if request.inputs is not None:
         _refuse_texts(body, fields)
+        if rows is not None and not request.inputs:
+            return Asked(request, partial(images.from_rows, rows))
         return Asked(request, partial(images.from_lists, request.inputs))
     encoded = [_from_base64(text, i) for i, text in enumerate(request.images or ())]
-    return Asked(request, partial(images.from_encoded, encoded, "`images[{}]`"), encoded=True)
+    return Asked(request, partial(images.open_encoded, encoded, "`images[{}]`"), encoded=True)
 
 
 def _read_query(query: Sequence[tuple[str, str]]) -> Options:

@@ -8,8 +8,11 @@ ServiceError
 ├── SlowBodyError          408  the body stopped coming
 ├── TooLargeError          413  the body or the batch is over its limit
 ├── MediaTypeError         415  a body that is not one of ours
+├── MisdirectedError       421  a Host that is not this service's
+├── TooLargeHeadersError   431  the request's head is over its limit
 ├── QueueFullError         429  more work is waiting than can be done in time
 ├── BrokenEnsembleError    500  a member failed, or gave NaN
+├── NotImplementedHereError 501  a transfer coding that is not read here
 ├── NotReadyError          503  nothing to serve yet
 ├── BusyError              503  more bytes are held than the limit allows
 ├── QueueTimeError         503  the request waited too long for its turn
@@ -76,6 +79,20 @@ class MediaTypeError(ServiceError):
     reason = "media_type"
 
 
+class MisdirectedError(ServiceError):
+    """A Host that is not this service's."""
+
+    status = 421
+    reason = "misdirected"
+
+
+class TooLargeHeadersError(ServiceError):
+    """The request's head is over its limit."""
+
+    status = 431
+    reason = "headers_too_large"
+
+
 class QueueFullError(ServiceError):
     """More work is waiting than can be done in time."""
 
@@ -89,6 +106,13 @@ class BrokenEnsembleError(ServiceError):
 
     status = 500
     reason = "broken_ensemble"
+
+
+class NotImplementedHereError(ServiceError):
+    """A transfer coding that is not read here."""
+
+    status = 501
+    reason = "not_implemented"
 
 
 class NotReadyError(ServiceError):

@@ -10,13 +10,16 @@ from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+import orjson
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from PIL import Image
 
 from models_store import decoding
 from models_store.errors import DecodeError
 from models_store.manifest import InputSpec
 from service.errors import BadRequestError, TooLargeError
+from service.large_json import Row
 
 Images = NDArray[np.float32]
 FORMATS = ("PNG", "JPEG")
@@ -56,6 +59,34 @@ def from_lists(inputs: list[Any], spec: InputSpec, limits: Limits) -> Images:
     return _checked("`inputs`", array, spec)
 
 
+def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:
+    """The elements of `inputs` as texts, parsed one by one: Python's lock is free between them.
+
+    Raises:
+        BadRequestError: none at all, or one that is not an image as from_lists takes them.
+        TooLargeError: too many images.
+    """
+    _bound(len(rows), spec, limits)
+    if not rows:
+        raise BadRequestError(f"`inputs` holds not one image; send lists (batch, {_shape(spec)[1:]}.")
+    channels, height, _ = spec.shape
+    parsed: list[Images] = []
+    for index, row in enumerate(rows):
+        where = f"`inputs[{index}]`"
+        if row.lists != 1 + channels + channels * height or row.text.count(b",") != math.prod(spec.shape) - 1:
+            raise BadRequestError(
+                f"{where} does not have the shape {_shape(spec)}. The axes are batch, channel, row, column."
+            )
+        try:
+            image = np.array(orjson.loads(row.text))
+        except (ValueError, OverflowError):  # orjson's own error is a ValueError
+            raise BadRequestError(f"{where} is ragged or not JSON; every image must be {_shape(spec)}.") from None
+        if image.dtype.kind not in "iuf":
+            raise BadRequestError(f"{where} holds something that is no number (null or text); send floats in [0, 1].")
+        parsed.append(_checked(where, image[None], spec))
+    return np.concatenate(parsed)
+
+
 def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
     """An array as numpy.save writes it; nothing is ever unpickled.
 
@@ -76,11 +107,31 @@ def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
     return _checked("The array", flat.reshape(shape, order="F" if fortran else "C"), spec)
 
 
-def from_encoded(files: Sequence[bytes], where: str, spec: InputSpec, limits: Limits) -> Images:
-    """PNG or JPEG files. `where` names file {} in a refusal.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """PNG or JPEG files whose headers were read; not a pixel is decoded yet."""
+
+    images: list[Image.Image]
+    where: str
+    spec: InputSpec
+    pixels: int
+
+    def decode(self) -> Images:
+        """All of them.
+
+        Raises:
+            BadRequestError: one is damaged, or has a size that the ensemble does not take.
+        """
+        return np.stack(
+            [_named(self.where, i, decoding.to_array, image, self.spec) for i, image in enumerate(self.images)]
+        )
+
+
+def open_encoded(files: Sequence[bytes], where: str, spec: InputSpec, limits: Limits) -> Encoded:
+    """Read the headers of PNG or JPEG files. `where` names file {} in a refusal.
 
     Raises:
-        BadRequestError: none at all, a file that is not PNG or JPEG or is damaged, or a size that the ensemble does not take.
+        BadRequestError: none at all, or a file that is not PNG or JPEG.
         TooLargeError: too many images, or too many pixels.
     """
     _bound(len(files), spec, limits)
@@ -92,7 +143,7 @@ def from_encoded(files: Sequence[bytes], where: str, spec: InputSpec, limits: Li
         raise TooLargeError(
             f"{pixels} pixels to decode in one request; at most {limits.pixels} are. Send smaller images, or fewer."
         )
-    return np.stack([_named(where, i, decoding.to_array, image, spec) for i, image in enumerate(opened)])
+    return Encoded(opened, where, spec, pixels)
 
 
 def _named(where: str, index: int, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -146,7 +197,7 @@ def _checked(what: str, array: NDArray[Any], spec: InputSpec) -> Images:
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # also false for NaN
         raise BadRequestError(
-            f"{what} has values from {low:g} to {high:g}; pixels must lie in [0, 1]. Divide bytes by 255; do not normalise, the ensemble does."
+            f"{what} has values from {low!r} to {high!r}; pixels must lie in [0, 1]. Divide bytes by 255; do not normalise, the ensemble does."
         )
     return np.ascontiguousarray(array, dtype=np.float32)
 

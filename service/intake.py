@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future
+from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Message
@@ -16,6 +18,33 @@ GRACE_SECONDS = 0.25
 GRACES = 8
 ON_TIME_SECONDS = 0.02
 PACE_BYTES = 64 * 1024
+SMALL_BYTES = 2**20  # bodies up to this size find room where larger ones do not:
+RESERVE = 1 / 8  # of the bytes that may be held
+
+
+class Body:
+    """A request's body in memory."""
+
+    def __init__(self) -> None:
+        self.data: bytes | bytearray = b""
+        self._works: list[Future[Any]] = []
+
+    def add(self, part: bytes) -> None:
+        """Append a part. Most bodies come in one; of those that come byte by byte no part is kept as an object."""
+        if not self.data:
+            self.data = part
+        elif isinstance(self.data, bytearray):
+            self.data += part
+        else:
+            self.data = bytearray(self.data) + part
+
+    def used_by(self, work: Future[Any]) -> None:
+        """Count it as held until this work is done, also if its request is over before."""
+        self._works.append(work)
+
+    def unfinished(self) -> Future[Any] | None:
+        """The work that still uses it. A request does one thing after the other, so there is at most one."""
+        return next((work for work in self._works if not work.done()), None)
 
 
 class Intake:
@@ -26,8 +55,8 @@ class Intake:
 
         Args:
             body_bytes: one body.
-            held_bytes: all bodies together.
-            stall_seconds: how long a body may take for its beginning, and for every 64 KiB.
+            held_bytes: all bodies together; the last eighth is kept for bodies of at most 1 MiB.
+            stall_seconds: how long a body may take for its beginning, and for every 64 KiB after it.
         """
         self._body_bytes = body_bytes
         self._held_bytes = held_bytes
@@ -35,8 +64,8 @@ class Intake:
         self.held = 0
 
     @contextlib.asynccontextmanager
-    async def body(self, request: Request) -> AsyncGenerator[bytes]:
-        """The body of a request; its bytes count as held until the block ends.
+    async def body(self, request: Request) -> AsyncGenerator[Body]:
+        """The body of a request; its bytes count as held until the block ends and no thread uses them.
 
         Raises:
             TooLargeError: it is larger than a body may be, whatever Content-Length says.
@@ -44,43 +73,57 @@ class Intake:
             SlowBodyError: it came too slowly, or stopped.
             BadRequestError: the client went away in the middle.
         """
-        parts: list[bytes] = []
+        body = Body()
         try:
-            await self._read(request, parts)
-            yield parts[0] if len(parts) == 1 else b"".join(parts)
+            await self._read(request, body)
+            yield body
         finally:
-            self.held -= sum(map(len, parts))
+            size = len(body.data)
+            if (work := body.unfinished()) is None:
+                self.held -= size
+            else:
+                loop = asyncio.get_running_loop()
+                work.add_done_callback(lambda _: self._release_later(loop, size))
 
-    async def _read(self, request: Request, parts: list[bytes]) -> None:
+    def _release_later(self, loop: asyncio.AbstractEventLoop, size: int) -> None:
+        def release() -> None:
+            self.held -= size
+
+        with contextlib.suppress(RuntimeError):  # the service is going down, and its loop is closed
+            loop.call_soon_threadsafe(release)
+
+    async def _read(self, request: Request, body: Body) -> None:
         more = True
         try:
             # Announced too large: told at once. Content-Length may also be missing or lie, so bytes are counted as they come.
             announced = request.headers.get("content-length", "")
             if announced.isdecimal() and int(announced[:20]) > self._body_bytes:
                 raise TooLargeError(self._too_large())
-            taken = 0
-            began = asyncio.get_running_loop().time()
+            loop = asyncio.get_running_loop()
+            paced, deadline = 0, loop.time() + self._stall_seconds
             while more:
-                # A byte now and then is no progress: held bytes would never be given back.
-                deadline = began + self._stall_seconds * (1 + taken / PACE_BYTES)
                 message = await _receive(request, deadline)
                 if message["type"] == "http.disconnect":
                     raise BadRequestError("The client went away before its body was complete.")
                 more = message.get("more_body", False)
                 part: bytes = message.get("body", b"")
-                parts.append(part)
-                taken += len(part)
+                body.add(part)
                 self.held += len(part)
-                if taken > self._body_bytes:
+                size = len(body.data)
+                if size > self._body_bytes:
                     raise TooLargeError(self._too_large())
-                if self.held > self._held_bytes:
+                if self.held > self._held_bytes * (1 if size <= SMALL_BYTES else 1 - RESERVE):
                     raise BusyError("The service holds as many bytes of requests as it may. Try again in a second.")
+                # A byte now and then is no progress, and what came fast before is none either: held bytes would never be given back.
+                if size - paced >= PACE_BYTES:
+                    paced, deadline = size, loop.time() + self._stall_seconds
         except TimeoutError:
             raise SlowBodyError(
                 f"The body came too slowly: {PACE_BYTES} bytes may take {self._stall_seconds:g} s. Is Content-Length larger than what was sent?"
             ) from None
         except (TooLargeError, BusyError):
-            if more:
+            # A client that waits to be asked for its body has sent nothing yet.
+            if more and "expect" not in request.headers:
                 await _drain(request)
             raise
 

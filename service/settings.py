@@ -30,6 +30,11 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="an IP address; 0.0.0.0 opens the service to the network")
     port: int = Field(default=3000, gt=0, lt=65536)
+    hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Host headers that are answered, as a JSON list of names without ports. Default: any where the service is open to the "
+        "network; on a loopback address IP addresses and localhost only, so that no web page can reach it under a name of its own",
+    )
     metrics_port: int | None = Field(
         default=None, gt=0, lt=65536, description="give /metrics a listener of its own; the public one then has none"
     )
@@ -59,6 +64,10 @@ class Settings(BaseSettings):
         description="in which an authenticating proxy names the caller, overwriting what clients send: `keyed` then draws for each caller apart",
     )
 
+    head_bytes: int = Field(default=32 * 1024, gt=0, description="request line and headers of a request; beyond: 431")
+    head_seconds: float = Field(
+        default=10, gt=0, description="until the head of a request is complete; beyond, its connection is closed"
+    )
     max_body_bytes: int = Field(default=16 * 2**20, gt=0)
     max_rows: int = Field(default=1024, gt=0, description="images in one request")
     max_pixels: int = Field(default=2**24, gt=0, description="pixels of the encoded images of one request")
@@ -69,8 +78,15 @@ class Settings(BaseSettings):
     batch_rows: int = Field(default=64, gt=0, description="rows that run together, at most")
     batch_seconds: float = Field(default=0.05, gt=0, description="how long a batch should take, at most")
     queue_rows: int = Field(default=4096, gt=0, description="rows that may wait; beyond: 429")
+    queue_pixels: int = Field(
+        default=2**25, gt=0, description="pixels of large encoded images that may wait to be decoded; beyond: 429"
+    )
     queue_seconds: float = Field(default=2, gt=0, description="how long a request may wait; beyond: 429 or 503")
-    held_bytes: int = Field(default=256 * 2**20, gt=0, description="bodies, and again decoded images, held at once")
+    held_bytes: int = Field(
+        default=256 * 2**20,
+        gt=0,
+        description="bodies, and again decoded images, held at once; an eighth of it is kept for small bodies",
+    )
 
     def secret(self) -> bytes:
         """The key of `keyed`."""

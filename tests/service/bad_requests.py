@@ -26,7 +26,7 @@ class Bad(NamedTuple):
 
 
 def message(path, body=b"", content_type=None, method="POST", headers=()):
-    lines = [f"{method} {path} HTTP/1.1", "Host: test", "Connection: close", *headers]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
     lines += [f"Content-Type: {content_type}"] if content_type else []
     if not any(header.lower().startswith(("content-length", "transfer-encoding")) for header in headers):
         lines.append(f"Content-Length: {len(body)}")

@@ -108,28 +108,6 @@ def test_what_takes_longer_than_its_limit_is_stopped_and_the_next_one_answered(s
     assert 'modepath_refused_total{reason="deadline"} 1.0' in httpx.get(server.url + "/metrics").text
 
 
-def test_what_a_thread_still_works_on_is_held_until_it_is_done():
-    code = """
-import asyncio, time, types
-from concurrent.futures import ThreadPoolExecutor
-from service.app import Worker
-done = []
-def work():
-    time.sleep(0.5)
-    done.append(True)
-async def main():
-    worker = types.SimpleNamespace(_beside=ThreadPoolExecutor(1))
-    try:
-        async with asyncio.timeout(0.05):
-            await Worker.beside(worker, True, work)
-    except TimeoutError:
-        print("late", done)
-asyncio.run(main())
-"""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "late [True]" in found.stdout, found.stdout + found.stderr
-
-
 def test_an_answered_request_leaves_no_timer():
     code = """
 import asyncio, gc, uvloop

@@ -290,11 +290,30 @@ def test_a_client_that_gave_up_is_no_trouble(batcher):
         for one in (gone, *waiting):
             one.cancel()
         await asyncio.sleep(0)
+        # Released at once, not when its turn would have come.
+        assert (made._rows, made._bytes, len(made._waiting)) == (0, 0, 0)
         ensemble.gate.set()
         return await made.run(ensemble, rows(0.2))
 
     assert asyncio.run(go()).prediction.label.shape == (1,)
     assert sum(ensemble.sizes) == 2  # whoever had gone before their turn was not computed
+    assert made._rows == made._bytes == 0
+
+
+def test_the_rest_of_a_large_request_is_dropped_when_its_client_leaves(batcher):
+    ensemble, made = Ensemble(), batcher(threads=1)
+
+    async def go():
+        ensemble.gate.clear()
+        gone = asyncio.ensure_future(made.run(ensemble, rows(*[0.1] * 100)))
+        await until(lambda: made._open is not None or not made._waiting or made._waiting[0].taken)
+        gone.cancel()
+        await asyncio.sleep(0)
+        ensemble.gate.set()
+        await made.run(ensemble, rows(0.2))
+
+    asyncio.run(go())
+    assert sum(ensemble.sizes) <= LIMITS.batch_rows + 1
     assert made._rows == made._bytes == 0
 
 

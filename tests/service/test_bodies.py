@@ -6,13 +6,22 @@ import pytest
 from PIL import Image
 
 from models_store.manifest import InputSpec
-from service.bodies import read_request
+from service import bodies
 from service.errors import BadRequestError, MediaTypeError
-from service.images import Limits
+from service.images import Encoded, Limits
 
 SPEC = InputSpec(shape=(1, 2, 2))
 LIMITS = Limits(rows=10, bytes=10**6, pixels=10_000)
 pixels = np.array([[0, 51], [102, 255]], np.uint8)
+
+
+def read_request(content_type, query, body):
+    return bodies.read_request(content_type, query, body, [SPEC.shape], LIMITS.rows)
+
+
+def images_of(asked):
+    found = asked.open(SPEC, LIMITS)
+    return found.decode() if isinstance(found, Encoded) else found
 
 
 def png():
@@ -43,7 +52,7 @@ def json_of(field, value):
     ],
 )
 def test_the_same_pixels_are_the_same_images_in_every_form(content_type, body):
-    found = read_request(content_type, [], body).decode(SPEC, LIMITS)
+    found = images_of(read_request(content_type, [], body))
     assert found.tolist() == (pixels / 255).astype(np.float32)[None, None].tolist()
 
 
@@ -86,8 +95,12 @@ def test_options_come_in_the_json_body_or_in_the_query():
         (b'{"inputs": [[[[0.5, "' + b"a" * 300_000 + b'"]]]]}', "no number"),
         (b'{"inputs": [[[[0.5, true]]]]}', "no number"),
         (b'{"inputs": [[[[0.5, {"a": 1}]]]]}', "no number"),
-        (b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b"}", "'0' is unknown"),
-        (b'{"images": [' + b"1," * 100_000 + b"1]}", r"'images\.0'"),
+        (b"{" + b",".join(b'"%d":0' % i for i in range(1_000)) + b"}", "'0' is unknown"),
+        (b"{" + b",".join(b'"%d":0' % i for i in range(100_000)) + b"}", "more texts than 10"),
+        (b'{"inputs": [' + b",".join([b"[[]]"] * 100_000) + b"]}", "more lists than a request"),
+        (b'{"inputs": ' + b" " * 100_000 + b"[[[[0.5, 0.5], [0.5, 0.5]]]", "not closed"),
+        (b'{"inputs": [0' + b", 0" * 100_000 + b"]}", "not a list of images"),
+        (b'{"images": [' + b"1," * 100_000 + b"1]}", "an array in a field other"),
         (b'{"images": "abcd"}', "'images'"),
         (b'{"images": [1]}', r"'images\.0'"),
         (b'{"images": ["http://127.0.0.1/a.png"]}', "addresses are not fetched"),

@@ -6,11 +6,15 @@ from PIL import Image
 
 from models_store.manifest import InputSpec
 from service.errors import BadRequestError, TooLargeError
-from service.images import Limits, from_encoded, from_lists, from_npy
+from service.images import Limits, from_lists, from_npy, open_encoded
 
 SPEC = InputSpec(shape=(1, 2, 2))
 LIMITS = Limits(rows=10, bytes=10**6, pixels=10_000)
 good = [[[[0.0, 1.0], [0.5, 0.25]]]]
+
+
+def from_encoded(files, where, spec, limits):
+    return open_encoded(files, where, spec, limits).decode()
 
 
 def saved(array, **options):

@@ -1,5 +1,6 @@
 import asyncio
 import time
+from concurrent.futures import Future
 
 import pytest
 from starlette.requests import Request
@@ -26,7 +27,7 @@ def part(body, more=False):
 def read(intake, asked):
     async def go():
         async with intake.body(asked) as body:
-            return body, intake.held
+            return bytes(body.data), intake.held
 
     return asyncio.run(go())
 
@@ -131,7 +132,71 @@ def test_a_loop_that_was_held_up_is_not_the_clients_fault(monkeypatch, times):
         holding = asyncio.create_task(hold_up())
         async with intake.body(asked) as body:
             await holding
-            return body
+            return bytes(body.data)
 
     came = asyncio.Event()
     assert asyncio.run(go()) == b"xxx"
+
+
+def test_what_came_fast_at_the_beginning_does_not_excuse_silence_afterwards():
+    async def receive():
+        if not sent:
+            sent.append(True)
+            return part(b"x" * 2**20, True)
+        return await asyncio.Event().wait()
+
+    sent = []
+    silent = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
+
+    async def go():
+        async with asyncio.timeout(3):  # by the mean pace of the whole body, 17 × 0.3 s would be granted
+            async with Intake(2**21, 2**22, 0.3).body(silent):
+                pass
+
+    with pytest.raises(SlowBodyError):
+        asyncio.run(go())
+
+
+def test_large_bodies_leave_room_for_small_ones():
+    large, small = 2**21, 2**10
+    intake = Intake(large, 16 * 2**20, 1)
+
+    async def go(held=0):
+        if held < 7:
+            async with intake.body(request(part(b"x" * large))):
+                return await go(held + 1)
+        with pytest.raises(BusyError):
+            async with intake.body(request(part(b"x" * large))):
+                raise AssertionError
+        async with intake.body(request(part(b"x" * small))) as body:
+            return len(body.data)
+
+    assert asyncio.run(go()) == small
+    assert intake.held == 0
+
+
+def test_a_body_is_held_until_the_thread_that_uses_it_is_done():
+    intake, work = Intake(10, 100, 1), Future()
+
+    async def go():
+        async with intake.body(request(part(b"abc"))) as body:
+            body.used_by(work)
+        assert intake.held == 3
+        work.set_result(None)
+        await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+    assert intake.held == 0
+
+
+def test_a_client_that_waits_to_be_asked_for_a_body_too_large_is_not_asked():
+    asked = []
+
+    async def receive():
+        asked.append(True)
+        return part(b"x")
+
+    headers = [(b"content-length", b"99000000000"), (b"expect", b"100-continue")]
+    with pytest.raises(TooLargeError):
+        read(Intake(10, 100, 1), Request({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive))
+    assert asked == []
