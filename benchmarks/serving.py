@@ -81,7 +81,7 @@ def main() -> None:
         RESULT.write_text(report)
 
 
-def publish(root: Path, count: int, seed: int = 0) -> Path:
+def publish(root: Path, count: int, seed: int = 0, resize: str = "refuse") -> Path:
     """An ensemble of preresnet8 with random weights; the folder of its members."""
     import torch
 
@@ -102,7 +102,10 @@ def publish(root: Path, count: int, seed: int = 0) -> Path:
             (staged / f"members/{index:03d}.onnx").write_bytes(model)
             members.append(Member(file=f"members/{index:03d}.onnx", origin=Origin(), weight=1 / count))
         draft = Draft(
-            method="import", input=InputSpec(shape=SHAPE), classes=[str(i) for i in range(CLASSES)], members=members
+            method="import",
+            input=InputSpec(shape=SHAPE, resize=resize),
+            classes=[str(i) for i in range(CLASSES)],
+            members=members,
         )
         return store.publish(NAME, Path(staged), draft).folder / "members"
 
@@ -260,7 +263,7 @@ def wrk(url: str, script: Path, connections: int, seconds: int) -> dict[str, flo
         raise SystemExit(f"{url}: {bad[0]}")
 
     def milliseconds(percent: str) -> float:
-        value, unit = re.search(rf"{percent}%\s+([\d.]+)(us|ms|s|m)\n", text).groups()
+        value, unit = re.search(rf"{percent}%\s+([\d.]+)(us|ms|s|m)\s*\n", text).groups()
         return float(value) * {"us": 1e-3, "ms": 1, "s": 1e3, "m": 6e4}[unit]
 
     return {

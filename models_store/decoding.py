@@ -60,6 +60,8 @@ def to_array(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
         raise DecodeError(
             f"this ensemble takes {channels} channels; an encoded image has 1 (grey) or 3 (RGB). Send arrays instead."
         )
+    if spec.resize == "refuse" and image.size not in ((width, height), (height, width)):  # before a pixel is decoded
+        raise DecodeError(_another_size(image, width, height))
     try:
         image = ImageOps.exif_transpose(image)
         image = _scaled_16_bit(image) if image.mode.startswith("I") else _on_white(image, MODES[channels])
@@ -94,9 +96,7 @@ def _scaled_16_bit(image: Image.Image) -> Image.Image:
 
 def _resized(image: Image.Image, width: int, height: int, how: str) -> Image.Image:
     if how == "refuse":
-        raise DecodeError(
-            f"the image is {image.width} × {image.height} pixels; this ensemble takes {width} × {height}. Resize it."
-        )
+        raise DecodeError(_another_size(image, width, height))
     if how == "stretch":
         return _bilinear(image, width, height)
     if max(image.size) > MAX_ASPECT * min(image.size):  # scaled before it is cropped, it would grow without bound
@@ -108,6 +108,10 @@ def _resized(image: Image.Image, width: int, height: int, how: str) -> Image.Ima
         image = _bilinear(image, int(height * image.width / image.height), height)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
+
+
+def _another_size(image: Image.Image, width: int, height: int) -> str:
+    return f"the image is {image.width} × {image.height} pixels; this ensemble takes {width} × {height}. Resize it."
 
 
 def _bilinear(image: Image.Image, width: int, height: int) -> Image.Image:
