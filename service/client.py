@@ -51,6 +51,7 @@ class Answer:
     confidence: NDArray[np.float64] | None  # (batch,)
     uncertainty: dict[str, NDArray[np.float64]]  # each (batch,); entropies in nats. Empty where it is not shown
     members: NDArray[np.float64] | None  # (members, batch, classes), when asked for
+    points: NDArray[np.intp] | None = None  # (batch,): which network answered, where the operator shows it
 
 
 class Client:
@@ -181,6 +182,7 @@ def _answer(body: dict[str, Any]) -> Answer:
             for measure in rows[0].get("uncertainty", {})
         },
         members=members,
+        points=np.array([row["point"] for row in rows]) if "point" in rows[0] else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic r
 from models_store.manifest import Manifest, Scores
 from service.batching import Answer
 from service.policy import Mode, Policy
+
+log = logging.getLogger("bentoml.modepath")
 
 
 class Options(BaseModel):
@@ -178,12 +181,22 @@ def _rows(classes: list[str], answer: Answer, digits: Literal["exact", "none"] |
 
 
 def padded(reply: bytes, manifest: Manifest, policy: Policy, mode: Mode, rows: int) -> bytes:
-    """The answer with blanks behind it, so that its length tells nothing of what is in it: of a network by itself, not even that."""
+    """The answer followed by blanks, so that its length does not depend on what is in it.
+
+    The length is an upper bound of what respond can write; a longer answer is filled up to whole kilobytes, and logged.
+    """
     digits = policy.digits(mode)
     number = {"none": 0, "exact": 25}.get(str(digits)) if isinstance(digits, str) else digits + 4  # with its comma
     name = max(len(orjson.dumps(one)) for one in manifest.classes)
     row = 100 + name + (len(manifest.classes) + 1) * (number or 0)
-    return reply.ljust(200 + len(manifest.name) + rows * row)
+    length = 200 + len(manifest.name) + rows * row
+    if len(reply) > length:
+        log.error(
+            "An answer of %s has %d bytes where at most %d were expected: its length may tell what is in it. Report this, please.",
+            manifest.name, len(reply), length,
+        )  # fmt: skip
+        length = -(-len(reply) // 1024) * 1024
+    return reply.ljust(length)
 
 
 def describe(

@@ -1,6 +1,7 @@
 """The client against a real service, and its retries against answers made up here."""
 
 import asyncio
+import dataclasses
 import io
 
 import httpx
@@ -10,7 +11,8 @@ from PIL import Image
 
 from models_store.uncertainty import combine, softmax
 from service import client as module
-from service.client import AsyncClient, Client, RefusedError
+from service.client import Answer, AsyncClient, Client, RefusedError
+from service.schemas import PredictResponse, RowPrediction
 from tests.onnx_members import SHAPE, linear, linear_logits, publish
 
 images = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
@@ -131,3 +133,18 @@ def test_it_gives_up_with_the_last_reason(scripted):
 def test_an_answer_of_somebody_else_is_told():
     with pytest.raises(RefusedError, match="502: <html>"):
         module._read(httpx.Response(502, text="<html>bad gateway"))
+
+
+def test_the_clients_answer_has_every_field_of_the_response():
+    """A field that is new in the response belongs into Answer, too, or the client drops it without a word."""
+    named_otherwise = {
+        "predictions": None, "label": "labels", "class_name": "class_names", "point": "points",
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(Answer)}
+    for field in (*PredictResponse.__annotations__, *RowPrediction.__annotations__):
+        assert named_otherwise.get(field, field) in {*fields, None}
+    body = {
+        "ensemble": "a", "version": 1, "mode": "random", "request_id": "x",
+        "predictions": [{"label": 1, "class_name": "dog", "confidence": 0.5, "probs": [0.5, 0.5], "point": 7}],
+    }  # fmt: skip
+    assert module._answer(body).points.tolist() == [7]

@@ -1,11 +1,15 @@
 import numpy as np
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from models_store.manifest import Manifest
 from models_store.uncertainty import combine
 from service.batching import Answer
 from service.policy import Policy
-from service.schemas import EnsembleInfo, PredictResponse, Uncertainty, describe, respond
+from service.schemas import EnsembleInfo, PredictResponse, Uncertainty, describe, padded, respond
 from tests.onnx_members import publish
 
 probs = np.random.default_rng(0).dirichlet(np.ones(3), size=(3, 4))
@@ -74,3 +78,38 @@ def test_clients_see_a_whitelist_only(store):
     shown = describe(manifest, ["CPUExecutionProvider"], Policy(), None, is_default=True).model_dump()
     assert set(shown) == set(EnsembleInfo.model_fields)
     assert not {"provenance", "files", "network", "created"} & set(shown)
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(
+    classes=st.lists(NAMES, min_size=2, max_size=5, unique=True),
+    digits=st.sampled_from(["none", 1, 2, 3, 4, 5, 6, "exact"]),
+    shows_point=st.booleans(),
+    numbers=st.lists(st.floats(1e-300, 1), min_size=10, max_size=10),
+    point=st.integers(0, 10**6),
+)
+def test_answers_to_equally_many_rows_are_equally_long_whatever_is_in_them(
+    classes, digits, shows_point, numbers, point
+):
+    manifest = Manifest.model_construct(name="a" * 64, version=10**6, classes=classes)
+    policy = Policy(modes=("random",), probabilities=digits, point=shows_point)
+    lengths = set()
+    for first in (0, 1):
+        raw = np.array(numbers[first * 5 :][: len(classes)])
+        found = (raw / raw.sum())[None, None]
+        reply = respond(
+            manifest, "0" * 16, "random", Answer(found, combine(found, np.ones(1)), 0.1, 0.2), policy, members=False, points=[point * first],
+        )  # fmt: skip
+        whole = orjson.dumps(reply)
+        filled = padded(whole, manifest, policy, "random", 1)
+        assert orjson.loads(filled) == orjson.loads(whole)
+        lengths.add(len(filled))
+    assert len(lengths) == 1
+
+
+def test_an_answer_longer_than_expected_is_still_filled_up_and_logged(store, caplog):
+    manifest = publish(store, "a").manifest
+    assert len(padded(b"x" * 5000, manifest, Policy(modes=("random",)), "random", 1)) == 5120
+    assert "its length may tell" in caplog.text
