@@ -1,7 +1,7 @@
 """The folder of one training run: what it needs to go on after being killed at any moment.
 
     $MODEPATH_RUNS/<door>-<hash of the config>/
-      run.json                identity, config, and what the run depends on
+      run.json                identity, config, what the run depends on, and what its network is
       checkpoint.safetensors  weights and momenta after the last finished epoch; where that was is in the metadata
       starts/*.safetensors   checkpoints that later legs begin from
       vertices/00-000.safetensors   weights as they were collected: leg, number
@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import uuid
@@ -24,13 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from training.errors import CheckpointError, RunError
 from training.geometry.vertices import State
 
 FORMAT = 1
+PRINT_IMAGES = 4
 # Metadata of files whose names say network.… and momentum.…; without it names are the network's own, whatever they begin with.
 PREFIXED = {"names": "prefixed"}
 
@@ -42,6 +48,54 @@ class Progress:
     leg: int = 0
     epoch: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class NetworkPrint:
+    """What a network's code makes of the seed: two runs of one configuration are the same only if they agree in it."""
+
+    initial: State  # parameters and buffers with the seeded initial weights, by torch name
+    logits: list[list[float]]  # of a fixed batch at these weights, in eval mode
+
+    @classmethod
+    def of(cls, network: nn.Module, shape: tuple[int, int, int]) -> NetworkPrint:
+        """Take it from a network with its initial weights, for images (C, H, W). Draws nothing from torch's generator."""
+        images = torch.linspace(0, 1, PRINT_IMAGES * math.prod(shape)).view(PRINT_IMAGES, *shape)
+        training = network.training
+        with torch.no_grad(), torch.random.fork_rng([]):
+            logits = network.eval()(images).float().tolist()
+        network.train(training)
+        return cls({name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}, logits)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"state": self._layout(), "logits": self.logits}
+
+    def is_of(self, record: dict[str, Any], folder: Path) -> bool:
+        """True if a run, by its record, was begun with this network.
+
+        Logits are compared within rounding, because other processors compute other last bits. A run that was begun before
+        networks were recorded is compared by the weights that it began from.
+        """
+        if (known := record.get("network")) is not None:
+            same_shape = np.shape(known["logits"]) == np.shape(self.logits)
+            alike = same_shape and np.allclose(known["logits"], self.logits, rtol=1e-3, atol=1e-4, equal_nan=True)
+            return known["state"] == self._layout() and alike
+        start = next(iter(sorted((folder / "starts").glob("*.safetensors"))), None)
+        if start is None:
+            return True
+        began = load_weights(start)
+        if {name: tuple(tensor.shape) for name, tensor in began.items()} != {
+            name: tuple(tensor.shape) for name, tensor in self.initial.items()
+        }:
+            return False
+        # Given weights are not the seed's: there the layout has to do.
+        return not start.name.startswith("fresh-0") or all(
+            torch.allclose(tensor.float(), began[name].float(), atol=1e-6) for name, tensor in self.initial.items()
+        )
+
+    def _layout(self) -> list[list[Any]]:
+        return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in self.initial.items()]
 
 
 class Run:
@@ -60,6 +114,7 @@ class Run:
         depends_on: dict[str, str],
         *,
         fresh: bool,
+        network: NetworkPrint | None = None,
         given: Sequence[str] = (),
         leader: bool = True,
     ) -> Iterator[Run]:
@@ -70,13 +125,15 @@ class Run:
             config: everything that decides what the run computes; its hash names the folder.
             depends_on: fingerprints of data and code that the config names but does not hold.
             fresh: forget what was done.
+            network: what the network's code makes of the seed. A run of the same configuration that was begun with another
+                network is another run, in a folder of its own.
             given: the weights that it begins from, by name and version; kept for `begun_from`.
             leader: of the processes that train one run together, one locks and writes; the others open it after it did.
 
         Raises:
             RunError: another process works on it, or what it depends on has changed.
         """
-        folder = _folder(door, config)
+        folder = _folder(door, config, network)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
             try:
@@ -91,6 +148,8 @@ class Run:
                 folder.mkdir(exist_ok=True)
                 record = {"format": FORMAT, "run": uuid.uuid4().hex, "given": list(given), "depends_on": depends_on}
                 record["config"] = config
+                if network is not None:
+                    record["network"] = network.record()
                 write_whole(file, json.dumps(record, indent=2).encode())
             record = json.loads(file.read_text())
             if changed := sorted(k for k, v in depends_on.items() if record["depends_on"].get(k) != v):
@@ -101,9 +160,9 @@ class Run:
             yield cls(folder, record["run"])
 
     @staticmethod
-    def begun_from(door: str, config: dict[str, Any]) -> list[str] | None:
+    def begun_from(door: str, config: dict[str, Any], network: NetworkPrint | None = None) -> list[str] | None:
         """The weights that this config's run begins from, where it was begun: names may have got new versions since."""
-        file = _folder(door, config) / "run.json"
+        file = _folder(door, config, network) / "run.json"
         return json.loads(file.read_text()).get("given") if file.exists() else None
 
     def progress(self) -> Progress:
@@ -137,10 +196,17 @@ class Run:
         return self.folder / "samples" / f"{index:03d}.safetensors"
 
 
-def _folder(door: str, config: dict[str, Any]) -> Path:
+def _folder(door: str, config: dict[str, Any], network: NetworkPrint | None) -> Path:
+    """The folder of this configuration's run with this network, or where a new one belongs."""
     text = json.dumps(config, sort_keys=True)
     key = hashlib.sha256(f"{FORMAT}\n{text}".encode()).hexdigest()[:16]
-    return Path(os.environ.get("MODEPATH_RUNS") or "runs") / f"{door}-{key}"
+    base = Path(os.environ.get("MODEPATH_RUNS") or "runs") / f"{door}-{key}"
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        file = folder / "run.json"
+        if network is None or not file.exists() or network.is_of(json.loads(file.read_text()), folder):
+            return folder
+    raise AssertionError("counting does not end")
 
 
 def save_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> None:
