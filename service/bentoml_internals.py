@@ -119,6 +119,8 @@ def end_gently(grace_seconds: float, at_the_end: Callable[[], None]) -> None:
 
 async def _let_requests_begin(server: uvicorn.Server) -> None:
     # uvicorn closes every connection that has no complete head yet. A socket that is closed with bytes unread is reset.
+    # Requests that begin from now on are the last ones of their connections.
+    server.server_state.default_headers = [*server.server_state.default_headers, (b"connection", b"close")]
     began = asyncio.get_running_loop().time()
     while not server.force_exit:
         idle = begun = False
