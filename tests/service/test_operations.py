@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.onnx_members import SHAPE, publish
+from tests.recording_proxy import recording_proxy
 from tests.service.conftest import workers_of
 
 BODY = json.dumps({"inputs": np.zeros((1, *SHAPE)).tolist()}).encode()
@@ -208,8 +208,7 @@ def answer_of(connection):
     return int(status.split()[1]), dict(line.lower().split(": ", 1) for line in lines), json.loads(body)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_no_connection_is_reset_while_the_service_ends(animals, serve, workers, number):
     server = serve(animals, MODEPATH_WORKERS=str(workers), MODEPATH_STALL_SECONDS="30")
     server.until(200)
@@ -292,8 +291,10 @@ def test_clients_name_nobody_else_in_the_log_and_its_lines_stay_short(animals, s
     assert len(lines[0]) < 1000
 
 
-def test_proxies_that_the_operator_names_name_the_client(animals, serve):
-    server = serve(animals, MODEPATH_ACCESS_LOG="true", MODEPATH_TRUSTED_PROXIES="127.0.0.0/8")
+def test_localhost_is_an_address_and_proxies_that_the_operator_names_name_the_client(animals, serve):
+    server = serve(
+        animals, MODEPATH_HOST="localhost", MODEPATH_ACCESS_LOG="true", MODEPATH_TRUSTED_PROXIES="127.0.0.0/8"
+    )
     server.until(200)
     httpx.get(server.url + "/through-a-proxy", headers={"X-Forwarded-For": "192.0.2.7"})
     server.stop()
@@ -301,39 +302,13 @@ def test_proxies_that_the_operator_names_name_the_client(animals, serve):
     assert json.loads(line)["client"] == "192.0.2.7"
 
 
-@contextlib.contextmanager
-def recording_proxy():
-    """Takes connections, notes what they ask for, and closes them."""
-    attempts = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def record():
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    with connection:
-                        attempts.append(connection.recv(4096))
-
-        thread = threading.Thread(target=record, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", attempts
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
-
-
-def towards(proxy, home):
-    names = ("http_proxy", "https_proxy", "all_proxy")
-    changed = {variable: proxy for name in names for variable in (name, name.upper())}
-    return {**changed, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache"), "NO_PROXY": "", "no_proxy": ""}
-
-
 def test_a_plain_bentoml_serve_contacts_nobody(animals, serve, tmp_path, monkeypatch):
     monkeypatch.delenv("BENTOML_DO_NOT_TRACK", raising=False)
     monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
     home = tmp_path / "home"
     home.mkdir()
-    with recording_proxy() as (proxy, attempts):
-        server = serve(animals, **towards(proxy, home))
+    with recording_proxy(home) as (environment, attempts):
+        server = serve(animals, **environment)
         server.until(200)
         assert ask(server, 3) == {200: 3}
         time.sleep(3)  # onnxruntime reports from a thread of its own
@@ -358,8 +333,3 @@ def test_what_keeps_the_service_from_starting_is_said_in_one_line(animals, serve
         assert server.process.wait(60) == 1
     [line] = server.log.read_text().splitlines()
     assert said.replace("TAKEN", port) in line
-
-
-def test_localhost_is_an_address(animals, serve):
-    server = serve(animals, MODEPATH_HOST="localhost")
-    server.until(200)
