@@ -7,18 +7,6 @@ from tests.onnx_members import publish
 from tests.recording_proxy import recording_proxy
 
 TRAINING = ("training.independent", "--dataset", "digits", "--network", "mlp", "--epochs", "1")
-    "training.fge",
-    "--dataset",
-    "digits",
-    "--network",
-    "mlp",
-    "--epochs",
-    "1",
-    "--members",
-    "2",
-    "--device",
-    "cpu",
-)
 
 
 @pytest.mark.parametrize(
