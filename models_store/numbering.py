@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def next_number(root: Path, name: str) -> int:
         raise CorruptionError(
             f"{error} It keeps the last number that was given to {name}. Write the highest one that you know of into it."
         ) from None
-    there = [int(entry) for entry in os.listdir(root / name) if NUMBER.fullmatch(entry)]
+    there = [int(entry.name) for entry in (root / name).iterdir() if NUMBER.fullmatch(entry.name)]
     number = max([last, *there]) + 1
     if not NUMBER.fullmatch(str(number)):
         raise CorruptionError(f"{name} has no number left after {number - 1}. Publish under another name.")

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class Store:
         """
         try:
             with files.reading(self.root):
-                entries = os.listdir(self.root)
+                entries = [entry.name for entry in self.root.iterdir()]
         except FileNotFoundError:
             return []
         except NotADirectoryError:
@@ -102,7 +103,7 @@ class Store:
         folder = self._folder(name)
         try:
             with files.reading(folder):
-                entries = os.listdir(folder)
+                entries = [entry.name for entry in folder.iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return []
         numbers = (entry for entry in entries if numbering.NUMBER.fullmatch(entry))
@@ -123,6 +124,10 @@ class Store:
                 f"Publish one, or run: python -m models_store activate {name} VERSION"
             )
         return version
+
+    def activated_at(self, name: str) -> float:
+        """When `name` was last activated, seconds since the epoch, by the clock of its file; never in the future."""
+        return min((self._folder(name) / "active").lstat().st_mtime, time.time())
 
     def activation_order(self) -> list[str]:
         """Names that have an active version, the one that was activated last at the end.
@@ -253,7 +258,9 @@ class Store:
                 files=dict(sorted(hashes.items())),
             ).sealed()
             content = manifest.dump().encode("utf-8", "surrogatepass")
-            Manifest.parse(content, where=f"The manifest of {name}@{version}")  # what nobody could read is not published
+            Manifest.parse(
+                content, where=f"The manifest of {name}@{version}"
+            )  # what nobody could read is not published
             files.write(staged / MANIFEST, content)
         return self._put(staged, manifest, hashlib.sha256(content).hexdigest(), activate=activate)
 
@@ -271,7 +278,10 @@ class Store:
                 raise StoreError(f"{target} exists already; give another folder, or remove it.")
             for path in (MANIFEST, *version.manifest.files):
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
-                with files.opened(version.folder / path, _most_bytes(path)) as source, (staged / path).open("xb") as copy:
+                with (
+                    files.opened(version.folder / path, _most_bytes(path)) as source,
+                    (staged / path).open("xb") as copy,
+                ):
                     shutil.copyfileobj(source, copy, 2**20)
             self.verify(Version(staged, version.manifest, version.digest))
             return self._put(staged, version.manifest, version.digest, activate=True)
@@ -350,7 +360,9 @@ class Store:
         def outcome() -> str:
             if not renamed:
                 return "Nothing was published."
-            return _not_activated(name, version) if activate else f"{name}@{version} is published; look whether it lasts."
+            return (
+                _not_activated(name, version) if activate else f"{name}@{version} is published; look whether it lasts."
+            )
 
         with files.writing(self.root, outcome):
             for path in [*files.tree(staged), ""]:

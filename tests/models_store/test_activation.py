@@ -132,7 +132,9 @@ def test_the_token_changes_with_each_activation_of_the_same_version(store):
     assert store.activation_token("a") != before
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"9" * 5000, b"1.0\n", b"\xd9\xa1\n", b"0\n", b"-1\n", b"", b"1 2\n"])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\n", b"9" * 5000, b"1.0\n", b"\xd9\xa1\n", b"0\n", b"-1\n", b"", b"1 2\n"]
+)
 def test_what_is_no_number_is_refused_and_not_repeated(store, content):
     publish(store, "a")
     (store.root / "a/active").write_bytes(content)

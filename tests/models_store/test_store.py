@@ -407,7 +407,9 @@ def test_whatever_call_fails_the_message_says_what_was_published(store, no_disk,
             assert "Nothing was published" in said
             assert "is published" not in said
         elif store.active("a") != made[0]:
-            assert f"a@{made[0]} is published but not activated; run: python -m models_store activate a {made[0]}" in said
+            assert (
+                f"a@{made[0]} is published but not activated; run: python -m models_store activate a {made[0]}" in said
+            )
         else:
             assert f"a@{made[0]} is active" in said
         outcomes.add((said is None, bool(made)))
