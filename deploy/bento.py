@@ -105,9 +105,7 @@ def copy_sources(context: Path, version: Version) -> None:
     for room in ROOMS:
         ignored = shutil.ignore_patterns("ensembles", "__pycache__")
         shutil.copytree(ROOT / room, context / room, ignore=ignored)
-    ensemble = context / "models_store" / "ensembles" / version.manifest.name
-    shutil.copytree(version.folder, ensemble / str(version.manifest.version))
-    (ensemble / "active").write_text(f"{version.manifest.version}\n")
+    Store(context / "models_store" / "ensembles").adopt(version)
 
 
 def pinned_requirements() -> list[str]:

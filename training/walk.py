@@ -85,6 +85,9 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         name = config.published_name
         if (done := store.find_run(name, this_run.identity)) is not None:
             say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
+            # An earlier process may have been stopped between publishing and activating.
+            if leader and config.activate and store.finish_activation(name, done):
+                say(f"{name}@{done} is active now: the run was stopped before it had activated it.")
             return store.load(name, done)
         say(f"run {this_run.folder} on {hardware.describe(fabric)}")
         placed = data.on_device(found, fabric.device)
