@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from models_store.onnx_contract import check_member
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MANIFEST = "manifest.json"
 ACTIVE = "active"
+ACTIVE_BYTES, MANIFEST_BYTES = 32, 2**24  # at most; beyond, it is damaged
 _STAGING_PREFIX = ".staging-"
 
 
@@ -42,6 +44,7 @@ class Version:
 
     folder: Path
     manifest: Manifest
+    digest: str = ""  # sha256 of the manifest's bytes, which list the hashes of all other files
 
     @property
     def name(self) -> str:
@@ -63,10 +66,20 @@ class Store:
     # Reading
 
     def names(self) -> list[str]:
-        """Ensembles with at least one published version, sorted."""
-        if not self.root.is_dir():
+        """Ensembles with at least one published version, sorted; none where the store's folder does not exist.
+
+        Raises:
+            StoreError: the folder cannot be listed.
+        """
+        try:
+            entries = sorted(os.listdir(self.root))
+        except FileNotFoundError:
             return []
-        return sorted(d.name for d in self.root.iterdir() if NAME_PATTERN.fullmatch(d.name) and self.versions(d.name))
+        except OSError as error:
+            raise StoreError(
+                f"The store {self.root} cannot be listed: {error.strerror}. Check its folder and its owner."
+            ) from None
+        return [name for name in entries if NAME_PATTERN.fullmatch(name) and self.versions(name)]
 
     def versions(self, name: str) -> list[int]:
         """Published versions of `name`, ascending; empty when there is none."""
@@ -83,7 +96,7 @@ class Store:
         """
         file = self._folder(name) / ACTIVE
         try:
-            text = file.read_text().strip()
+            text = _read(file, ACTIVE_BYTES).decode("utf-8", "replace").strip()
         except (FileNotFoundError, NotADirectoryError):
             raise EnsembleNotFoundError(
                 f"No version of {name!r} is active in {self.root}. {self._published()} "
@@ -95,9 +108,27 @@ class Store:
             )
         return int(text)
 
-    def activated_at(self, name: str) -> float:
-        """When `name` was last activated, seconds since the epoch."""
-        return (self._folder(name) / ACTIVE).stat().st_mtime
+    def activation_token(self, name: str) -> str:
+        """Changes when a version of `name` is activated, also the same one anew."""
+        found = (self._folder(name) / ACTIVE).stat()
+        return f"{found.st_ino} {found.st_mtime_ns}"
+
+    def activation_order(self) -> list[str]:
+        """Names with an active version; what was activated last comes last."""
+        times: dict[str, float] = {}
+        for name in self.names():
+            with contextlib.suppress(FileNotFoundError):
+                times[name] = (self._folder(name) / ACTIVE).stat().st_mtime
+        return sorted(times, key=lambda name: times[name])
+
+    def digest(self, name: str, version: int) -> str:
+        """sha256 of a version's manifest as it lies there, which is not parsed.
+
+        Raises:
+            EnsembleNotFoundError: no such version.
+            CorruptionError: it is not a file, or far too large.
+        """
+        return hashlib.sha256(self._manifest(name, version)).hexdigest()
 
     def load(self, name: str, version: int | None = None) -> Version:
         """Read the manifest of a version; without one, of the active version.
@@ -109,19 +140,22 @@ class Store:
         """
         version = self.active(name) if version is None else version
         folder = self._folder(name) / str(version)
-        try:
-            text = (folder / MANIFEST).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            known = ", ".join(map(str, self.versions(name))) or "none"
-            raise EnsembleNotFoundError(
-                f"{name!r} has no version {version} in {self.root} (published: {known}). {self._published()}"
-            ) from None
+        text = self._manifest(name, version)
         manifest = Manifest.parse(text, where=str(folder / MANIFEST))
         if (manifest.name, manifest.version) != (name, version):
             raise CorruptionError(
                 f"{folder} holds the manifest of {manifest.name}@{manifest.version}: it was moved or copied."
             )
-        return Version(folder, manifest)
+        return Version(folder, manifest, hashlib.sha256(text).hexdigest())
+
+    def _manifest(self, name: str, version: int) -> bytes:
+        try:
+            return _read(self._folder(name) / str(version) / MANIFEST, MANIFEST_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            known = ", ".join(map(str, self.versions(name))) or "none"
+            raise EnsembleNotFoundError(
+                f"{name!r} has no version {version} in {self.root} (published: {known}). {self._published()}"
+            ) from None
 
     def resolve(self, reference: str) -> Version:
         """Read `NAME` or `NAME@VERSION`."""
@@ -262,6 +296,16 @@ class Store:
     def _published(self) -> str:
         names = self.names()
         return f"Published here: {', '.join(names)}." if names else "Nothing is published here."
+
+
+def _read(path: Path, most: int) -> bytes:
+    """A small file; a FIFO or a device would block its reader."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            raise CorruptionError(f"{path} is not a file of at most {most} bytes. Restore it, or publish again.")
+        return file.read(most)
 
 
 def sha256(path: Path) -> str:
