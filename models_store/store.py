@@ -72,7 +72,7 @@ class Store:
             StoreError: the folder cannot be listed.
         """
         try:
-            entries = sorted(os.listdir(self.root))
+            entries = sorted(entry.name for entry in self.root.iterdir())
         except FileNotFoundError:
             return []
         except OSError as error:

@@ -27,12 +27,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models_store.store import Store
-from service import metrics, openapi
+from service import metrics, openapi, verdicts
 from service.access_log import AccessLog
 from service.batching import Answer, Batcher, QueueLimits
 from service.bodies import read_request
 from service.draws import Keyed
-from service.ensemble import Ensemble, Ensembles
+from service.ensemble import Ensembles
 from service.errors import (
     BadRequestError,
     DeadlineError,
@@ -44,11 +44,14 @@ from service.errors import (
 )
 from service.images import Limits
 from service.intake import Intake
+from service.opening import Ensemble
 from service.policy import Mode
 from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PoolInfo, Status, describe, padded, respond
 from service.session import Rows, Session
 from service.settings import settings, share_key
 from service.supervision import replace_dead_workers
+from service.trial import Trials
+from service.verdicts import Verdicts
 
 T = TypeVar("T")
 INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
@@ -72,19 +75,22 @@ class Worker:
         )
         self.limits = Limits(rows=chosen.max_rows, bytes=chosen.held_bytes, pixels=chosen.max_pixels)
         self.intake = Intake(chosen.max_body_bytes, chosen.held_bytes, chosen.stall_seconds)
-        self.batcher = Batcher(
-            QueueLimits(
-                batch_rows=chosen.batch_rows,
-                batch_seconds=chosen.batch_seconds,
-                rows=chosen.queue_rows,
-                bytes=chosen.held_bytes,
-                seconds=chosen.queue_seconds,
-            ),
-            chosen.threads,
+        queue = QueueLimits(
+            batch_rows=chosen.batch_rows,
+            batch_seconds=chosen.batch_seconds,
+            rows=chosen.queue_rows,
+            bytes=chosen.held_bytes,
+            seconds=chosen.queue_seconds,
+        )
+        self.batcher = Batcher(queue, chosen.threads)
+        store, shared = Store(chosen.store), Verdicts.shared()
+        self.trials = Trials(
+            store, queue, shared, seconds=chosen.load_seconds, most_bytes=chosen.load_bytes, workers=chosen.workers
         )
         self.ensembles = Ensembles(
-            Store(chosen.store), chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
+            store, chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
             pool_bytes=chosen.pool_bytes, keyed=Keyed(chosen.secret(), chosen.key_seconds, chosen.key_rows), warm=self._warm,
+            trial=self.trials, verdicts=shared,
         )  # fmt: skip
         self._beside = ThreadPoolExecutor(chosen.threads, "decode")
 
@@ -346,6 +352,7 @@ class Modepath:
     def prepare() -> None:  # pyright: ignore[reportSelfClsParameterName] - the decorator makes it static
         """Once, in the process that starts the workers."""
         metrics.prepare()
+        verdicts.prepare()
         share_key()
         replace_dead_workers()
         if (port := settings().metrics_port) is not None:
@@ -355,6 +362,7 @@ class Modepath:
     def close(self) -> None:
         """Stop what runs in the background."""
         _worker().ensembles.close()
+        _worker().trials.close()
         _worker().batcher.close()
 
 
