@@ -150,7 +150,12 @@ def _check_answer(ensemble: Ensemble, mode: Mode, images: Images) -> None:
     manifest, policy, session = ensemble.manifest, ensemble.policy, ensemble.sessions[mode]
     rows = ensemble.rows(mode, images)
     with np.errstate(all="ignore"):  # what comes out is looked at
-        logits = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
+        try:
+            logits = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
+        except Exception as error:  # ONNX Runtime's share no base class
+            raise MemberError(
+                f"A member of {manifest.name}@{manifest.version} fails on a plain image: {error}"
+            ) from None
         expected = (len(manifest.members) if mode == "average" else 1, len(rows), len(manifest.classes))
         if logits.shape != expected:
             raise MemberError(

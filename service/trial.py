@@ -37,6 +37,7 @@ from service.policy import Known
 from service.verdicts import Refusal, RefusedError, Verdicts, refusal
 
 WATCH_SECONDS = 0.05
+START_SECONDS = 60.0  # for the process that forks to import its libraries, once
 NICENESS = 5  # requests come first
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from service.trial import serve_trials; serve_trials(int(sys.argv[1]))"
 PARENT_DEATH = 1  # of prctl: PR_SET_PDEATHSIG
@@ -227,14 +228,14 @@ class Trials:
 
     def _watched(self, connection: Connection, most: int) -> object:
         """What the trial's process says, which is ended when it goes beyond its limits."""
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + max(self._seconds, START_SECONDS)
         process: psutil.Process | None = None
         try:
             while True:
                 if connection.poll(WATCH_SECONDS):
                     message: Any = connection.recv()
                     if process is None:
-                        process = psutil.Process(message)
+                        process, deadline = psutil.Process(message), time.monotonic() + self._seconds
                         continue
                     return _result(message)
                 if time.monotonic() > deadline:

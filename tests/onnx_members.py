@@ -115,10 +115,10 @@ def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activ
         return store.publish(name, Path(staged), draft, activate=activate)
 
 
-def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, allocated=0, classes=("cat", "dog", "bird")):
+def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, allocated=0, surrogate=False):
     """An ensemble of one member that a checker finds nothing wrong with.
 
-    It answers NaN; or gives one row for all images; or goes round a loop so many times; or makes a tensor of so many floats.
+    It has a class name that is no Unicode; or answers NaN; or gives one row for all images; or goes round a loop so many times; or makes a tensor of so many floats.
     """
     model = linear(0)
     graph = model.graph
@@ -131,7 +131,7 @@ def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, allocated=
     if squeezed:
         graph.initializer.append(numpy_helper.from_array(np.array([1, -1], np.int64), "flat_shape"))
         graph.node.append(helper.make_node("Reshape", ["scores", "flat_shape"], ["logits"]))
-        return _publish_one(store, name, model, classes)
+        return _publish_one(store, name, model, surrogate)
     graph.initializer.append(numpy_helper.from_array(np.float32(0), "nothing"))
     if loop:
         item = helper.make_tensor_value_info
@@ -156,13 +156,17 @@ def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, allocated=
     else:
         graph.node.append(helper.make_node("Identity", ["nothing"], [extra]))
     graph.node.append(helper.make_node("Add", ["scores", extra], ["logits"]))
-    return _publish_one(store, name, model, classes)
+    return _publish_one(store, name, model, surrogate)
 
 
-def _publish_one(store, name, model, classes):
+def _publish_one(store, name, model, surrogate):
     with store.staging(name) as staged:
         (staged / "members").mkdir()
         onnx.save(model, staged / "members/000.onnx")
         member = Member(file="members/000.onnx", origin=Origin(), weight=1)
-        draft = Draft(method="import", input=InputSpec(shape=SHAPE), classes=list(classes), members=[member])
-        return store.publish(name, Path(staged), draft)
+        draft = Draft(method="import", input=InputSpec(shape=SHAPE), classes=["cat", "dog", "bird"], members=[member])
+        version = store.publish(name, Path(staged), draft)
+    if surrogate:
+        manifest = version.folder / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes().replace(b'"dog"', b'"\\ud800"'))
+    return version
