@@ -268,13 +268,19 @@ def test_where_a_policy_names_what_the_store_never_held_nothing_answers_until_it
     assert "A was removed from the store" in caplog.text
 
 
+def remove(store, name):
+    """As if it had never been there: its numbers are given again."""
+    shutil.rmtree(store.root / name)
+    shutil.rmtree(store.root / ".numbers", ignore_errors=True)
+
+
 def test_a_number_that_is_given_again_opens_nothing_of_a_defended_ensemble(store):
     path = publish(store, "path", seeds=(0, 1))
     publish(store, "pub", seeds=(30, 31))
     ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
     ensembles.refresh()
     assert ensembles.get("pub").mode(None) == "average"
-    shutil.rmtree(store.root / "pub")
+    remove(store, "pub")
     assert publish(store, "pub", seeds=(0, 1)).manifest.version == path.manifest.version == 1
     ensembles.refresh()
     with pytest.raises(ForbiddenError):
@@ -286,7 +292,7 @@ def test_a_version_that_was_replaced_under_its_number_is_loaded_anew(store):
     publish(store, "n", seeds=(0, 1))
     ensembles = loaded(store)
     before = ensembles.get("n")
-    shutil.rmtree(store.root / "n")
+    remove(store, "n")
     publish(store, "n", seeds=(2,))
     ensembles.refresh()
     after = ensembles.get("n")
