@@ -156,23 +156,36 @@ class Store:
             StoreReadError: it cannot be read.
         """
         version = self.active(name) if version is None else version
-        folder = self._folder(name) / str(version)
-        try:
-            with files.reading(folder):
-                if folder.is_symlink():
-                    raise CorruptionError(f"{folder} is a symbolic link; a version is a folder. Copy it here instead.")
-                content = files.read(folder / MANIFEST, MAX_BYTES)
-        except (FileNotFoundError, NotADirectoryError):
-            known = ", ".join(map(str, self.versions(name))) or "none"
-            raise EnsembleNotFoundError(
-                f"{name!r} has no version {version} in {self.root} (published: {known}). {self._published()}"
-            ) from None
+        folder, content = self._folder(name) / str(version), self._manifest(name, version)
         manifest = Manifest.parse(content, where=str(folder / MANIFEST))
         if (manifest.name, manifest.version) != (name, version):
             raise CorruptionError(
                 f"{folder} holds the manifest of {manifest.name}@{manifest.version}: it was moved or copied."
             )
         return Version(folder, manifest, hashlib.sha256(content).hexdigest())
+
+    def digest(self, name: str, version: int) -> str:
+        """sha256 (hex) of a version's manifest as it is stored, which is not parsed: Version.digest.
+
+        Raises:
+            EnsembleNotFoundError: no such version.
+            CorruptionError: its folder or its manifest is not what it should be.
+            StoreReadError: it cannot be read.
+        """
+        return hashlib.sha256(self._manifest(name, version)).hexdigest()
+
+    def _manifest(self, name: str, version: int) -> bytes:
+        folder = self._folder(name) / str(version)
+        try:
+            with files.reading(folder):
+                if folder.is_symlink():
+                    raise CorruptionError(f"{folder} is a symbolic link; a version is a folder. Copy it here instead.")
+                return files.read(folder / MANIFEST, MAX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            known = ", ".join(map(str, self.versions(name))) or "none"
+            raise EnsembleNotFoundError(
+                f"{name!r} has no version {version} in {self.root} (published: {known}). {self._published()}"
+            ) from None
 
     def resolve(self, reference: str) -> Version:
         """Read `NAME` or `NAME@VERSION`."""

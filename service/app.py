@@ -25,13 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models_store.manifest import InputSpec
 from models_store.store import Store
-from service import log_writer, metrics, openapi
+from service import log_writer, metrics, openapi, verdicts
 from service.access_log import AccessLog
 from service.batching import Answer, Batcher, QueueLimits
 from service.bodies import Asked, read_request
 from service.connections import LEFT
 from service.draws import Keyed
-from service.ensemble import Ensemble, Ensembles
+from service.ensemble import Ensembles
 from service.errors import (
     BadRequestError,
     DeadlineError,
@@ -47,11 +47,14 @@ from service.hosts import Hosts
 from service.images import Encoded, Images, Limits
 from service.intake import Body, Intake
 from service.offload import SMALL_PIXELS, Offload
+from service.opening import Ensemble
 from service.policy import Mode
 from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PoolInfo, Status, describe, padded, respond
 from service.session import Rows, Session
 from service.settings import WrongSettingError, settings, share_key
 from service.supervision import Board, Pulse, Watch
+from service.trial import Trials
+from service.verdicts import Verdicts
 
 INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
 INLINE_ROWS = 32  # the same for what is written and counted
@@ -79,19 +82,22 @@ class Worker:
         )
         self.limits = Limits(rows=chosen.max_rows, bytes=chosen.held_bytes, pixels=chosen.max_pixels)
         self.intake = Intake(chosen.max_body_bytes, chosen.held_bytes, chosen.stall_seconds)
-        self.batcher = Batcher(
-            QueueLimits(
-                batch_rows=chosen.batch_rows,
-                batch_seconds=chosen.batch_seconds,
-                rows=chosen.queue_rows,
-                bytes=chosen.held_bytes,
-                seconds=chosen.queue_seconds,
-            ),
-            chosen.threads,
+        queue = QueueLimits(
+            batch_rows=chosen.batch_rows,
+            batch_seconds=chosen.batch_seconds,
+            rows=chosen.queue_rows,
+            bytes=chosen.held_bytes,
+            seconds=chosen.queue_seconds,
+        )
+        self.batcher = Batcher(queue, chosen.threads)
+        store, shared = Store(chosen.store), Verdicts.shared()
+        self.trials = Trials(
+            store, queue, shared, seconds=chosen.load_seconds, most_bytes=chosen.load_bytes, workers=chosen.workers
         )
         self.ensembles = Ensembles(
-            Store(chosen.store), chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
+            store, chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
             pool_bytes=chosen.pool_bytes, keyed=Keyed(chosen.secret(), chosen.key_seconds, chosen.key_rows), warm=self._warm,
+            trial=self.trials, verdicts=shared,
         )  # fmt: skip
         self.offload = Offload(chosen.threads, chosen.queue_pixels)
 
@@ -386,6 +392,7 @@ class Modepath:
         """Once, in the process that starts the workers."""
         chosen = settings()
         log_writer.take_over()
+        verdicts.prepare()
         share_key()
         watch = Watch(Board.make(), math.ceil(chosen.hang_seconds))
         try:
@@ -400,6 +407,7 @@ class Modepath:
     def close(self) -> None:
         """Stop what runs in the background."""
         _worker().ensembles.close()
+        _worker().trials.close()
         _worker().batcher.close()
         if self._pulse.orphaned:
             metrics.remove_folder()

@@ -36,6 +36,15 @@ class Settings(BaseSettings):
     providers: ProviderChoice = Field(default="auto", description="auto, cpu or cuda")
     poll_seconds: float = Field(default=0.5, gt=0, description="how often a new activation is looked for")
 
+    load_seconds: float = Field(
+        default=120, gt=0, description="that a version may take to become ready, in the process that tries it"
+    )
+    load_bytes: int | None = Field(
+        default=None,
+        gt=0,
+        description="memory that one version may take there; default: what is left when it is tried, over the workers and one more",
+    )
+
     host: str = Field(
         default="127.0.0.1", description="an address or the name of one; 0.0.0.0 opens the service to the network"
     )
