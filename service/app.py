@@ -380,12 +380,12 @@ class Modepath:
         bentoml_internals.end_gently(chosen.grace_seconds, log_writer.drain)
         self._pulse = Pulse(bentoml_internals.worker_number() or 0, metrics.look, chosen.grace_seconds)
         metrics.count_incomplete(self._pulse.incomplete)
-        self._pulse.start()
         _running = Worker()
         _running.ensembles.follow(chosen.poll_seconds)
         # A worker that takes no connections yet leaves them to those that can answer. One that loads for very long
         # begins all the same, or its supervisor would take it for dead; then /readyz says why it is not ready.
         _running.ensembles.wait(LOADING_SECONDS)
+        self._pulse.start()  # what came before may have held up the event loop
 
     @bentoml.on_deployment
     def prepare() -> None:  # pyright: ignore[reportSelfClsParameterName] - the decorator makes it static

@@ -43,7 +43,7 @@ from service.supervision import SECONDS, Watch
 
 HEAD_SECONDS = 5.0  # how long a request that has begun may take for its headers when the worker is to end
 IDLE_SECONDS = 1.0  # how long a connection without a request is kept then: one may be on its way
-LISTENER = "_bento_api_server"
+LISTENER, WORKERS = "_bento_api_server", "service"  # as BentoML names them
 
 log = logging.getLogger("bentoml.modepath")
 
@@ -186,12 +186,13 @@ async def _tick(arbiter: Any, watch: Watch, archive: Callable[[set[int]], None])
 
     arbiter.loop.call_later(SECONDS, _tick, arbiter, watch, archive)
     try:
-        workers = [worker for watcher in arbiter.watchers for worker in watcher.processes.values()]
-        living = {worker.pid for worker in workers if worker.status not in (DEAD_OR_ZOMBIE, UNEXISTING)}
-        for process in watch.tick(living):
+        # By whether they are workers of the service: with --reload BentoML runs a process of its own, which does not count.
+        children = [(watcher.name == WORKERS, c) for watcher in arbiter.watchers for c in watcher.processes.values()]
+        living = {child.pid: ours for ours, child in children if child.status not in (DEAD_OR_ZOMBIE, UNEXISTING)}
+        for process in watch.tick([process for process, ours in living.items() if ours]):
             log.error("Worker %d has stood still for too long (MODEPATH_HANG_SECONDS): it is replaced.", process)
             os.kill(process, signal.SIGKILL)
-        if len(living) < len(workers):
+        if len(living) < len(children):
             with contextlib.suppress(ConflictError):  # it is just starting or stopping workers
                 await arbiter.manage_watchers()
         archive({worker.pid for watcher in arbiter.watchers for worker in watcher.processes.values()})

@@ -16,7 +16,6 @@ import queue
 import select
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,20 +29,22 @@ class LogWriter:
     """Writes lines to a file descriptor from a thread of its own."""
 
     def __init__(self, file: int, lines: int = LINES):
-        """Begin. At most `lines` wait."""
+        """Begin. At most `lines` wait, or a few more."""
         self._file = file
-        self._waiting: queue.Queue[bytes] = queue.Queue(lines)
+        self._lines = lines
+        # One that may be filled from a signal handler, while the same thread is filling it.
+        self._waiting: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
         self._torn = False  # the last line was written in part
         self._dropped = 0
         self._count: Callable[[int], None] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def write(self, line: bytes) -> None:
         """Add a line, with its end. Returns at once."""
-        try:
-            self._waiting.put_nowait(line if len(line) <= MAX_LINE else line[:MAX_LINE] + b"\n")
-        except queue.Full:
+        if self._waiting.qsize() < self._lines:
+            self._waiting.put(line if len(line) <= MAX_LINE else line[:MAX_LINE] + b"\n")
+        else:
             self._drop(1)
 
     @property
@@ -60,9 +61,9 @@ class LogWriter:
 
     def drain(self, seconds: float) -> None:
         """Before the process ends: wait for what is waiting, but not longer."""
-        deadline = time.monotonic() + seconds
-        while self._waiting.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.005)
+        written = threading.Event()
+        self._waiting.put(written)
+        written.wait(seconds)
 
     def _drop(self, lines: int) -> None:
         with self._lock:
@@ -72,17 +73,22 @@ class LogWriter:
 
     def _run(self) -> None:
         while True:
-            lines = [self._waiting.get()]
-            size = len(lines[0])
+            lines: list[bytes] = []
+            size = 0
+            awaited: threading.Event | None = None
             with contextlib.suppress(queue.Empty):
-                while size < TOGETHER // 2:
-                    lines.append(self._waiting.get_nowait())
-                    size += len(lines[-1])
+                while size < TOGETHER // 2 and awaited is None:
+                    found = self._waiting.get(block=not lines)
+                    if isinstance(found, bytes):
+                        lines.append(found)
+                        size += len(found)
+                    else:
+                        awaited = found
             for together in [b"".join(lines)] if size <= TOGETHER else lines:
-                if not self._write(together):
+                if together and not self._write(together):
                     self._drop(together.count(b"\n"))
-            for _ in lines:
-                self._waiting.task_done()
+            if awaited is not None:
+                awaited.set()
 
     def _write(self, data: bytes) -> bool:
         rest = memoryview(b"\n" + data if self._torn else data)
@@ -103,10 +109,12 @@ class LogStream(io.TextIOBase):
     def __init__(self, writer: LogWriter):
         self._writer = writer
         self._line = ""
+        self._lock = threading.RLock()
 
     def write(self, text: str, /) -> int:
         """Add text; whole lines go on."""
-        *lines, self._line = (self._line + text).split("\n")
+        with self._lock:
+            *lines, self._line = (self._line + text).split("\n")
         if lines:
             self._writer.write(("\n".join(lines) + "\n").encode(errors="backslashreplace"))
         return len(text)

@@ -91,13 +91,16 @@ class Pages:
 
     def look(self) -> None:
         """Make the file if there is none (any more); where that fails, go on in memory."""
-        if self._inode is not None:
+        if not self.is_there():
+            self._inode = None
             with contextlib.suppress(OSError):
-                if _inode(self.path.stat()) == self._inode:
-                    return
-        self._inode = None
+                self._move_into_file()
+
+    def is_there(self) -> bool:
+        """Whether others can still read them: the file may be gone."""
         with contextlib.suppress(OSError):
-            self._move_into_file()
+            return self._inode is not None and _inode(self.path.stat()) == self._inode
+        return False
 
     def close(self) -> None:
         """Forget them."""
@@ -177,10 +180,11 @@ class Value:
 
 def look() -> bool:
     """In each worker, now and then: make files that are missing. False if some numbers are in this process's memory only."""
-    with _lock:
-        for pages in _own.values():
-            pages.look()
-        return all(pages.in_file for pages in _own.values())
+    for pages in list(_own.values()):
+        if not pages.is_there():  # asked without the lock: a disk may be slow, and nobody is to wait for it meanwhile
+            with _lock:
+                pages.look()
+    return all(pages.in_file for pages in list(_own.values()))
 
 
 class Sum(Collector):
