@@ -14,8 +14,8 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Generator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from models_store.errors import CorruptionError, StoreReadError, StoreWriteError
 
@@ -39,7 +39,7 @@ def check_regular(file: Path, limit: int) -> None:
     _check(file, file.lstat(), limit)
 
 
-def opened(file: Path, limit: int) -> BinaryIO:
+def opened(file: Path, limit: int) -> BufferedReader:
     """Open a regular file of at most `limit` bytes for reading.
 
     Raises:
