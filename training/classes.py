@@ -132,7 +132,7 @@ def _check_gaps(dataset: str, labels: Mapping[str, torch.Tensor]) -> None:
     count = max(every) + 1
     if len(train) == count:
         return
-    if every == set(range(1, count)):
+    if min(every) == 1 and len(every) == count - 1:
         raise DataError(
             f"Data set {dataset!r} has labels from 1 to {count - 1}; labels count from 0. Subtract 1, or give `classes` with {count} names."
         )

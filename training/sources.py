@@ -104,8 +104,7 @@ BUILT_IN: dict[str, Callable[[], Source]] = {
 
 def from_user(name: str, made: Any) -> Source:
     """What a user's factory returned: (train, validation, test), perhaps with classes, mean, std, augment, resize."""
-    if isinstance(made, dict) and {"train", "test"} <= made.keys():
-        return from_user(name, SimpleNamespace(**{"validation": None, **made}))
+    made = _named(made)
     try:
         parts = (made.train, made.validation, made.test) if hasattr(made, "train") else tuple(made)
         train, validation, test = parts
@@ -131,6 +130,12 @@ def from_user(name: str, made: Any) -> Source:
         augment=augment,  # pyright: ignore[reportArgumentType]
         resize=resize,
     )
+
+
+def _named(made: Any) -> Any:
+    if isinstance(made, dict) and {"train", "test"} <= made.keys():
+        return SimpleNamespace(**{"validation": None, **made})
+    return made
 
 
 def _channels(name: str, what: str, made: Any) -> tuple[float, ...] | None:
