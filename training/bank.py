@@ -13,7 +13,7 @@ from tqdm import tqdm
 from models_store.bank import Bank
 from models_store.runtime import MemberSession, in_batches
 from models_store.uncertainty import softmax
-from training import batch_norm, member, temperature
+from training import batch_norm, layout, member, temperature
 from training.data import Data, as_arrays
 from training.errors import ExportError
 from training.export import Normalised, check_parity, open_exported, to_open_template
@@ -49,7 +49,7 @@ def build(
         ExportError: some point's answers are not what the template gives with the combined weights.
     """
     images, labels = as_arrays(data.validation)
-    clean = next(member.clean_images(data, 2, device))
+    clean = next(member.clean_images(data, 2, device, layout.of(network)))
     statistics = batch_norm.statistics(network, clean)
     varying = [
         name
