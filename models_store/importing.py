@@ -280,7 +280,9 @@ def _try(model: onnx.ModelProto, file: Path, shape: tuple[int, int, int]) -> NDA
         )
     answers = session.logits(images)
     if answers.shape[1] < 2:
-        raise MemberError(f"{file.name} gives {answers.shape[1]} number for an image; a classifier gives one for each class.")
+        raise MemberError(
+            f"{file.name} gives {answers.shape[1]} number for an image; a classifier gives one for each class."
+        )
     if not np.isfinite(answers[:_NOISE]).all():
         raise MemberError(
             f"{file.name} answers random images with NaN or infinity; its weights or its export are broken."

@@ -19,9 +19,9 @@ def convert(network: nn.Module, layout: torch.memory_format) -> None:
 def of(network: nn.Module) -> torch.memory_format:
     """The layout of a network's weights; contiguous where they do not tell."""
     for weight in network.parameters():
-        if weight.ndim == 4 and not weight.is_contiguous():
-            if weight.is_contiguous(memory_format=torch.channels_last):
-                return torch.channels_last
+        decided = weight.ndim == 4 and not weight.is_contiguous()
+        if decided and weight.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
     return torch.contiguous_format
 
 

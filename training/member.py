@@ -16,7 +16,7 @@ from training import batch_norm, layout
 from training.data import Data, as_arrays
 from training.errors import ExportError
 from training.export import Exporter, Normalised
-from training.geometry.vertices import State
+from training.geometry.vertices import State, put_into
 
 PARITY_IMAGES = 256
 
@@ -46,13 +46,15 @@ def make(
     Raises:
         ExportError: export failed, or the member answers differently from torch or depending on the other images of a batch.
     """
-    network.load_state_dict(weights)
+    put_into(network, weights)
     served = Normalised(network, data.mean, data.std).to(device)
     settle(network, data, bn_images, device)
     images, _ = as_arrays(data.validation)
     model, session = exporter.export(served, images[:PARITY_IMAGES], device)
     if (fault := independence.fault(session.logits, independence.probes(data.shape, images))) is not None:
-        raise ExportError(f"The exported member {fault}. Served, it would mix the images of several clients. Nothing was published.")
+        raise ExportError(
+            f"The exported member {fault}. Served, it would mix the images of several clients. Nothing was published."
+        )
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
     return Member(model, state, in_batches(session, images))
 

@@ -22,7 +22,7 @@ from training import data, layout, member, metrics, networks, temperature
 from training.config import data_options
 from training.data import Data, Split, in_order
 from training.errors import ConfigError
-from training.geometry.vertices import State, combine, coordinates
+from training.geometry.vertices import State, combine, coordinates, put_into
 
 BATCH = 128  # as member.clean_images has it
 
@@ -80,7 +80,7 @@ class Probe:
 
     def at(self, coefficients: NDArray[np.float64]) -> Measured:
         """The network Σ_v c_v w_v, with the statistics that belong to it."""
-        self._network.load_state_dict(combine(self._vertices, coefficients))
+        put_into(self._network, combine(self._vertices, coefficients))
         member.settle(self._network, self._data, self._subset.bn, self._device)
         train, train_labels = self._logits(self._data.train, self._subset.train)
         validation, known = self._logits(self._data.validation, None)
