@@ -132,16 +132,23 @@ def _read(file: Path) -> Any:
         if kind == "safetensors":
             return load_file(file)
         if kind == "torch":
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with file.open("rb") as handle:  # by its path torch would go by the suffix
+                return torch.load(handle, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it holds {blocked[1]}, an object and not a plain tensor" if blocked else "it holds more than plain tensors"
+        what = (
+            f"it holds {blocked[1]}, an object and not a plain tensor"
+            if blocked
+            else "it holds more than plain tensors"
+        )
         raise CheckpointError(
             f"{file} cannot be read as a checkpoint: {what}. Save the weights alone, torch.save(network.state_dict(), …); a pickled module "
             "or another object is not read, because reading it would run its code."
         ) from None
     except Exception:  # both raise whatever the bytes provoke
-        raise CheckpointError(f"{file} cannot be read as a checkpoint: it is damaged, or its download was cut short.") from None
+        raise CheckpointError(
+            f"{file} cannot be read as a checkpoint: it is damaged, or its download was cut short."
+        ) from None
     advice = "Give safetensors, or a .pt that holds a state_dict of plain tensors."
     if _is_onnx(file):
         advice = "It is an ONNX model: a network to be served as it is, with python -m models_store import."

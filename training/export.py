@@ -22,6 +22,7 @@ from models_store.errors import MemberError
 from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME
 from models_store.runtime import MemberSession, in_batches
 from models_store.uncertainty import softmax
+from training import layout
 from training.errors import ExportError
 
 LOGITS_TOLERANCE = 1e-4  # times max(1, max |logit|)
@@ -265,7 +266,10 @@ def torch_logits(network: Normalised, images: NDArray[np.float32], device: torch
     network = network.to(device).eval()
     with _no_tf32():
         parts = [
-            network(torch.from_numpy(images[i : i + 256]).to(device)).float().cpu() for i in range(0, len(images), 256)
+            network(layout.arrange(torch.from_numpy(images[i : i + 256]), torch.contiguous_format).to(device))
+            .float()
+            .cpu()
+            for i in range(0, len(images), 256)
         ]
     return torch.cat(parts).numpy()
 

@@ -16,6 +16,13 @@ def convert(network: nn.Module, layout: torch.memory_format) -> None:
     network.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
+def arrange(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """Images (batch, C, H, W) in a layout, also where they have one channel and torch takes either layout for the other."""
+    if memory_format == torch.contiguous_format and images.stride() != _strides(images.shape):
+        return images.clone(memory_format=memory_format)
+    return images.contiguous(memory_format=memory_format)
+
+
 def of(network: nn.Module) -> torch.memory_format:
     """The layout of a network's weights; contiguous where they do not tell."""
     for weight in network.parameters():
@@ -35,3 +42,7 @@ def prefer_channels_last(network: nn.Module, images: torch.Tensor) -> None:
     except RuntimeError:
         convert(network, torch.contiguous_format)
     network.train(mode)
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(shape[axis + 1 :].numel() for axis in range(len(shape)))

@@ -154,6 +154,7 @@ class _Job:
         between = np.random.default_rng(derive(self.config.seed, 0, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
         adversary = self._adversary(mean, std)
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
         total, count, i = torch.zeros((), device=device), 0, 0
         self.wrapped.train()
         batches = self.data.train.batches(order, size)
@@ -162,8 +163,7 @@ class _Job:
             i = epoch * an_epoch + step
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             images = (self.data.augment(images, generator) - mean) / std
-            if self.config.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images = layout.arrange(images, memory_format)
 
             def loss_here(images: torch.Tensor = images, labels: torch.Tensor = labels) -> torch.Tensor:
                 if adversary is not None:
@@ -200,7 +200,8 @@ class _Job:
         self.wrapped.eval()
         for images, labels in self.data.validation.batches(in_order(self.data.validation), 512):
             labels = labels.to(device)
-            logits = self.wrapped((images.to(device) - mean) / std).float()
+            images = layout.arrange((images.to(device) - mean) / std, torch.contiguous_format)
+            logits = self.wrapped(images).float()
             right += (logits.argmax(1) == labels).sum()
             nll += functional.cross_entropy(logits, labels, reduction="sum")
         count = len(self.data.validation)

@@ -119,7 +119,7 @@ class Probe:
         self._network.eval()
         logits, labels = [], []
         for images, known in split.batches(order, BATCH):
-            normalised = ((images.to(self._device) - mean) / std).contiguous(memory_format=memory_format)
+            normalised = layout.arrange((images.to(self._device) - mean) / std, memory_format)
             logits.append(self._network(normalised).float().cpu())
             labels.append(known.cpu())
         return torch.cat(logits).numpy(), torch.cat(labels).numpy()

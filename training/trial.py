@@ -126,8 +126,8 @@ def _step(
     images, labels = next(data.train.batches(torch.arange(size), size))
     images, labels = images.to(device), labels.to(device)
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
-    usual = (images - mean) / std
-    laid_out = usual.contiguous(memory_format=torch.channels_last) if channels_last else usual
+    usual = layout.arrange((images - mean) / std, torch.contiguous_format)
+    laid_out = layout.arrange(usual, torch.channels_last) if channels_last else usual
     autocast = contextlib.nullcontext() if in_float32 else fabric.autocast()
     with autocast:
         logits = network.train()(laid_out)
