@@ -21,10 +21,10 @@ _PASSING = {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose
 
 def kind(answers: NDArray[np.float32], last: str | None) -> Kind:
     """What these answers are, (batch, classes) of several different images, given by a graph that ends in `last`."""
-    answers = answers[np.isfinite(answers).all(axis=1)].astype(np.float64)
-    if len(answers) == 0 or answers.min() < 0 or answers.max() > 1 + _SUM_OFF:
+    finite = answers[np.isfinite(answers).all(axis=1)].astype(np.float64)
+    if len(finite) == 0 or finite.min() < 0 or finite.max() > 1 + _SUM_OFF:
         return "logits"
-    if np.abs(answers.sum(axis=1) - 1).max() <= _SUM_OFF:
+    if np.abs(finite.sum(axis=1) - 1).max() <= _SUM_OFF:
         return "probs"
     return "sigmoid" if last == "Sigmoid" else "logits"
 

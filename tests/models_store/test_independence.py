@@ -46,8 +46,11 @@ def batch_of_two(images):
     return logits(images.reshape(2, *SHAPE))
 
 
-def random(images, generator=np.random.default_rng(0)):
-    return logits(images) + generator.normal(size=(len(images), 3)).astype(np.float32)
+GENERATOR = np.random.default_rng(0)
+
+
+def random(images):
+    return logits(images) + GENERATOR.normal(size=(len(images), 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
