@@ -23,7 +23,7 @@ from training.export import Exporter
 from training.geometry.vertices import State
 from training.loop import Leg
 from training.publication import Points
-from training.runs import PREFIXED, Run, save_state
+from training.runs import PREFIXED, NetworkPrint, Run, save_state
 
 C = TypeVar("C", bound=Config)
 
@@ -57,7 +57,8 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
     # The same command goes on with what it began from, whatever has been published under those names since.
     identity = config.deciding()
-    references_of_run = None if config.fresh else Run.begun_from(config.method, identity)
+    code = NetworkPrint.of(network, found.shape)
+    references_of_run = None if config.fresh else Run.begun_from(config.method, identity, code)
     references = references_of_run
     if references is None:
         references = [checkpoint.pinned(reference, store) for reference in config.given()]
@@ -84,7 +85,9 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     leader = fabric.is_global_zero
     with contextlib.ExitStack() as stack:
         with fabric.rank_zero_first():
-            opened = Run.open(config.method, identity, depends_on, fresh=config.fresh, given=references, leader=leader)
+            opened = Run.open(
+                config.method, identity, depends_on, fresh=config.fresh, network=code, given=references, leader=leader
+            )
             this_run = stack.enter_context(opened)
             if leader:
                 for index, state in enumerate(begin_from):
