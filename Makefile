@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install --quiet
-export BENTOML_DO_NOT_TRACK = True
+export BENTOML_DO_NOT_TRACK ?= True
+ifndef BENTOML_HOME
+ifneq ($(shell test -w "$$HOME" && echo yes),yes)
+export BENTOML_HOME := $(CURDIR)/$(VENV)/bentoml# BentoML does not start without a folder that it can write
+endif
+endif
 
 .PHONY: help serve bento test test-service lint format docs clean
 

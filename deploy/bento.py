@@ -63,6 +63,26 @@ def main() -> int:
     if unpacked.exists():
         print(f"error: {unpacked} exists already; give another --out, or remove it.", file=sys.stderr)
         return 1
+    try:
+        bento_tag = build(tag, version, unpacked)
+    except OSError as error:
+        print(
+            f"error: the bento cannot be written: {error}. BentoML's store is in BENTOML_HOME (default: ~/bentoml), "
+            f"the unpacked one goes to {args.out}; are both folders writable, with room?",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{bento_tag} is in BentoML's store, and unpacked in {unpacked}. To serve it anywhere:")
+    print(f"  cd {unpacked} && pip install -r env/python/requirements.txt && bentoml serve")
+    return 0
+
+
+def build(tag: str, version: Version, unpacked: Path) -> str:
+    """Make the bento in BentoML's store and unpack it; its tag.
+
+    Raises:
+        OSError: a folder cannot be written.
+    """
     with tempfile.TemporaryDirectory() as folder:
         context = Path(folder)
         copy_sources(context, version)
@@ -77,9 +97,7 @@ def main() -> int:
             build_ctx=str(context),
         )
         shutil.copytree(bento.path, unpacked)
-    print(f"{bento.tag} is in BentoML's store, and unpacked in {unpacked}. To serve it anywhere:")
-    print(f"  cd {unpacked} && pip install -r env/python/requirements.txt && bentoml serve")
-    return 0
+        return str(bento.tag)
 
 
 def copy_sources(context: Path, version: Version) -> None:
@@ -87,9 +105,7 @@ def copy_sources(context: Path, version: Version) -> None:
     for room in ROOMS:
         ignored = shutil.ignore_patterns("ensembles", "__pycache__")
         shutil.copytree(ROOT / room, context / room, ignore=ignored)
-    ensemble = context / "models_store" / "ensembles" / version.manifest.name
-    shutil.copytree(version.folder, ensemble / str(version.manifest.version))
-    (ensemble / "active").write_text(f"{version.manifest.version}\n")
+    Store(context / "models_store" / "ensembles").adopt(version)
 
 
 def pinned_requirements() -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from models_store.errors import ProviderError, StoreError
+from models_store.errors import EnsembleNotFoundError, ProviderError, StoreError
 from models_store.importing import ImportOptions, import_members
 from models_store.store import Store
 
@@ -15,9 +16,8 @@ from models_store.store import Store
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, 1 where `verify` finds damage, 2 on an error."""
     args = _parser().parse_args(arguments)
-    store = Store(args.store)
     try:
-        return args.run(store, args)
+        return args.run(Store(args.store), args)
     except (StoreError, ProviderError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -32,10 +32,18 @@ def _list(store: Store, args: argparse.Namespace) -> int:
         print(f"{store.root} holds no ensemble. Train one: python -m training.fge --help")
     for name in names:
         try:
+            versions = store.versions(name)
+        except StoreError as error:
+            print(f"  {name}  damaged: {error}")
+            continue
+        try:
             active = store.active(name)
-        except StoreError:
+        except EnsembleNotFoundError:
             active = None
-        for number in store.versions(name):
+        except StoreError as error:
+            active = None
+            print(f"  {name}  damaged: {error}")
+        for number in versions:
             mark = "*" if number == active else " "
             try:
                 manifest = store.load(name, number).manifest
@@ -54,21 +62,40 @@ def _show(store: Store, args: argparse.Namespace) -> int:
 
 
 def _verify(store: Store, args: argparse.Namespace) -> int:
-    references = (
-        [args.name]
-        if args.name
-        else [f"{name}@{version}" for name in store.names() for version in store.versions(name)]
-    )
     damaged = 0
-    for reference in references:
-        try:
-            version = store.resolve(reference)
-            store.verify(version)
-            print(f"ok       {version.name}")
-        except StoreError as error:
-            damaged += 1
-            print(f"damaged  {reference}: {error}")
+    for what, error in [_verified(store, args.name)] if args.name else _all_verified(store):
+        damaged += error is not None
+        print(f"damaged  {what}: {error}" if error else f"ok       {what}")
     return 1 if damaged else 0
+
+
+def _verified(store: Store, reference: str) -> tuple[str, StoreError | None]:
+    try:
+        version = store.resolve(reference)
+        store.verify(version)
+    except StoreError as error:
+        return reference, error
+    return version.name, None
+
+
+def _all_verified(store: Store) -> Iterator[tuple[str, StoreError | None]]:
+    """Every version; and `active` of an ensemble, where it is damaged."""
+    for name in store.names():
+        try:
+            versions = store.versions(name)
+        except StoreError as error:
+            yield name, error
+            continue
+        for version in versions:
+            yield _verified(store, f"{name}@{version}")
+        try:
+            if (active := store.active(name)) not in versions:
+                store.load(name, active)
+        except EnsembleNotFoundError as error:
+            if store.activation_token(name) is not None:  # it names a version that is not there
+                yield f"{name}/active", error
+        except StoreError as error:
+            yield f"{name}/active", error
 
 
 def _activate(store: Store, args: argparse.Namespace) -> int:
@@ -90,18 +117,16 @@ def _import(store: Store, args: argparse.Namespace) -> int:
     )
     version = import_members(store, args.name, args.members, options, activate=not args.no_activate)
     print(f"published {version.name}: {len(version.manifest.members)} members")
+    if args.no_activate:
+        print(f"It is not served; to serve it: python -m models_store activate {args.name} {version.manifest.version}")
     return 0
 
 
 def _export(store: Store, args: argparse.Namespace) -> int:
     version = store.resolve(args.name)
     store.verify(version)
-    target: Path = args.dir / version.manifest.name / str(version.manifest.version)
-    if target.exists():
-        raise StoreError(f"{target} exists already; give another folder, or remove it.")
-    shutil.copytree(version.folder, target)
-    (target.parent / "active").write_text(f"{version.manifest.version}\n")
-    print(f"{target} (a store of its own: MODELS_STORE={args.dir})")
+    copy = Store(args.dir).adopt(version)
+    print(f"{copy.folder} (a store of its own: MODELS_STORE={args.dir})")
     return 0
 
 
@@ -155,4 +180,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `list | head` ends this process without a word, as it ends others
     sys.exit(main())

@@ -18,6 +18,7 @@ from safetensors.numpy import (  # pyright: ignore[reportUnknownVariableType]
 )
 
 from models_store.errors import CorruptionError, MemberError
+from models_store.manifest import MAX_TEMPERATURE, MIN_TEMPERATURE
 from models_store.onnx_contract import check_template
 
 TEMPLATE, VERTICES, POINTS = "template.onnx", "vertices.safetensors", "points.safetensors"
@@ -79,7 +80,7 @@ class Bank:
                 accuracy=points["accuracy"],
                 nll=points["nll"],
             )
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"{folder} is no bank ({error}): restore it from a copy, or publish again.") from None
         if wrong := bank._broken_rule():
             raise CorruptionError(f"{folder} breaks FORMAT.md: {wrong}. Restore it from a copy, or publish again.")
@@ -92,8 +93,8 @@ class Bank:
         for name in ("temperature", "accuracy", "nll"):
             if getattr(self, name).shape != (len(c),) or not np.isfinite(getattr(self, name)).all():
                 return f"{name} is not a number for each point"
-        if not (self.temperature > 0).all():
-            return "a temperature is not positive"
+        if not ((self.temperature >= MIN_TEMPERATURE) & (self.temperature <= MAX_TEMPERATURE)).all():
+            return f"a temperature is not from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
         for name, stack, rows in [
             *((k, v, c.shape[1]) for k, v in self.vertices.items()),
             *((k, v, len(c)) for k, v in self.statistics.items()),

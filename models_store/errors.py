@@ -7,6 +7,7 @@ StoreError
 ├── MemberError            an ONNX file that does not follow FORMAT.md, or that gives wrong answers
 ├── CorruptionError        a file that is missing, or whose hash is not the manifest's
 ├── LineageError           a network of which nothing can be compared with others
+├── StoreReadError         the store is there, but cannot be listed or read
 └── StoreWriteError        the disk is full, or the store cannot be written
 ProviderError              an execution provider that was asked for and is not there
 DecodeError                an image file that cannot become an array
@@ -41,8 +42,12 @@ class CorruptionError(StoreError):
     """A file that is missing, or whose hash is not the one in the manifest."""
 
 
+class StoreReadError(StoreError):
+    """The store, or a file of it, is there but cannot be listed or read: permissions, or a disk that does not answer."""
+
+
 class StoreWriteError(StoreError):
-    """The store cannot be written: permissions, or a full disk."""
+    """The store cannot be written: permissions, a full disk, or one that fails. The message says what was published."""
 
 
 class ProviderError(Exception):

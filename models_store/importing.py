@@ -2,6 +2,7 @@
 
 A foreign model is brought to the contract (names of input and output, opset, weights inside, normalisation and a log
 for models that end in softmax added to the graph) and then run: what cannot be brought there is refused with the reason.
+What it answers shows whether it gives logits or probabilities, and whether it answers each image by itself.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import onnx.version_converter
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from models_store import independence, output_kind
 from models_store.errors import MemberError
 from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME, Draft, InputSpec, Member, Origin
-from models_store.onnx_contract import dimensions, graph_inputs, load, refuse_unknown_domains
+from models_store.onnx_contract import dimensions, domains_in_use, graph_inputs, load, refuse_unknown_domains
 from models_store.runtime import MemberSession
 from models_store.store import Store, Version
 
@@ -45,20 +47,23 @@ def import_members(
         StoreWriteError: the store cannot be written.
     """
     models = [_adapt(file, options) for file in files]
-    shapes = {file.name: (shape, classes) for file, (_, shape, classes) in zip(files, models, strict=True)}
-    if len(set(shapes.values())) > 1:
-        listing = "; ".join(f"{file}: images {s}, {c} classes" for file, (s, c) in shapes.items())
+    shapes = {(one.shape, one.classes) for one in models}
+    if len(shapes) > 1:
+        listing = "; ".join(
+            f"{file.name}: images {one.shape}, {one.classes} classes" for file, one in zip(files, models, strict=True)
+        )
         raise MemberError(f"The members of an ensemble take the same images and know the same classes. {listing}.")
-    _, shape, classes = models[0]
+    _check_kinds(files, models, options)
+    ((shape, classes),) = shapes
     class_names = list(options.classes or map(str, range(classes)))
     if len(class_names) != classes:
         raise MemberError(f"{len(class_names)} class names were given, but the models tell {classes} classes apart.")
     with store.staging(name) as staged:
         (staged / "members").mkdir()
         members: list[Member] = []
-        for index, (file, (model, _, _)) in enumerate(zip(files, models, strict=True)):
+        for index, (file, one) in enumerate(zip(files, models, strict=True)):
             path = f"members/{index:03d}.onnx"
-            (staged / path).write_bytes(model)
+            (staged / path).write_bytes(one.model)
             members.append(Member(file=path, origin=Origin(source=file.name), weight=1 / len(files)))
         draft = Draft(
             method="import",
@@ -69,8 +74,49 @@ def import_members(
         return store.publish(name, staged, draft, activate=activate)
 
 
-def _adapt(file: Path, options: ImportOptions) -> tuple[bytes, tuple[int, int, int], int]:
+@dataclass(frozen=True)
+class _Adapted:
+    model: bytes
+    shape: tuple[int, int, int]
+    classes: int
+    kind: output_kind.Kind  # of what the file gave before anything was added
+
+
+def _check_kinds(files: Sequence[Path], models: Sequence[_Adapted], options: ImportOptions) -> None:
+    """--output must say what the files give, and all of them must give the same.
+
+    Raises:
+        MemberError: they give something else.
+    """
+    named = {kind: [f.name for f, one in zip(files, models, strict=True) if one.kind == kind] for kind in _GIVES}
+    if sigmoid := named["sigmoid"]:
+        raise MemberError(
+            f"{', '.join(sigmoid)} ends in a sigmoid: scores of independent labels, which are neither logits nor the probabilities of "
+            "one class out of several. Export the classifier without its last sigmoid."
+        )
+    if named["probs"] and named["logits"]:
+        raise MemberError(
+            f"{', '.join(named['logits'])} gives logits, but {', '.join(named['probs'])} gives probabilities (its rows sum to 1: it ends in "
+            "softmax). The members of one ensemble must give the same: export all of them without softmax."
+        )
+    if named["probs"] and not options.output_is_probs:
+        raise MemberError(
+            f"{', '.join(named['probs'])} gives probabilities, not logits: its rows lie in [0, 1] and sum to 1, so it ends in softmax. "
+            "Import it with --output probs."
+        )
+    if named["logits"] and options.output_is_probs:
+        raise MemberError(
+            f"{', '.join(named['logits'])} gives no probabilities: its rows do not lie in [0, 1] and sum to 1. "
+            "If it gives logits, leave out --output probs."
+        )
+
+
+_GIVES: tuple[output_kind.Kind, ...] = ("logits", "probs", "sigmoid")
+
+
+def _adapt(file: Path, options: ImportOptions) -> _Adapted:
     model = _load_with_weights(file)
+    _forget_unused_domains(model)
     refuse_unknown_domains(model, file)
     model = _at_pinned_opset(model, file)
     graph = model.graph
@@ -85,6 +131,7 @@ def _adapt(file: Path, options: ImportOptions) -> tuple[bytes, tuple[int, int, i
     graph.input.append(helper.make_tensor_value_info(INPUT_NAME, TensorProto.FLOAT, ["batch", *shape]))
     # Shapes that the exporter noted may name a fixed batch; they are inferred again when the session is made.
     del graph.value_info[:]
+    last = output_kind.last_operator(model)
     front, body_input = _normalisation(options, shape[0])
     back, body_output = _logits_of_probs(options)
     # By way of names of our own: a model may call its input `logits`, or an inner value `images`.
@@ -100,9 +147,11 @@ def _adapt(file: Path, options: ImportOptions) -> tuple[bytes, tuple[int, int, i
     graph.initializer.extend([*front[1], *back[1]])
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, ["batch", None]))
-    classes = _try(model, file, shape)
+    answers = _try(model, file, shape)
+    classes = answers.shape[1]
     graph.output[0].CopyFrom(helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, ["batch", classes]))
-    return model.SerializeToString(), shape, classes
+    own = np.exp(answers) if options.output_is_probs else answers
+    return _Adapted(model.SerializeToString(), shape, classes, output_kind.kind(own, last))
 
 
 def _load_with_weights(file: Path) -> onnx.ModelProto:
@@ -114,6 +163,14 @@ def _load_with_weights(file: Path) -> onnx.ModelProto:
         raise MemberError(
             f"{file.name} names weights in another file that cannot be read ({error}); put it beside."
         ) from None
+
+
+def _forget_unused_domains(model: onnx.ModelProto) -> None:
+    # Exporters of classical models list ai.onnx.ml, whether or not something of it is in the graph.
+    used = domains_in_use(model)
+    kept = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx") or entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
 
 
 def _at_pinned_opset(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
@@ -139,7 +196,14 @@ def _input_shape(file: Path, value: onnx.ValueInfoProto, options: ImportOptions)
             f"{file.name} has the fixed batch size {found[0]}; requests come in any size. Export with a dynamic first axis."
         )
     given = options.input_shape or (None, None, None)
-    if any(f is not None and g is not None and f != g for f, g in zip(found[1:], given, strict=True)):
+    contradicted = any(f is not None and g is not None and f != g for f, g in zip(found[1:], given, strict=True))
+    if _channels_come_last(found[1:]) and (contradicted or options.input_shape is None):
+        raise MemberError(
+            f"{file.name} takes images {found[1:]}, with the channels in the last axis as it seems; a member takes (C, H, W). Export it "
+            "with channels first, or with a transpose of axes (0, 2, 3, 1) as its first operator. If the first of these numbers is the "
+            "number of channels after all, say so with --input-shape C H W."
+        )
+    if contradicted:
         raise MemberError(f"{file.name} takes images {found[1:]}, not {given}. Give the shape it was exported with.")
     channels, height, width = (f or g for f, g in zip(found[1:], given, strict=True))
     if channels is None or height is None or width is None:
@@ -147,6 +211,12 @@ def _input_shape(file: Path, value: onnx.ValueInfoProto, options: ImportOptions)
     return channels, height, width
 
 
+def _channels_come_last(shape: tuple[int | None, ...]) -> bool:
+    """Whether this is (H, W, C): few numbers in the last axis, and in the first either an open or a longer one."""
+    return shape[2] in (1, 3, 4) and (shape[0] is None or shape[0] > 4)
+
+
+_NOISE = 3  # of the images that `probes` makes without given ones: those that are plain noise
 _Part = tuple[list[onnx.NodeProto], list[onnx.TensorProto]]
 
 
@@ -195,24 +265,26 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
             tensor.name = new
 
 
-def _try(model: onnx.ModelProto, file: Path, shape: tuple[int, int, int]) -> int:
+def _try(model: onnx.ModelProto, file: Path, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """What it answers to several different images, (batch, classes).
+
+    Raises:
+        MemberError: it does not run, gives something else than (batch, classes) or NaN, or mixes the images of a batch.
+    """
     session = MemberSession(model.SerializeToString(), "cpu")
-    images: NDArray[np.float32] = np.random.default_rng(0).random((3, *shape), dtype=np.float32)
-    try:
-        together = session.logits(images)
-        alone = np.concatenate([session.logits(images[i : i + 1]) for i in range(3)])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise MemberError(f"{file.name} does not run on images {shape}: {error}") from None
-    if together.ndim != 2 or together.shape[0] != 3 or together.shape[1] < 2:
+    images = independence.probes(shape)
+    if (fault := independence.fault(session.logits, images)) is not None:
         raise MemberError(
-            f"{file.name} answers 3 images with an array {together.shape}; a member gives (batch, classes)."
+            f"{file.name} {fault}. A member gives (batch, classes), and answers each image by itself in a batch of any size: export the "
+            "classifier in eval mode with a dynamic first axis, and without layers that compute over the batch."
         )
-    if not np.isfinite(together).all():
+    answers = session.logits(images)
+    if answers.shape[1] < 2:
+        raise MemberError(
+            f"{file.name} gives {answers.shape[1]} number for an image; a classifier gives one for each class."
+        )
+    if not np.isfinite(answers[:_NOISE]).all():
         raise MemberError(
             f"{file.name} answers random images with NaN or infinity; its weights or its export are broken."
         )
-    if np.abs(together - alone).max() > 1e-3 * max(1.0, float(np.abs(together).max())):
-        raise MemberError(
-            f"{file.name} answers an image differently in a batch and alone; it was exported in training mode. Export it in eval mode."
-        )
-    return together.shape[1]
+    return answers

@@ -5,6 +5,7 @@ FORMAT.md is the same contract in prose; `tests/models_store/test_format.py` hol
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Annotated, Any, Literal, cast
 
@@ -17,12 +18,22 @@ ONNX_OPSET = 18
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
 ECE_BINS = 15
+# What a reader takes; a writer must not go beyond. A published manifest has a few kilobytes.
+MAX_BYTES = 16 * 2**20
+MAX_VALUES = 2**18
+MAX_DEPTH = 32
+MAX_MEMBERS = 4096
+MAX_FILES = 4 * MAX_MEMBERS
+NO_DIGEST = "0" * 64
+# Beyond these a distribution is one-hot or uniform in all its digits; much further, logits / T is not finite.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Two path parts, no dots before the suffix: a manifest cannot point outside its own folder.
 MemberFile = Annotated[str, Field(pattern=r"^members/[0-9]{3,6}\.onnx$")]
 WeightsFile = Annotated[str, Field(pattern=r"^weights/[0-9]{3,6}\.safetensors$")]
 VertexFile = Annotated[str, Field(pattern=r"^vertices/[0-9]{3,6}\.safetensors$")]
+Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
 BANK_FILES = ("bank/template.onnx", "bank/vertices.safetensors", "bank/points.safetensors")
 
 
@@ -84,7 +95,7 @@ class Member(_Record):
     weights: WeightsFile | None = Field(default=None, description="the same member by torch name; null when imported")
     origin: Origin
     weight: float = Field(gt=0, le=1, description="its share of the average; the shares sum to 1")
-    temperature: float = Field(default=1.0, gt=0, description="the member's own, for answers from it alone")
+    temperature: Temperature = Field(default=1.0, description="the member's own, for answers from it alone")
     validation: Scores | None = None
 
 
@@ -135,8 +146,8 @@ class Draft(_Record):
     network: Network | None = Field(default=None, description="null when the members were imported")
     input: InputSpec
     classes: list[str] = Field(min_length=2)
-    members: list[Member] = Field(min_length=1)
-    temperature: float = Field(default=1.0, gt=0, description="one T for all members' logits in `average`")
+    members: list[Member] = Field(min_length=1, max_length=MAX_MEMBERS)
+    temperature: Temperature = Field(default=1.0, description="one T for all members' logits in `average`")
     validation: Scores | None = Field(default=None, description="the average's scores on the validation split")
     geometry: Geometry | None = Field(default=None, description="null when each member was trained itself")
     bank: Bank | None = Field(default=None, description="null when there is no bank/")
@@ -151,6 +162,8 @@ class Draft(_Record):
             raise ValueError("two members share one file")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("class names must be distinct")
+        if not all(map(_is_text, self.classes)):
+            raise ValueError("a class name cannot be written in UTF-8")
         if self.geometry is not None:
             count = len(self.geometry.vertices)
             if any(not 0 <= index < count for component in self.geometry.components for index in component):
@@ -162,6 +175,10 @@ class Manifest(Draft):
     """A published version."""
 
     schema_version: Literal[1]
+    digest: Sha256 | None = Field(
+        default=None,
+        description="sha256 of manifest.json with 64 zeros in place of this; null in versions of the first releases",
+    )
     name: str
     version: int = Field(ge=1)
     created: str = Field(description="UTC time of publication, ISO 8601")
@@ -186,31 +203,114 @@ class Manifest(Draft):
     def parse(cls, text: str | bytes, where: str) -> Manifest:
         """Read a manifest.
 
+        Args:
+            text: of `manifest.json`, as it lies in the file.
+            where: the file, for messages.
+
         Raises:
-            ManifestError: not JSON, another schema version, or a broken rule of FORMAT.md.
+            ManifestError: not JSON, larger or deeper than a manifest may be, another schema version, a broken rule of FORMAT.md, or
+                another text than the one that was published.
         """
-        try:
-            record: Any = json.loads(text)
-        except ValueError as error:
+        content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        record = _json(content, where)
+        found: Any = record.get("schema_version")
+        if type(found) is not int or found != SCHEMA_VERSION:
             raise ManifestError(
-                f"{where} is not JSON ({error}); it was changed after publishing. Publish again."
-            ) from None
-        found: Any = cast("dict[str, Any]", record).get("schema_version") if isinstance(record, dict) else None
-        if found != SCHEMA_VERSION:
-            raise ManifestError(
-                f"{where} has schema version {found!r}; this release reads version {SCHEMA_VERSION}. "
+                f"{where} has schema version {found!r:.60}; this release reads version {SCHEMA_VERSION}. "
                 "Upgrade modepath, or publish the ensemble again with this release."
             )
+        for field, most in (("members", MAX_MEMBERS), ("files", MAX_FILES)):
+            if isinstance(held := record.get(field), list | dict) and len(cast("list[Any]", held)) > most:
+                raise ManifestError(f"{where} breaks FORMAT.md at {field}: more than {most} entries. Publish again.")
         try:
-            return cls.model_validate(record)
+            manifest = cls.model_validate_json(content, strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "manifest"
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            field = ".".join(str(part) for part in first["loc"])[:120] or "manifest"
+            field = field if field.isprintable() else ascii(field)
             raise ManifestError(
-                f"{where} breaks FORMAT.md at {place}: {first['msg']}. It was edited by hand or made by "
-                "another tool; publish again, or mend it by FORMAT.md."
+                f"{where} breaks FORMAT.md at {field}: {first['msg']}. It was changed after publishing, or made by "
+                "another tool. Restore it from a copy, or publish again."
             ) from None
+        if manifest.digest is not None and manifest.digest != _digest(content, manifest.digest):
+            raise ManifestError(
+                f"{where} is not the manifest that was published: its digest differs. Restore it from a copy, or publish again."
+            )
+        return manifest
+
+    def sealed(self) -> Manifest:
+        """The same with the digest of its text."""
+        text = self.model_copy(update={"digest": NO_DIGEST}).dump()
+        return self.model_copy(update={"digest": hashlib.sha256(text.encode()).hexdigest()})
 
     def dump(self) -> str:
-        """The text of `manifest.json`."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """The text of `manifest.json`. Seal a manifest before it is written."""
+        record = self.model_dump(mode="json", exclude={"digest"} if self.digest is None else None)
+        return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _digest(content: bytes, claimed: str) -> str | None:
+    """What the digest of a manifest must be; None where the claimed one is not there exactly once."""
+    before, *after = content.split(claimed.encode())
+    return hashlib.sha256(before + NO_DIGEST.encode() + after[0]).hexdigest() if len(after) == 1 else None
+
+
+def _json(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object in UTF-8 whose size, depth and number of values are bounded, and which says each thing once."""
+    again = "It was changed after publishing. Restore it from a copy, or publish again."
+    try:
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{len(content)} bytes; at most {MAX_BYTES}")
+        text = content.decode()
+        # Before any object is made: a list of millions would take seconds and gigabytes.
+        if sum(map(text.count, ",[{")) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
+        record: Any = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
+        if not isinstance(record, dict):
+            raise ValueError("it is not an object")
+        _check_depth(record)
+        json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8
+    except RecursionError:
+        raise ManifestError(f"{where} is nested more than {MAX_DEPTH} deep. {again}") from None
+    except ValueError as error:
+        raise ManifestError(f"{where} is not JSON as FORMAT.md has it ({error}). {again}") from None
+    return cast("dict[str, Any]", record)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in record:
+            raise ValueError(f"{key!r:.60} is given twice")
+        record[key] = value
+    return record
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    if (number := float(text)) in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
+def _check_depth(record: Any) -> None:
+    level: list[Any] = [record]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner for one in level for inner in (cast("dict[str, Any]", one).values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]  # fmt: skip
+        if not level:
+            return
+    raise RecursionError
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

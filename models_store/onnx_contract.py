@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from models_store import file_kind
 from models_store.errors import MemberError
 from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME
 
@@ -66,13 +67,30 @@ def _check_graph(model: onnx.ModelProto, file: Path, input_shape: tuple[int, int
 
 
 def load(file: Path) -> onnx.ModelProto:
-    """Read a single-file ONNX model without following references to other files."""
+    """Read a single-file ONNX model without following references to other files.
+
+    Raises:
+        MemberError: it cannot be read, or is something else than ONNX.
+    """
     try:
-        return onnx.load(file, load_external_data=False)  # pyright: ignore[reportUnknownMemberType]
-    except Exception as error:  # protobuf raises several unrelated types
-        raise MemberError(
-            f"{file} cannot be read as ONNX ({error}); give a file written by an ONNX exporter."
-        ) from None
+        model = onnx.load(file, load_external_data=False)  # pyright: ignore[reportUnknownMemberType]
+    except OSError as error:
+        raise MemberError(f"{file} cannot be read: {error.strerror}.") from None
+    except Exception:  # protobuf raises several unrelated types
+        model = onnx.ModelProto()
+    # Protobuf reads an empty file, and some others, as a model in which nothing is set.
+    if not model.graph.output:
+        raise MemberError(f"{file} {_not_onnx(file)}. Give a file written by an ONNX exporter.")
+    return model
+
+
+def _not_onnx(file: Path) -> str:
+    kind = file_kind.kind(file)
+    if kind == "unknown":
+        return "cannot be read as ONNX: it is damaged, or something else"
+    if kind in ("torch", "safetensors"):
+        return f"{file_kind.said(file)}. It is no ONNX model; weights are given to training, with --init"
+    return f"{file_kind.said(file)}; it is no ONNX model"
 
 
 def refuse_external_data(model: onnx.ModelProto, file: Path) -> None:
@@ -96,14 +114,19 @@ def refuse_unknown_domains(model: onnx.ModelProto, file: Path) -> None:
         MemberError: some operator comes from another domain.
     """
     known = ("", "ai.onnx")
-    domains = {entry.domain for entry in model.opset_import} | {node.domain for node in _all_nodes(model.graph)}
-    domains |= {node.domain for function in model.functions for node in function.node}
+    domains = {entry.domain for entry in model.opset_import} | domains_in_use(model)
     local = {function.domain for function in model.functions}
     if unknown := sorted(domains - set(known) - local):
         raise MemberError(
             f"{file.name} uses operators of {', '.join(map(repr, unknown))}; members use standard ONNX operators only. "
             "Export without custom or contrib operators."
         )
+
+
+def domains_in_use(model: onnx.ModelProto) -> set[str]:
+    """Those of the operators in the graph and in the model's own functions."""
+    nodes = [*_all_nodes(model.graph), *(node for function in model.functions for node in function.node)]
+    return {node.domain for node in nodes}
 
 
 def graph_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
@@ -113,8 +136,10 @@ def graph_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 
 def dimensions(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    """Its axes; None where the length is open."""
-    return tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
+    """Its axes; None where the length is open (some exporters write -1 or 0 for that)."""
+    return tuple(
+        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in value.type.tensor_type.shape.dim
+    )
 
 
 def _check_value(

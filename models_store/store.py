@@ -9,31 +9,35 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from models_store import files, numbering
+from models_store.activation import Activations
 from models_store.bank import check_bank
 from models_store.errors import (
     CorruptionError,
     EnsembleNotFoundError,
     InvalidNameError,
     StoreError,
+    StoreReadError,
     StoreWriteError,
 )
-from models_store.manifest import SCHEMA_VERSION, Draft, Manifest
-from models_store.onnx_contract import check_member
+from models_store.manifest import MAX_BYTES, SCHEMA_VERSION, Draft, Manifest
+from models_store.onnx_contract import MAX_MODEL_BYTES, check_member
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MANIFEST = "manifest.json"
-ACTIVE = "active"
+MAX_WEIGHTS_BYTES = 2**36  # of a safetensors file
 _STAGING_PREFIX = ".staging-"
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path makes one slash of s3://bucket's two
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Version:
 
     folder: Path
     manifest: Manifest
+    digest: str  # sha256 (hex) of manifest.json: two versions are the same one if and only if it is equal
 
     @property
     def name(self) -> str:
@@ -55,79 +60,138 @@ def default_root() -> Path:
 
 
 class Store:
-    """Published ensembles below one folder. The folder need not exist yet."""
+    """Published ensembles below one folder. The folder need not exist yet.
+
+    Raises:
+        StoreError: the root is an address instead of a folder.
+    """
 
     def __init__(self, root: Path | None = None):
         self.root = root or default_root()
+        if _ADDRESS.match(str(self.root)):
+            raise StoreError(
+                f"The store {str(self.root)!r} is an address, and object storage is not supported by this release: "
+                "set $MODELS_STORE to a folder of a file system."
+            )
+        self._activations = Activations(self.root)
 
     # Reading
 
     def names(self) -> list[str]:
-        """Ensembles with at least one published version, sorted."""
-        if not self.root.is_dir():
+        """Ensembles with at least one published version, sorted; of a root that does not exist yet, none.
+
+        An ensemble whose folder cannot be read is one of them: reading it says why.
+
+        Raises:
+            StoreReadError: the root cannot be listed. It may hold ensembles all the same.
+        """
+        try:
+            with files.reading(self.root):
+                entries = [entry.name for entry in self.root.iterdir()]
+        except FileNotFoundError:
             return []
-        return sorted(d.name for d in self.root.iterdir() if NAME_PATTERN.fullmatch(d.name) and self.versions(d.name))
+        except NotADirectoryError:
+            raise StoreReadError(f"The store {self.root} is not a folder. Set $MODELS_STORE to one.") from None
+        return sorted(name for name in entries if NAME_PATTERN.fullmatch(name) and self._may_hold_versions(name))
 
     def versions(self, name: str) -> list[int]:
-        """Published versions of `name`, ascending; empty when there is none."""
+        """Published versions of `name`, ascending; empty when there is none.
+
+        Raises:
+            StoreReadError: its folder cannot be listed.
+        """
         folder = self._folder(name)
-        if not folder.is_dir():
+        try:
+            with files.reading(folder):
+                entries = [entry.name for entry in folder.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(d.name) for d in folder.iterdir() if d.name.isdecimal() and (d / MANIFEST).is_file())
+        numbers = (entry for entry in entries if numbering.NUMBER.fullmatch(entry))
+        return sorted(int(number) for number in numbers if _is_there(folder / number / MANIFEST))
 
     def active(self, name: str) -> int:
         """The version that is served.
 
         Raises:
             EnsembleNotFoundError: nothing is active under that name.
+            CorruptionError: `active` does not hold a number.
+            StoreReadError: it cannot be read.
         """
-        file = self._folder(name) / ACTIVE
-        try:
-            text = file.read_text().strip()
-        except (FileNotFoundError, NotADirectoryError):
+        self._folder(name)
+        if (version := self._activations.active(name)) is None:
             raise EnsembleNotFoundError(
                 f"No version of {name!r} is active in {self.root}. {self._published()} "
                 f"Publish one, or run: python -m models_store activate {name} VERSION"
-            ) from None
-        if not text.isdecimal():
-            raise CorruptionError(
-                f"{file} holds {text!r}, not a version; run: python -m models_store activate {name} VERSION"
             )
-        return int(text)
+        return version
 
     def activated_at(self, name: str) -> float:
-        """When `name` was last activated, seconds since the epoch."""
-        return (self._folder(name) / ACTIVE).stat().st_mtime
+        """When `name` was last activated, seconds since the epoch, by the clock of its file; never in the future."""
+        return min((self._folder(name) / "active").lstat().st_mtime, time.time())
+
+    def activation_order(self) -> list[str]:
+        """Names that have an active version, the one that was activated last at the end.
+
+        Raises:
+            StoreReadError: the root cannot be listed.
+        """
+        return self._activations.order(self.names())
+
+    def activation_token(self, name: str) -> object:
+        """Something that is another after each activation of `name`, of the same version, too; None where nothing is active.
+
+        Raises:
+            StoreReadError: it cannot be read.
+        """
+        self._folder(name)
+        return self._activations.token(name)
 
     def load(self, name: str, version: int | None = None) -> Version:
         """Read the manifest of a version; without one, of the active version.
 
         Raises:
             EnsembleNotFoundError: no such ensemble or version.
-            ManifestError: the manifest breaks FORMAT.md.
-            CorruptionError: the folder holds another name or version than its manifest says.
+            ManifestError: the manifest breaks FORMAT.md, or is not the one that was published.
+            CorruptionError: the folder holds another name or version than its manifest says, or a link in place of one of them.
+            StoreReadError: it cannot be read.
         """
         version = self.active(name) if version is None else version
+        folder, content = self._folder(name) / str(version), self._manifest(name, version)
+        manifest = Manifest.parse(content, where=str(folder / MANIFEST))
+        if (manifest.name, manifest.version) != (name, version):
+            raise CorruptionError(
+                f"{folder} holds the manifest of {manifest.name}@{manifest.version}: it was moved or copied."
+            )
+        return Version(folder, manifest, hashlib.sha256(content).hexdigest())
+
+    def digest(self, name: str, version: int) -> str:
+        """sha256 (hex) of a version's manifest as it is stored, which is not parsed: Version.digest.
+
+        Raises:
+            EnsembleNotFoundError: no such version.
+            CorruptionError: its folder or its manifest is not what it should be.
+            StoreReadError: it cannot be read.
+        """
+        return hashlib.sha256(self._manifest(name, version)).hexdigest()
+
+    def _manifest(self, name: str, version: int) -> bytes:
         folder = self._folder(name) / str(version)
         try:
-            text = (folder / MANIFEST).read_bytes()
+            with files.reading(folder):
+                if folder.is_symlink():
+                    raise CorruptionError(f"{folder} is a symbolic link; a version is a folder. Copy it here instead.")
+                return files.read(folder / MANIFEST, MAX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             known = ", ".join(map(str, self.versions(name))) or "none"
             raise EnsembleNotFoundError(
                 f"{name!r} has no version {version} in {self.root} (published: {known}). {self._published()}"
             ) from None
-        manifest = Manifest.parse(text, where=str(folder / MANIFEST))
-        if (manifest.name, manifest.version) != (name, version):
-            raise CorruptionError(
-                f"{folder} holds the manifest of {manifest.name}@{manifest.version}: it was moved or copied."
-            )
-        return Version(folder, manifest)
 
     def resolve(self, reference: str) -> Version:
         """Read `NAME` or `NAME@VERSION`."""
-        name, _, version = reference.partition("@")
-        if version and not version.isdecimal():
-            raise InvalidNameError(f"{reference!r} is not NAME or NAME@VERSION, for example digits-fge@2.")
+        name, at, version = reference.partition("@")
+        if at and not numbering.NUMBER.fullmatch(version):
+            raise InvalidNameError(f"{reference[:120]!r} is not NAME or NAME@VERSION, for example digits-fge@2.")
         return self.load(name, int(version) if version else None)
 
     def find_run(self, name: str, run: str) -> int | None:
@@ -146,8 +210,8 @@ class Store:
         Raises:
             StoreWriteError: the root cannot be made or written.
         """
-        with _write_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+        with files.writing(self.root):
+            files.make_folder(self.root)
             with tempfile.TemporaryFile(dir=self.root) as probe:
                 probe.write(b"x")
 
@@ -155,22 +219,31 @@ class Store:
     def staging(self, name: str) -> Generator[Path]:
         """A folder to write a version's files to, before `publish` makes it one. Removed if anything fails.
 
-        Publishers of one name take turns, so what an earlier one left behind when it was killed is rubbish and is cleared.
+        Publishers of one name take turns. What an earlier one left behind when it was killed is cleared, and a version that it published
+        and could not activate any more is activated.
 
         Raises:
             StoreWriteError: the disk is full, or the store cannot be written.
         """
         home = self._folder(name)
-        with _write_errors(self.root), contextlib.ExitStack() as stack:
-            home.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((home / ".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for left_behind in home.glob(_STAGING_PREFIX + "*"):
-                shutil.rmtree(left_behind)
-            folder = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=home))
-            folder.chmod(0o755)  # mkdtemp makes it private; a service may run as another user
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            yield folder
+        with contextlib.ExitStack() as stack:
+            with files.writing(self.root):
+                files.make_folder(home)
+                files.make_folder(self.root / numbering.RECORDS)
+                stack.enter_context(files.locked(self.root / numbering.RECORDS / f".{name}.lock"))
+                for left_behind in home.glob(_STAGING_PREFIX + "*"):
+                    shutil.rmtree(left_behind)
+                self._finish_pending(name)
+                folder = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=home))
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                folder.chmod(0o755)  # mkdtemp makes it private; a service may run as another user
+            try:
+                yield folder
+            except OSError as error:
+                if not _concerns(error, folder):
+                    raise
+                with files.writing(self.root):
+                    raise
 
     def publish(self, name: str, staged: Path, draft: Draft, *, activate: bool = True) -> Version:
         """Turn a staged folder into the next version. Call it inside `staging`.
@@ -180,47 +253,76 @@ class Store:
 
         Raises:
             MemberError: a member breaks FORMAT.md.
-            StoreWriteError: the disk is full, or the store cannot be written.
+            StoreWriteError: the disk is full, or the store cannot be written. It says what was published.
         """
         for member in draft.members:
             check_member(staged / member.file, draft.input.shape, len(draft.classes))
         if draft.bank is not None:
             check_bank(staged / "bank", draft.input.shape, len(draft.classes), draft.bank.points)
-        home = self._folder(name)
-        taken = [int(d.name) for d in home.iterdir() if d.name.isdecimal()]
-        version = max(taken, default=0) + 1
-        manifest = Manifest(
-            **draft.model_dump(),
-            schema_version=SCHEMA_VERSION,
-            name=name,
-            version=version,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            files={path.relative_to(staged).as_posix(): sha256(path) for path in _files(staged)},
-        )
-        with _write_errors(self.root):
-            _write_durably(staged / MANIFEST, manifest.dump())
-            for path in [*_files(staged), *(p for p in staged.rglob("*") if p.is_dir()), staged]:
-                _fsync(path)
-            target = home / str(version)
-            staged.rename(target)
-            _fsync(home)
-        if activate:
-            self.activate(name, version)
-        return Version(target, manifest)
+        with files.writing(self.root):
+            version = numbering.next_number(self.root, name)
+            hashes = {path: files.sha256(staged / path, _most_bytes(path)) for path in _files(staged)}
+            manifest = Manifest(
+                **draft.model_dump(),
+                schema_version=SCHEMA_VERSION,
+                name=name,
+                version=version,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                files=dict(sorted(hashes.items())),
+            ).sealed()
+            content = manifest.dump().encode("utf-8", "surrogatepass")
+            Manifest.parse(
+                content, where=f"The manifest of {name}@{version}"
+            )  # what nobody could read is not published
+            files.write(staged / MANIFEST, content)
+        return self._put(staged, manifest, hashlib.sha256(content).hexdigest(), activate=activate)
+
+    def adopt(self, version: Version) -> Version:
+        """Publish and activate a copy of another store's version, under its own name and number.
+
+        Raises:
+            StoreError: that version is here already.
+            CorruptionError: the copy is not what was published.
+            StoreWriteError: the disk is full, or the store cannot be written. It says what was published.
+        """
+        with self.staging(version.manifest.name) as staged:
+            target = staged.parent / str(version.manifest.version)
+            if _is_there(target):
+                raise StoreError(f"{target} exists already; give another folder, or remove it.")
+            for path in (MANIFEST, *version.manifest.files):
+                (staged / path).parent.mkdir(parents=True, exist_ok=True)
+                with (
+                    files.opened(version.folder / path, _most_bytes(path)) as source,
+                    (staged / path).open("xb") as copy,
+                ):
+                    shutil.copyfileobj(source, copy, 2**20)
+            self.verify(Version(staged, version.manifest, version.digest))
+            return self._put(staged, version.manifest, version.digest, activate=True)
 
     def activate(self, name: str, version: int) -> None:
         """Serve this version from now on.
 
         Raises:
             EnsembleNotFoundError: no such version.
-            StoreWriteError: the store cannot be written.
+            StoreWriteError: the store cannot be written. It says what is active.
         """
         self.load(name, version)
-        home = self._folder(name)
-        with _write_errors(self.root):
-            _write_durably(home / f"{ACTIVE}.new", f"{version}\n")
-            (home / f"{ACTIVE}.new").replace(home / ACTIVE)
-            _fsync(home)
+        self._activate(name, version)
+
+    def finish_activation(self, name: str, version: int) -> bool:
+        """Activate a version whose publisher was stopped before it could. Where another one was activated since, that one stays.
+
+        Returns:
+            Whether there was something to do.
+
+        Raises:
+            StoreError: as `activate`.
+        """
+        self._folder(name)
+        if self._activations.pending(name) != version:
+            return False
+        self.load(name, version)
+        return self._activate(name, version, only_pending=True)
 
     # Checking
 
@@ -228,78 +330,149 @@ class Store:
         """Hold a version's files against its manifest.
 
         Raises:
-            CorruptionError: a file is missing, foreign, or differs from its hash.
+            CorruptionError: a file is missing, foreign, no regular file, or differs from its hash.
             MemberError: a member breaks the ONNX contract.
+            StoreReadError: a file cannot be read.
         """
         manifest, folder = version.manifest, version.folder
-        present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
-        if missing := sorted(set(manifest.files) - present):
-            raise CorruptionError(
-                f"{version.name} lacks {', '.join(missing)}: restore the folder from a copy, or publish again."
-            )
-        if foreign := sorted(present - set(manifest.files)):
-            raise CorruptionError(
-                f"{version.name} has files its manifest does not list: {', '.join(foreign)}. Remove them."
-            )
-        for path, digest in manifest.files.items():
-            if (folder / path).is_symlink() or sha256(folder / path) != digest:
-                raise CorruptionError(
-                    f"{version.name}: {path} is not the file that was published (its sha256 differs). "
-                    "Restore it from a copy, or publish again."
-                )
+        expected = {MANIFEST: version.digest, **manifest.files}
+        folders = {str(parent) for path in expected for parent in Path(path).parents}
+        try:
+            with files.reading(folder):
+                present = files.tree(folder)
+                if missing := sorted(expected.keys() - present.keys()):
+                    raise CorruptionError(
+                        f"{version.name} lacks {', '.join(missing)}: restore the folder from a copy, or publish again."
+                    )
+                found = (path for path, is_folder in present.items() if not (is_folder and path in folders))
+                if foreign := sorted(set(found) - expected.keys()):
+                    raise CorruptionError(
+                        f"{version.name} has entries that its manifest does not list: {', '.join(map(ascii, foreign))}. Remove them."
+                    )
+                for path, digest in expected.items():
+                    if files.sha256(folder / path, _most_bytes(path)) != digest:
+                        raise CorruptionError(
+                            f"{version.name}: {path} is not the file that was published (its sha256 differs). "
+                            "Restore it from a copy, or publish again."
+                        )
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptionError(f"{version.name} was changed while it was read: {error.filename} is gone.") from None
         for member in manifest.members:
             check_member(folder / member.file, manifest.input.shape, len(manifest.classes))
         if manifest.bank is not None:
             check_bank(folder / "bank", manifest.input.shape, len(manifest.classes), manifest.bank.points)
 
+    # Within
+
+    def _put(self, staged: Path, manifest: Manifest, digest: str, *, activate: bool) -> Version:
+        """Make a staged folder that holds its manifest a version."""
+        name, version, home = manifest.name, manifest.version, staged.parent
+        target = home / str(version)
+        renamed = False
+
+        def outcome() -> str:
+            if not renamed:
+                return "Nothing was published."
+            return (
+                _not_activated(name, version) if activate else f"{name}@{version} is published; look whether it lasts."
+            )
+
+        with files.writing(self.root, outcome):
+            for path in [*files.tree(staged), ""]:
+                files.sync(staged / path)
+            numbering.give_number(self.root, name, version)
+            if activate:
+                self._activations.announce(name, version)
+            staged.rename(target)
+            renamed = True
+            files.sync(home)
+            files.sync(self.root)
+        if activate:
+            self._activate(name, version)
+        return Version(target, manifest, digest)
+
+    def _activate(self, name: str, version: int, *, only_pending: bool = False) -> bool:
+        replaced = False
+
+        def outcome() -> str:
+            if not replaced:
+                return _not_activated(name, version)
+            return (
+                f"{name}@{version} is active, but that may not last, and may not be recorded as the last activation; "
+                f"run again: python -m models_store activate {name} {version}"
+            )
+
+        with files.writing(self.root, outcome):
+            files.make_folder(self.root / numbering.RECORDS)
+            with self._activations.lock():
+                if only_pending and self._activations.pending(name) != version:
+                    return False
+                names = self.names()
+                self._activations.replace(name, version)
+                replaced = True
+                self._activations.settle(name, names)
+        return True
+
+    def _finish_pending(self, name: str) -> None:
+        """What an earlier publisher announced: activated where it published it, and forgotten."""
+        if (pending := self._activations.pending(name)) is not None and pending in self.versions(name):
+            try:
+                self.finish_activation(name, pending)
+            except (StoreReadError, StoreWriteError):
+                raise
+            except StoreError:
+                pass  # damaged since: nobody could serve it
+        self._activations.retract(name)
+
+    def _may_hold_versions(self, name: str) -> bool:
+        try:
+            return bool(self.versions(name))
+        except StoreReadError:
+            return True
+
     def _folder(self, name: str) -> Path:
         if not NAME_PATTERN.fullmatch(name):
             raise InvalidNameError(
-                f"{name!r} cannot name an ensemble: use 1 to 64 letters, digits, '.', '_' or '-', not starting with a dot or dash."
+                f"{name[:80]!r} cannot name an ensemble: use 1 to 64 letters, digits, '.', '_' or '-', not starting with a dot or dash."
             )
         return self.root / name
 
     def _published(self) -> str:
-        names = self.names()
+        try:
+            names = self.names()
+        except StoreReadError as error:
+            return str(error)
         return f"Published here: {', '.join(names)}." if names else "Nothing is published here."
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _files(folder: Path) -> list[str]:
+    return [path for path, is_folder in files.tree(folder).items() if not is_folder]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _is_there(path: Path) -> bool:
+    """Something of that name, a dangling link, too; also where it cannot be read: reading it then says why."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
-@contextlib.contextmanager
-def _write_errors(root: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why, do = "the disk is full", "Free space"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            why, do = f"it is not writable ({error.strerror})", "Check the folder's owner and permissions"
-        else:
-            raise
-        raise StoreWriteError(
-            f"Cannot write to the store {root}: {why}. {do}, or point $MODELS_STORE elsewhere. Nothing was published."
-        ) from None
+def _most_bytes(path: str) -> int:
+    if path == MANIFEST:
+        return MAX_BYTES
+    return MAX_MODEL_BYTES if path.endswith(".onnx") else MAX_WEIGHTS_BYTES
+
+
+def _not_activated(name: str, version: int) -> str:
+    return f"{name}@{version} is published but not activated; run: python -m models_store activate {name} {version}"
+
+
+def _concerns(error: OSError, folder: Path) -> bool:
+    """Did this error, in a block that also reads data sets and trains, come from writing below the folder?"""
+    if isinstance(error.filename, str | bytes):
+        return Path(os.fsdecode(error.filename)).is_relative_to(folder)
+    # A write to an open file names none.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import os
-import sys
 import time
 from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.log_writer import log_writer
+
+MAX_FIELD = 200  # characters
 
 
 class AccessLog:
@@ -45,12 +47,12 @@ class AccessLog:
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
                 "client": (scope.get("client") or [None])[0],
                 "method": scope["method"],
-                "path": scope["path"][:200],
+                "path": scope["path"],
                 "status": status,
                 "seconds": round(time.perf_counter() - started, 6),
                 "bytes": sent,
                 **told,
             }
-            # One write of less than a pipe's 4096 bytes, so that lines of several workers do not mix; JSON keeps a client's
-            # line breaks out of the log.
-            os.write(sys.stdout.fileno(), orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+            short = {name: value[:MAX_FIELD] if isinstance(value, str) else value for name, value in line.items()}
+            # JSON keeps a client's line breaks out of the log.
+            log_writer().write(orjson.dumps(short, option=orjson.OPT_APPEND_NEWLINE))

@@ -6,18 +6,15 @@ import asyncio
 import gc
 import logging
 import math
-import os
 import secrets
 import time
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # a server of ours reports to nobody
+from service import bentoml_internals  # isort: skip - before BentoML asks whether it may report
 
 import bentoml
 import orjson
-import uvicorn.config
-from bentoml._internal.server.http import traffic
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,13 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models_store.manifest import InputSpec
 from models_store.store import Store
-from service import metrics, openapi
+from service import log_writer, metrics, openapi, verdicts
 from service.access_log import AccessLog
 from service.batching import Answer, Batcher, QueueLimits
 from service.bodies import Asked, read_request
 from service.connections import LEFT
 from service.draws import Keyed
-from service.ensemble import Ensemble, Ensembles
+from service.ensemble import Ensembles
 from service.errors import (
     BadRequestError,
     DeadlineError,
@@ -50,21 +47,28 @@ from service.hosts import Hosts
 from service.images import Encoded, Images, Limits
 from service.intake import Body, Intake
 from service.offload import SMALL_PIXELS, Offload
+from service.opening import Ensemble
 from service.policy import Mode
 from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PoolInfo, Status, describe, padded, respond
 from service.session import Rows, Session
-from service.settings import settings, share_key
-from service.supervision import replace_dead_workers
+from service.settings import WrongSettingError, settings, share_key
+from service.supervision import Board, Pulse, Watch
+from service.trial import Trials
+from service.verdicts import Verdicts
 
 INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
 INLINE_ROWS = 32  # the same for what is written and counted
 INLINE_NUMBERS = 4096
 LOADING_SECONDS = 20
 MAX_ADDRESS_BYTES = 4096  # path and query
-CLIENT_LEFT = "client_left"  # label of the metric refused_total
 
 log = logging.getLogger("bentoml.modepath")
 logging.getLogger("uvicorn.error").propagate = False  # or every traceback is printed twice
+try:
+    settings()
+except WrongSettingError as error:
+    raise bentoml_internals.refuse_to_start(str(error)) from None
+bentoml_internals.trust_proxies(settings().trusted_proxies)
 
 
 class Worker:
@@ -78,19 +82,22 @@ class Worker:
         )
         self.limits = Limits(rows=chosen.max_rows, bytes=chosen.held_bytes, pixels=chosen.max_pixels)
         self.intake = Intake(chosen.max_body_bytes, chosen.held_bytes, chosen.stall_seconds)
-        self.batcher = Batcher(
-            QueueLimits(
-                batch_rows=chosen.batch_rows,
-                batch_seconds=chosen.batch_seconds,
-                rows=chosen.queue_rows,
-                bytes=chosen.held_bytes,
-                seconds=chosen.queue_seconds,
-            ),
-            chosen.threads,
+        queue = QueueLimits(
+            batch_rows=chosen.batch_rows,
+            batch_seconds=chosen.batch_seconds,
+            rows=chosen.queue_rows,
+            bytes=chosen.held_bytes,
+            seconds=chosen.queue_seconds,
+        )
+        self.batcher = Batcher(queue, chosen.threads)
+        store, shared = Store(chosen.store), Verdicts.shared()
+        self.trials = Trials(
+            store, queue, shared, seconds=chosen.load_seconds, most_bytes=chosen.load_bytes, workers=chosen.workers
         )
         self.ensembles = Ensembles(
-            Store(chosen.store), chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
+            store, chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
             pool_bytes=chosen.pool_bytes, keyed=Keyed(chosen.secret(), chosen.key_seconds, chosen.key_rows), warm=self._warm,
+            trial=self.trials, verdicts=shared,
         )  # fmt: skip
         self.offload = Offload(chosen.threads, chosen.queue_pixels)
 
@@ -349,20 +356,9 @@ async def _until_left(app: ASGIApp, scope: Scope, receive: Receive, send: Send) 
     except asyncio.CancelledError:
         if not gone:
             raise
-        metrics.refused(CLIENT_LEFT)
+        metrics.refused(metrics.CLIENT_LEFT)
     finally:
         del scope[LEFT]
-
-
-def _unlimited(app: ASGIApp, timeout: float) -> ASGIApp:
-    """In place of BentoML's limit, which leaves a timer of six objects for each request until the time is over, answered or not: with 2000 requests a
-    second 720 000 of them, and each of Python's walks through them for garbage held everybody up for 0.4 s. `predict` has a limit that ends with it.
-    """
-    return app
-
-
-uvicorn.config.HTTP_PROTOCOLS["auto"] = "service.connections:Connection"  # what BentoML's call of uvicorn asks for
-traffic.TimeoutMiddleware = _unlimited  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @bentoml.service(
@@ -378,26 +374,43 @@ class Modepath:
 
     def __init__(self) -> None:
         global _running
+        chosen = settings()
+        log_writer.take_over()
+        log_writer.log_writer().count_with(metrics.dropped)
+        bentoml_internals.end_gently(chosen.grace_seconds, log_writer.drain)
+        self._pulse = Pulse(bentoml_internals.worker_number() or 0, metrics.look, chosen.grace_seconds)
+        metrics.count_incomplete(self._pulse.incomplete)
         _running = Worker()
-        _running.ensembles.follow(settings().poll_seconds)
+        _running.ensembles.follow(chosen.poll_seconds)
         # A worker that takes no connections yet leaves them to those that can answer. One that loads for very long
-        # begins all the same, or whoever watches over it would take it for dead; then /readyz says why it is not ready.
+        # begins all the same, or its supervisor would take it for dead; then /readyz says why it is not ready.
         _running.ensembles.wait(LOADING_SECONDS)
+        self._pulse.start()  # what came before may have held up the event loop
 
     @bentoml.on_deployment
     def prepare() -> None:  # pyright: ignore[reportSelfClsParameterName] - the decorator makes it static
         """Once, in the process that starts the workers."""
-        metrics.prepare()
+        chosen = settings()
+        log_writer.take_over()
+        verdicts.prepare()
         share_key()
-        replace_dead_workers()
-        if (port := settings().metrics_port) is not None:
-            metrics.listen(settings().metrics_host, port)
+        watch = Watch(Board.make(), math.ceil(chosen.hang_seconds))
+        try:
+            metrics.prepare()
+            if chosen.metrics_port is not None:
+                metrics.listen(chosen.metrics_host, chosen.metrics_port, watch.incomplete)
+        except OSError as error:
+            raise bentoml_internals.refuse_to_start(str(error)) from None
+        bentoml_internals.supervise(watch, metrics.archive)
 
     @bentoml.on_shutdown
     def close(self) -> None:
         """Stop what runs in the background."""
         _worker().ensembles.close()
+        _worker().trials.close()
         _worker().batcher.close()
+        if self._pulse.orphaned:
+            metrics.remove_folder()
 
 
 Modepath.add_asgi_middleware(OwnRoutes)  # pyright: ignore[reportArgumentType] - its protocol wants **options

@@ -21,7 +21,6 @@ from service.errors import BadRequestError, BusyError, NotImplementedHereError, 
 from service.settings import settings
 
 MAX_HEADERS = 100
-CLOSING_SECONDS = 1.0  # the same for a connection that was accepted just before the service stops
 RESERVED_DESCRIPTORS = 128  # for files, models and logs
 LEFT = "modepath.left"  # scope: a callable, called when the client is gone before its answer
 log = logging.getLogger("bentoml.modepath")
@@ -49,7 +48,6 @@ class Connection(HttpToolsProtocol):
         self._refusal: ServiceError | None = None
         self._late: asyncio.TimerHandle | None = None
         self._resumed = False  # a second parser reads the body, after a head that asks for another protocol
-        self._stopping = False
 
     # The connection
 
@@ -67,15 +65,6 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         if (cycle := self._current) is not None and not cycle.response_complete and (left := cycle.scope.get(LEFT)):
             left()
-
-    def shutdown(self) -> None:
-        """The service stops: a connection that was just accepted still gets its one answer."""
-        if self._current is None and not self.transport.is_closing():
-            self._stopping = True
-            self._stop_waiting()
-            self._late = self.loop.call_later(CLOSING_SECONDS, self._head_is_late)
-        else:
-            super().shutdown()
 
     def _make_room(self) -> None:
         # Only where descriptors run short: looking at a thousand connections takes 0.1 ms.
@@ -186,8 +175,6 @@ class Connection(HttpToolsProtocol):
             own, self.app = self.app, _Refuse(refusal)  # pyright: ignore[reportAttributeAccessIssue]
             super().on_headers_complete()
             self.app = own
-        if self._stopping:
-            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """Go on reading, or nobody would see that the client leaves while its answer is made."""

@@ -53,6 +53,7 @@ class Keyed:
         self._seconds, self._rows, self._now = seconds, rows, now
         self._lock = threading.Lock()
         self._answered = 0
+        self._turn = 0
 
     def __call__(self, images: Images, count: int, asked: bytes) -> Choice:
         """See Draw."""
@@ -65,8 +66,9 @@ class Keyed:
         return random.Random(seed).sample(range(count), count)
 
     def _key(self, rows: int) -> bytes:
-        turn = int(self._now() // self._seconds)
         with self._lock:
+            # The latest seen: with a clock that is set back, an earlier key would answer its questions a second time.
+            self._turn = turn = max(self._turn, int(self._now() // self._seconds))
             counted = self._answered // self._rows if self._rows else 0
             self._answered += rows
         return hashlib.blake2b(f"{turn} {counted}".encode(), key=self._secret, digest_size=32).digest()

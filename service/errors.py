@@ -15,6 +15,7 @@ ServiceError
 ├── NotImplementedHereError 501  a transfer coding that is not read here
 ├── NotReadyError          503  nothing to serve yet
 ├── BusyError              503  more bytes are held than the limit allows
+├── StoppingError          503  the service is about to end
 ├── QueueTimeError         503  the request waited too long for its turn
 └── DeadlineError          504  the whole took too long
 """
@@ -128,6 +129,14 @@ class BusyError(ServiceError):
 
     status = 503
     reason = "busy"
+    retry_after = 1
+
+
+class StoppingError(ServiceError):
+    """The service is about to end."""
+
+    status = 503
+    reason = "stopping"
     retry_after = 1
 
 

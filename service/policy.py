@@ -83,11 +83,19 @@ class Known:
 
     marks: Marks  # of the versions that answer or are about to; of a defended ensemble, of all its versions
     networks: int  # that a query may get
-    whole: bool = True  # could all of these versions be read?
+    whole: bool = True  # of a defended ensemble: could all of these versions be read?
 
 
-def closed(known: Mapping[str, Known], policies: Mapping[str, Policy]) -> set[str]:
-    """Which ensembles answer nobody, because they share networks with a defended one.
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Which ensembles answer nobody."""
+
+    related: frozenset[str] = frozenset()  # they share networks with a defended one
+    uncertain: frozenset[str] = frozenset()  # they may: a version of a defended one cannot be read
+
+
+def closed(known: Mapping[str, Known], policies: Mapping[str, Policy]) -> Closed:
+    """Which ensembles answer nobody, because they share networks with a defended one, or may do so.
 
     Of several defended relatives one answers, or whoever asks all of them would have several answers to one question: one that has a policy of its
     own before those that `*` defends, and of these the one with the most networks.
@@ -98,14 +106,16 @@ def closed(known: Mapping[str, Known], policies: Mapping[str, Policy]) -> set[st
     """
     defended = {name for name in known if of(name, policies).defended}
     named = defended & policies.keys()
-    if any(not known[name].whole for name in defended):  # nobody knows who shares networks with it
-        found = known.keys() - named
-    else:
-        found = {name for name, one in known.items() if defended and not one.whole}
+    uncertain = set[str]() if all(known[name].whole for name in defended) else known.keys() - named
+    related = set[str]()
     for family in families({name: one.marks for name, one in known.items()}):
         if among := family & named or family & defended:
-            found |= family - {max(sorted(among), key=lambda name: known[name].networks)}
-    return found
+            related |= family - {max(sorted(among), key=lambda name: known[name].networks)}
+    return Closed(frozenset(related), frozenset(uncertain - related))
 
 
 CLOSED = "The ensemble {!r} is not open here, by the operator's policy. GET /ensembles lists those that are."
+UNCERTAIN = (
+    "It cannot be determined at the moment which ensembles share networks with one that the operator defends, so only that one may answer. "
+    "The operator's log says which version cannot be read, and what to do. Try again later."
+)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from models_store.bank import Bank
+from models_store.errors import MemberError
 from models_store.runtime import MemberSession, ProviderChoice
 from models_store.store import Version
+from models_store.uncertainty import softmax
 
 FAILED_SECONDS = 30
 RENEWING = 0.05  # share of its time that a thread spends on new networks
@@ -48,7 +50,14 @@ def source(version: Version, providers: ProviderChoice) -> Source:
     black = np.zeros((1, *manifest.input.shape), np.float32)
 
     def ready(number: int, session: MemberSession, temperature: float) -> Network:
-        session.logits(black)  # the first answer takes longer: it would tell a network that was not asked before
+        with np.errstate(all="ignore"):  # what comes out is looked at
+            # The first answer takes longer: it would tell a network that was not asked before.
+            probs = softmax(session.logits(black) / np.float32(temperature))
+        if probs.shape != (1, len(manifest.classes)) or not np.isfinite(probs).all():
+            raise MemberError(
+                f"Network {number} of {version.name} answers a black image with NaN, or not with a number for each class: its weights or its "
+                "temperature are broken. Train and publish it again."
+            )
         return Network(number, session, temperature)
 
     if manifest.bank is None:

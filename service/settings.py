@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import secrets
+import socket
 from functools import cache
 from pathlib import Path
 from typing import Self
 
-from pydantic import AliasChoices, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from models_store.runtime import ProviderChoice, available_cores
 from models_store.store import default_root
 from service.policy import Policy
 
 KEY_BYTES = 16
+
+
+class WrongSettingError(Exception):
+    """A setting is not what it may be; the message names all such."""
 
 
 class Settings(BaseSettings):
@@ -28,7 +36,18 @@ class Settings(BaseSettings):
     providers: ProviderChoice = Field(default="auto", description="auto, cpu or cuda")
     poll_seconds: float = Field(default=0.5, gt=0, description="how often a new activation is looked for")
 
-    host: str = Field(default="127.0.0.1", description="an IP address; 0.0.0.0 opens the service to the network")
+    load_seconds: float = Field(
+        default=120, gt=0, description="that a version may take to become ready, in the process that tries it"
+    )
+    load_bytes: int | None = Field(
+        default=None,
+        gt=0,
+        description="memory that one version may take there; default: what is left when it is tried, over the workers and one more",
+    )
+
+    host: str = Field(
+        default="127.0.0.1", description="an address or the name of one; 0.0.0.0 opens the service to the network"
+    )
     port: int = Field(default=3000, gt=0, lt=65536)
     hosts: tuple[str, ...] = Field(
         default=(),
@@ -40,6 +59,11 @@ class Settings(BaseSettings):
     )
     metrics_host: str = Field(default="127.0.0.1", description="where that listener listens")
     access_log: bool = Field(default=False, description="one JSON line a request on stdout")
+    trusted_proxies: str = Field(
+        default="",
+        validation_alias=AliasChoices("MODEPATH_TRUSTED_PROXIES", "FORWARDED_ALLOW_IPS"),
+        description="addresses or networks, comma-separated, whose X-Forwarded-For names the client in the access log",
+    )
 
     workers: int = Field(default_factory=lambda: workers_for(available_cores()), gt=0, description="processes")
     threads: int = Field(
@@ -75,6 +99,13 @@ class Settings(BaseSettings):
     timeout: float = Field(default=60, gt=0, description="seconds from a request's headers to its answer; beyond: 504")
     stall_seconds: float = Field(default=5, gt=0, description="how long 64 KiB of a body may take; then 408")
 
+    hang_seconds: float = Field(default=30, gt=0, description="a worker that stands still for so long is replaced")
+    grace_seconds: float = Field(
+        default_factory=lambda data: data["timeout"] + 5,
+        gt=0,
+        description="how long requests may still take when the service is to end",
+    )
+
     batch_rows: int = Field(default=64, gt=0, description="rows that run together, at most")
     batch_seconds: float = Field(default=0.05, gt=0, description="how long a batch should take, at most")
     queue_rows: int = Field(default=4096, gt=0, description="rows that may wait; beyond: 429")
@@ -87,6 +118,18 @@ class Settings(BaseSettings):
         gt=0,
         description="bodies, and again decoded images, held at once; an eighth of it is kept for small bodies",
     )
+
+    @field_validator("host", "metrics_host")
+    @classmethod
+    def _address(cls, host: str) -> str:
+        """BentoML takes addresses only."""
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(host))
+        try:
+            found = [str(address[0]) for *_, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+        except (OSError, UnicodeError):
+            raise ValueError(f"{host!r} is neither an IP address nor the name of one") from None
+        return next((address for address in found if "." in address), found[0])
 
     def secret(self) -> bytes:
         """The key of `keyed`."""
@@ -122,5 +165,23 @@ def workers_for(cores: int) -> int:
 
 @cache
 def settings() -> Settings:
-    """The process's settings, read once."""
-    return Settings()
+    """The process's settings, read once.
+
+    Raises:
+        WrongSettingError: one is not what it may be.
+    """
+    try:
+        return Settings()
+    except SettingsError as error:  # no JSON where it has to be
+        raise WrongSettingError(f"{error}: {error.__cause__}") from None
+    except ValidationError as errors:
+        found = [error for error in errors.errors() if error["type"] != "default_factory_not_called"]  # that follows
+        raise WrongSettingError("; ".join(map(_one_line, found))) from None
+
+
+def _one_line(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    name = ".".join(map(str, error["loc"]))
+    return f"{name if name.isupper() else 'MODEPATH_' + name.upper()}: {message}"

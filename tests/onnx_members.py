@@ -113,3 +113,60 @@ def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activ
             (staged / "vertices").mkdir()
             save_file(bank.vertices, staged / "vertices/000.safetensors")
         return store.publish(name, Path(staged), draft, activate=activate)
+
+
+def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, allocated=0, surrogate=False):
+    """An ensemble of one member that a checker finds nothing wrong with.
+
+    It has a class name that is no Unicode; or answers NaN; or gives one row for all images; or goes round a loop so many times; or makes a tensor of so many floats.
+    """
+    model = linear(0)
+    graph = model.graph
+    extra = "zero"
+    if nan:
+        weights = numpy_helper.to_array(graph.initializer[0]).copy()
+        weights[0, 0] = np.nan
+        graph.initializer[0].CopyFrom(numpy_helper.from_array(weights, "weights"))
+    graph.node[-1].output[0] = "scores"
+    if squeezed:
+        graph.initializer.append(numpy_helper.from_array(np.array([1, -1], np.int64), "flat_shape"))
+        graph.node.append(helper.make_node("Reshape", ["scores", "flat_shape"], ["logits"]))
+        return _publish_one(store, name, model, surrogate)
+    graph.initializer.append(numpy_helper.from_array(np.float32(0), "nothing"))
+    if loop:
+        item = helper.make_tensor_value_info
+        body = helper.make_graph(
+            [helper.make_node("Identity", ["on"], ["on_out"]), helper.make_node("Mul", ["x", "x"], ["x_out"])],
+            "body",
+            [item("i", TensorProto.INT64, []), item("on", TensorProto.BOOL, []), item("x", TensorProto.FLOAT, [])],
+            [item("on_out", TensorProto.BOOL, []), item("x_out", TensorProto.FLOAT, [])],
+        )
+        graph.initializer.append(numpy_helper.from_array(np.int64(loop), "times"))
+        graph.initializer.append(numpy_helper.from_array(np.bool_(True), "on_and_on"))
+        # Begins with what the input decides, or it would be computed when the model is loaded.
+        graph.node.append(helper.make_node("ReduceMin", ["images"], ["least"], keepdims=0))
+        graph.node.append(helper.make_node("Mul", ["least", "nothing"], ["begin"]))
+        graph.node.append(helper.make_node("Loop", ["times", "on_and_on", "begin"], [extra], body=body))
+    elif allocated:
+        graph.initializer.append(numpy_helper.from_array(np.array([allocated], np.int64), "size"))
+        graph.node.append(helper.make_node("ReduceMin", ["images"], ["least"], keepdims=0))
+        graph.node.append(helper.make_node("Expand", ["least", "size"], ["large"]))
+        graph.node.append(helper.make_node("ReduceMax", ["large"], ["most"], keepdims=0))
+        graph.node.append(helper.make_node("Mul", ["most", "nothing"], [extra]))
+    else:
+        graph.node.append(helper.make_node("Identity", ["nothing"], [extra]))
+    graph.node.append(helper.make_node("Add", ["scores", extra], ["logits"]))
+    return _publish_one(store, name, model, surrogate)
+
+
+def _publish_one(store, name, model, surrogate):
+    with store.staging(name) as staged:
+        (staged / "members").mkdir()
+        onnx.save(model, staged / "members/000.onnx")
+        member = Member(file="members/000.onnx", origin=Origin(), weight=1)
+        draft = Draft(method="import", input=InputSpec(shape=SHAPE), classes=["cat", "dog", "bird"], members=[member])
+        version = store.publish(name, Path(staged), draft)
+    if surrogate:
+        manifest = version.folder / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes().replace(b'"dog"', b'"\\ud800"'))
+    return version

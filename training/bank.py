@@ -13,12 +13,12 @@ from tqdm import tqdm
 from models_store.bank import Bank
 from models_store.runtime import MemberSession, in_batches
 from models_store.uncertainty import softmax
-from training import batch_norm, member, temperature
+from training import batch_norm, layout, member, temperature
 from training.data import Data, as_arrays
 from training.errors import ExportError
 from training.export import Normalised, check_parity, open_exported, to_open_template
 from training.geometry.coefficients import Coefficients
-from training.geometry.vertices import State, combine
+from training.geometry.vertices import State, combine, put_into
 from training.metrics import score
 from training.runs import Run, load_state, save_state
 
@@ -49,14 +49,14 @@ def build(
         ExportError: some point's answers are not what the template gives with the combined weights.
     """
     images, labels = as_arrays(data.validation)
-    clean = next(member.clean_images(data, 2, device))
+    clean = next(member.clean_images(data, 2, device, layout.of(network)))
     statistics = batch_norm.statistics(network, clean)
     varying = [
         name
         for name, tensor in vertices[0].items()
         if tensor.is_floating_point() and any(not torch.equal(tensor, other[name]) for other in vertices[1:])
     ]
-    network.load_state_dict(combine(vertices, coefficients[len(coefficients) // 2]))
+    put_into(network, combine(vertices, coefficients[len(coefficients) // 2]))
     served = Normalised(network, data.mean, data.std).to(device)
     template, held = to_open_template(served, data.shape, {_NETWORK + name for name in {*varying, *statistics}})
     stacks = {
@@ -70,9 +70,9 @@ def build(
         weights = combine(vertices, row)
         file = run.folder / "bank" / f"{point:05d}.safetensors"
         if file.exists():
-            network.load_state_dict({**weights, **load_state(file)})
+            put_into(network, {**weights, **load_state(file)})
         else:
-            network.load_state_dict(weights)
+            put_into(network, weights)
             member.settle(network, data, bn_images, device)
             state = network.state_dict()
             save_state(file, {name: state[name] for name in statistics})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from models_store import file_kind, onnx_contract
+from models_store.errors import MemberError
 from models_store.store import Store, Version
 from training.errors import CheckpointError
+from training.geometry.vertices import put_into
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "network", "net")
 PREFIXES = ("module.", "_orig_mod.")
@@ -81,7 +86,7 @@ def pinned(reference: str, store: Store) -> str:
 def load_into(network: nn.Module, file: Path) -> None:
     """Put a checkpoint's weights into a network.
 
-    Reads safetensors, and `.pt` files with `weights_only=True`; unwraps `state_dict` and strips what DataParallel and
+    Reads safetensors, and `.pt` files with `weights_only=True`, whatever their suffix; unwraps `state_dict` and strips what DataParallel and
     torch.compile put before names.
 
     Raises:
@@ -110,24 +115,52 @@ def load_into(network: nn.Module, file: Path) -> None:
         raise CheckpointError(
             f"{file} holds NaN or infinite weights: its training had diverged. Take an earlier checkpoint."
         )
-    network.load_state_dict(state, strict=False)
+    put_into(network, state, strict=False)
 
 
 def _read(file: Path) -> Any:
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        kind = file_kind.kind(file)
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} does not exist: neither such a file, nor such a published ensemble (python -m models_store list)."
         ) from None
-    except Exception as error:  # torch.load raises whatever the bytes provoke
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
+    try:
+        # By what it is, not by its name: people rename files.
+        if kind == "safetensors":
+            return load_file(file)
+        if kind == "torch":
+            with file.open("rb") as handle:  # by its path torch would go by the suffix
+                return torch.load(handle, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = (
+            f"it holds {blocked[1]}, an object and not a plain tensor"
+            if blocked
+            else "it holds more than plain tensors"
+        )
         raise CheckpointError(
-            f"{file} cannot be read as a checkpoint ({first}). Give safetensors, or a .pt that holds a state_dict of plain tensors; "
-            "a pickled module is not read, because reading it would run its code."
+            f"{file} cannot be read as a checkpoint: {what}. Save the weights alone, torch.save(network.state_dict(), …); a pickled module "
+            "or another object is not read, because reading it would run its code."
         ) from None
+    except Exception:  # both raise whatever the bytes provoke
+        raise CheckpointError(
+            f"{file} cannot be read as a checkpoint: it is damaged, or its download was cut short."
+        ) from None
+    advice = "Give safetensors, or a .pt that holds a state_dict of plain tensors."
+    if _is_onnx(file):
+        advice = "It is an ONNX model: a network to be served as it is, with python -m models_store import."
+    raise CheckpointError(f"{file} cannot be read as a checkpoint: it {file_kind.said(file)}. {advice}")
+
+
+def _is_onnx(file: Path) -> bool:
+    try:
+        onnx_contract.load(file)
+    except MemberError:
+        return False
+    return True
 
 
 def _unwrap(content: Any, file: Path) -> dict[str, torch.Tensor]:

@@ -6,41 +6,31 @@
     imagefolder:PATH         PATH/train, PATH/val, PATH/test (or less) with a folder a class
     package.module:factory   the user's own: factory() -> (train, validation, test)
 
+What a split must be, in which forms it may come and what is refused is in contract.py, streaming.py and classes.py.
 The validation split chooses and calibrates; the test split is only ever reported.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
-from training import sources
+from training import classes, image_folder, sources
 from training.augment import Augment
+from training.contract import Batch, Contract
 from training.errors import DataError
 from training.import_string import import_string
+from training.streaming import Streamed, scale
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-MIN_CLASSES = 2
-
-
-class Split(Protocol):
-    """Images and labels that can be had in any order."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, order: torch.Tensor, size: int) -> Iterator[Batch]:
-        """Images float32 (batch, C, H, W) in [0, 1] and labels (batch,), in the given order of rows."""
-        ...
-
-    def take(self, rows: torch.Tensor) -> Split:
-        """The split of these rows only."""
-        ...
+SAMPLED = 16  # rows that are read twice, to see whether a data set is random by itself
+READ_AT_ONCE = 256
+FOLDER = "imagefolder:"
 
 
 @dataclass(frozen=True)
@@ -53,13 +43,18 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of every image."""
+        return tuple(self.images.shape[1:])
+
     def batches(self, order: torch.Tensor, size: int) -> Iterator[Batch]:
-        """See Split."""
+        """Images float32 (batch, C, H, W) in [0, 1] and labels int64 (batch,), in the given order of rows."""
         for rows in order.to(self.labels.device).split(size):
             yield scale(self.images[rows]), self.labels[rows]
 
     def take(self, rows: torch.Tensor) -> InMemory:
-        """See Split."""
+        """The split of these rows only."""
         return InMemory(self.images[rows], self.labels[rows])
 
     def to(self, device: torch.device) -> InMemory:
@@ -67,30 +62,7 @@ class InMemory:
         return InMemory(self.images.to(device), self.labels.to(device))
 
 
-@dataclass(frozen=True)
-class Streamed:
-    """A split that is read anew each time: too large for memory, or random by itself."""
-
-    dataset: Dataset[Any]
-    workers: int
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # pyright: ignore[reportArgumentType]
-
-    def batches(self, order: torch.Tensor, size: int) -> Iterator[Batch]:
-        """See Split."""
-        rows = [chunk.tolist() for chunk in order.split(size)]
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        loader = DataLoader(
-            self.dataset, batch_sampler=rows, num_workers=self.workers, collate_fn=_collate, generator=generator,
-            pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-        for images, labels in loader:
-            yield scale(images), labels
-
-    def take(self, rows: torch.Tensor) -> Streamed:
-        """See Split."""
-        return Streamed(Subset(self.dataset, rows.tolist()), self.workers)
+Split = InMemory | Streamed
 
 
 @dataclass(frozen=True)
@@ -135,12 +107,19 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
         ImportStringError: an import string that leads nowhere.
     """
     found = _find(options)
+    for note in found.notes:
+        say(note)
     parts = [
-        _hold(part, name, options) for part, name in zip(found.parts, ("train", "validation", "test"), strict=True)
+        _hold(part, name, options, found.classes)
+        for part, name in zip(found.parts, ("train", "validation", "test"), strict=True)
     ]
     train, validation, test = parts
     if train is None or test is None:
         raise DataError(f"Data set {options.dataset!r} has no {'train' if train is None else 'test'} split.")
+    given = {"train": train, "validation": validation, "test": test}
+    names = classes.settle(
+        options.dataset, found.classes, {name: split.labels for name, split in given.items() if split is not None}
+    )
     validation_cut = validation is None
     if validation is None:
         train, validation = _split_off(train, options)
@@ -150,12 +129,15 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
     for name, split in (("train", train), ("validation", validation), ("test", test)):
         if len(split) == 0:
             raise DataError(f"The {name} split of {options.dataset!r} is empty.")
-    shapes = {tuple(next(split.batches(torch.tensor([0]), 1))[0].shape[1:]) for split in (train, validation, test)}
+    shapes = {split.shape for split in (train, validation, test)}
     if len(shapes) > 1:
         raise DataError(f"The splits of {options.dataset!r} hold images of different shapes: {sorted(shapes)}.")
     shape = shapes.pop()
-    classes = found.classes or [str(c) for c in range(_largest_label(train, validation, test) + 1)]
-    _check_labels(options.dataset, len(classes), train, validation, test)
+    train, validation, test = (_expecting(split, len(names)) for split in (train, validation, test))
+    if train.labels is not None and (absent := classes.without_images(names, train.labels)):
+        say(
+            f"warning: no training image of {len(absent)} of {len(names)} classes: {classes.listed(absent)}. The networks cannot learn them."
+        )
     mean, std = options.mean or found.mean, options.std or found.std
     if mean is None or std is None:
         measured_mean, measured_std = _measure(train)
@@ -167,7 +149,7 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
         train=train,
         validation=validation,
         test=test,
-        classes=list(classes),
+        classes=names,
         shape=shape,  # pyright: ignore[reportArgumentType]
         mean=tuple(mean),
         std=tuple(std),
@@ -178,9 +160,36 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
     )
 
 
-def scale(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0 … 255 -> float32 0 … 1; floats pass."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+def foreign(options: DataOptions, limit: int | None = None) -> tuple[np.ndarray[Any, Any], list[str]]:
+    """Images of a data set whose classes do not matter, float32 (N, C, H, W), at most `limit`; and what to say of them.
+
+    The test split; of a folder of images without splits, every image below it. Files that cannot be read are left out.
+
+    Raises:
+        DataError: unknown, missing, malformed, or without a readable image.
+    """
+    if options.dataset.startswith(FOLDER):
+        path, size = options.dataset.removeprefix(FOLDER), options.image_size or image_folder.SIZE
+        files, notes = image_folder.foreign(path, size)
+        images: list[torch.Tensor] = []
+        unreadable: list[str] = []
+        for row in range(len(files)):
+            if len(images) == limit:
+                break
+            try:
+                images.append(files[row][0])
+            except DataError as error:
+                unreadable.append(str(error))
+        if not images:
+            raise DataError(f"{options.dataset}: none of {len(files)} images can be read. {unreadable[0]}")
+        if unreadable:
+            notes = (*notes, f"warning: {len(unreadable)} files cannot be read and are left out, as {unreadable[0]}")
+        return torch.stack(images).numpy(), list(notes)
+    found = _find(options)
+    split = _hold(found.parts[2], "test", options, found.classes)
+    if split is None:
+        raise DataError(f"Data set {options.dataset!r} has no test split.")
+    return as_arrays(split, limit)[0], list(found.notes)
 
 
 def in_order(split: Split) -> torch.Tensor:
@@ -209,8 +218,8 @@ def on_device(data: Data, device: torch.device) -> Data:
 
 def _find(options: DataOptions) -> sources.Source:
     name = options.dataset
-    if name.startswith("imagefolder:"):
-        return sources.image_folder(name.removeprefix("imagefolder:"), options.image_size or 224)
+    if name.startswith(FOLDER):
+        return image_folder.source(name.removeprefix(FOLDER), options.image_size or image_folder.SIZE)
     if ":" in name:
         factory = import_string(name)
         try:
@@ -225,70 +234,53 @@ def _find(options: DataOptions) -> sources.Source:
     )
 
 
-def _hold(part: sources.Part, name: str, options: DataOptions) -> Split | None:
+def _hold(part: sources.Part, name: str, options: DataOptions, names: Sequence[str] | None) -> Split | None:
     """In memory where it fits and reads the same twice, else streamed."""
     if part is None:
         return None
-    if isinstance(part, tuple):
-        return InMemory(*part)
+    contract = Contract(f"The {name} split of {options.dataset!r}", names)
+    if isinstance(part, tuple | list) and len(part) and isinstance(part[0], torch.Tensor | np.ndarray):
+        if len(part) != 2:
+            raise DataError(f"{contract.what} has {len(part)} parts; give (images, labels).")
+        return InMemory(*contract.arrays(*part))
+    dataset, size = _map_style(part, contract.what)
+    rows = list(range(min(SAMPLED, size)))
+    sample, _ = contract.read(dataset, rows)
+    again, _ = contract.read(dataset, rows)
+    contract = replace(contract, shape=tuple(sample.shape[1:]), dtype=sample.dtype)
+    fits = sample[0].nbytes * size <= options.memory_gib * 2**30
+    if options.in_memory == "no" or (options.in_memory == "auto" and not (fits and torch.equal(sample, again))):
+        return Streamed(dataset, options.workers, contract, classes.known_labels(dataset, contract))
+    images, labels = torch.empty((size, *sample.shape[1:]), dtype=sample.dtype), torch.empty(size, dtype=torch.int64)
+    for rows in torch.arange(size).split(READ_AT_ONCE):
+        images[rows], labels[rows] = contract.read(dataset, rows.tolist())
+    return InMemory(images, labels)
+
+
+def _map_style(part: Any, what: str) -> tuple[Any, int]:
+    """A data set that is read by row, and its length."""
+    if isinstance(part, DataLoader):
+        plain = isinstance(part.sampler, SequentialSampler | RandomSampler) and part.collate_fn is default_collate
+        if not plain:
+            raise DataError(
+                f"{what} is a DataLoader with a sampler or collate_fn of its own; give its data set instead."
+            )
+        part = part.dataset
+    if isinstance(part, IterableDataset):
+        raise DataError(f"{what} cannot be read by row: it is an IterableDataset. Give a map-style data set.")
     try:
-        size = len(part)  # pyright: ignore[reportArgumentType]
-        sample = [part[i] for i in range(min(16, size))]
-        again = [part[i] for i in range(min(16, size))]
+        size = len(part)
     except Exception as error:
         raise DataError(
-            f"The {name} split of {options.dataset!r} cannot be read: {type(error).__name__}: {error}"
+            f"{what} cannot be read: {type(error).__name__}: {error}. Give (images, labels), or a data set with __len__ and __getitem__."
         ) from error
-    for item in sample:
-        _check_item(item, name, options.dataset)
     if size == 0:
-        return InMemory(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
-    fits = sample[0][0].nbytes * size <= options.memory_gib * 2**30
-    steady = all(torch.equal(a[0], b[0]) for a, b in zip(sample, again, strict=True))
-    if options.in_memory == "no" or (options.in_memory == "auto" and not (fits and steady)):
-        return Streamed(part, options.workers)
-    images, labels = _collate([part[i] for i in range(size)])
-    split = InMemory(images, labels)
-    _check_range(split.images, name, options.dataset)
-    return split
+        raise DataError(f"{what} is empty.")
+    return part, size
 
 
-def _collate(items: list[Any]) -> Batch:
-    try:
-        return torch.stack([torch.as_tensor(image) for image, _ in items]), torch.tensor(
-            [int(label) for _, label in items]
-        )
-    except RuntimeError as error:
-        raise DataError(f"Images of one data set must have one shape: {error}") from None
-
-
-def _check_item(item: Any, split: str, dataset: str) -> None:
-    what = f"The {split} split of {dataset!r}"
-    if not (isinstance(item, tuple | list) and len(item) == 2):
-        raise DataError(f"{what} must give pairs (image, label); it gives {type(item).__name__}.")
-    image, label = item
-    if not (isinstance(image, torch.Tensor) and image.dtype == torch.float32 and image.ndim == 3):
-        found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
-        raise DataError(
-            f"{what} must give images as float32 tensors (C, H, W); it gives {found}. Convert them in the data set."
-        )
-    try:
-        if int(label) != label:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise DataError(f"{what} must give labels as integers; it gives {label!r}.") from None
-    _check_range(image, split, dataset)
-
-
-def _check_range(images: torch.Tensor, split: str, dataset: str) -> None:
-    if images.dtype == torch.uint8 or images.numel() == 0:
-        return
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # also false for NaN
-        raise DataError(
-            f"The {split} split of {dataset!r} has values from {low:.3g} to {high:.3g}; they must lie in [0, 1]. "
-            "If they are normalised already, leave that out: it belongs in the exported graph (--mean, --std)."
-        )
+def _expecting(split: Split, number: int) -> Split:
+    return split if isinstance(split, InMemory) else replace(split, contract=replace(split.contract, classes=number))
 
 
 def _split_off(train: Split, options: DataOptions) -> tuple[Split, Split]:
@@ -297,33 +289,6 @@ def _split_off(train: Split, options: DataOptions) -> tuple[Split, Split]:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.split_seed))
     size = max(1, round(len(train) * options.validation))
     return train.take(order[size:]), train.take(order[:size])
-
-
-def _labels(split: Split) -> torch.Tensor | None:
-    return split.labels if isinstance(split, InMemory) else None
-
-
-def _largest_label(*splits: Split) -> int:
-    largest = 0
-    for split in splits:
-        labels = _labels(split)
-        if labels is None:
-            raise DataError(
-                "A streamed data set must say its classes: let the factory return an object with `classes`."
-            )
-        largest = max(largest, int(labels.max()))
-    return largest
-
-
-def _check_labels(dataset: str, classes: int, *splits: Split) -> None:
-    if classes < MIN_CLASSES:
-        raise DataError(f"Data set {dataset!r} has {classes} class; a classifier needs at least 2.")
-    for split in splits:
-        labels = _labels(split)
-        if labels is not None and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-            raise DataError(
-                f"Data set {dataset!r} has labels {int(labels.min())} … {int(labels.max())} but {classes} classes."
-            )
 
 
 def _measure(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,8 @@ class Config:
     dataset: str | None = None
     """Whose test split (default: the one it was trained on)."""
     ood: str | None = None
-    """A foreign data set; its test images are made to fit and should look uncertain."""
+    """A foreign data set, whose images are made to fit and should look uncertain: its test split, or all images in a folder
+    (imagefolder:PATH, with or without class folders)."""
     limit: int | None = None
     """Only so many test images; said in the output."""
     output: Path | None = None
@@ -78,6 +80,7 @@ def run(config: Config) -> dict[str, Any]:
             f"{version.name} takes images {shape} of {len(version.manifest.classes)} classes; {options.dataset!r} has {found.shape} of "
             f"{len(found.classes)}. Evaluate on the data it was made for, and give others with --ood."
         )
+    _check_classes(version.name, version.manifest.classes, options.dataset, found.classes)
     session = EnsembleSession(version.folder, version.manifest)
     images, labels = data.as_arrays(found.test, config.limit)
     logits = in_batches(session, images)
@@ -97,11 +100,14 @@ def run(config: Config) -> dict[str, Any]:
     }
     if config.ood is not None:
         foreign_options = dataclasses.replace(options, dataset=config.ood, mean=None, std=None, limit=None)
-        foreign, _ = data.as_arrays(data.load(foreign_options, lambda line: None).test, config.limit)
+        foreign, notes = data.foreign(foreign_options, config.limit)
+        for note in notes:
+            print(note)
         foreign = fit_images(foreign, shape)
         outside = session.combine(softmax(in_batches(session, foreign), version.manifest.temperature))
         report["ood"] = config.ood
         report["ood_images"] = len(foreign)
+        report["ood_notes"] = notes
         report["ood_auroc"] = {
             name: metrics.auroc(
                 sign * np.concatenate([getattr(average, name), getattr(outside, name)]),
@@ -118,6 +124,19 @@ def run(config: Config) -> dict[str, Any]:
     print(text)
     print(f"written to {folder}")
     return report
+
+
+def _check_classes(name: str, own: Sequence[str], dataset: str, given: Sequence[str]) -> None:
+    """Class names are compared one by one, unless one side has none and only counts."""
+    counted = [str(label) for label in range(len(own))]
+    if list(own) == list(given) or (counted in (list(own), list(given)) and sorted(own) != sorted(given)):
+        return
+    label = next(label for label, names in enumerate(zip(own, given, strict=True)) if names[0] != names[1])
+    order = "in another order" if sorted(own) == sorted(given) else "under other names"
+    raise ConfigError(
+        f"{name} and {dataset!r} have their classes {order}: class {label} is {own[label]!r} in one and {given[label]!r} in the other. Scores would be "
+        "those of wrong labels. Evaluate on data with the classes of the training; foreign data belongs to --ood."
+    )
 
 
 def _folder(config: Config, version: Version) -> Path:
@@ -189,6 +208,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     ]
     headers = ["AUROC", "own errors", *([f"foreign images ({report['ood']})"] if "ood" in report else [])]
     lines += [tabulate(detection, headers, tablefmt="github", disable_numparse=True), ""]
+    if "ood" in report:
+        lines += [" ".join([f"Foreign images: {report['ood_images']} of {report['ood']}.", *report["ood_notes"]]), ""]
     return "\n".join(lines)
 
 

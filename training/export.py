@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 
@@ -21,10 +22,16 @@ from models_store.errors import MemberError
 from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME
 from models_store.runtime import MemberSession, in_batches
 from models_store.uncertainty import softmax
+from training import layout
 from training.errors import ExportError
 
-PROBS_TOLERANCE = 1e-5  # absolute
 LOGITS_TOLERANCE = 1e-4  # times max(1, max |logit|)
+# Of probabilities: absolute up to logits of 10, and in proportion to them beyond. A logit is rounded relative to its size, so by
+# 1e-6 of it or so after some layers, and a probability moves by up to half of what a logit moves by.
+PROBS_TOLERANCE = 1e-5
+_EXACT_LOGITS = 10.0
+# Softmax has been one-hot in float32 for long; only a diverged training, or one without any scaling, gets there.
+DIVERGED_LOGITS = 1e3
 
 
 class Normalised(nn.Module):
@@ -75,13 +82,39 @@ def to_template(network: Normalised, shape: tuple[int, int, int]) -> onnx.ModelP
                 optimize=False,  # folded, a weight would lose its name
             )
     except Exception as error:
-        first = str(error).strip().splitlines()
         raise ExportError(
-            f"torch.onnx cannot export this network: {first[0] if first else type(error).__name__}. Its forward must be traceable by "
-            "torch.export with an open batch axis: no Python branches on values, no .item(), no fixed batch size. Nothing was published."
+            f"torch.onnx cannot export this network: {_reason(error)}. Its forward must be traceable by torch.export with an open batch "
+            "axis: no Python branches on values, no loops over the batch, no .item(), no fixed batch size; and ONNX must have its operators. "
+            "Nothing was published."
         ) from error
     assert program is not None
     return program.model_proto
+
+
+def _reason(error: BaseException) -> str:
+    """What failed, in a sentence without terminal codes: the operator where one is known, else the innermost message's first line."""
+    innermost, texts = error, []
+    while True:
+        texts.append(str(innermost))
+        if (cause := innermost.__cause__ or innermost.__context__) is None:
+            break
+        innermost = cause
+    everything = "\n".join(texts)
+    if operator := re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", everything):
+        return f"ONNX has no operator for {operator[1]} as it is used here"
+    if "specialized it to be a constant" in everything:
+        return "its forward fixes the batch size, for example by a loop over the batch (`for image in images`) or by int(len(images))"
+    if "data-dependent" in everything:
+        line = re.search(r"Caused by: *\(?([^\n]*)", everything)
+        source = re.sub(r"\s*\(_dynamo.*", "", line[1]).strip(" ()") if line else ""
+        return "its forward decides by a value that it computes" + (f": {source}" if source else "")
+    for text in reversed(texts):
+        if lines := _TERMINAL_CODES.sub("", text).strip().splitlines():
+            return lines[0].rstrip(".")
+    return type(error).__name__
+
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def to_open_template(
@@ -148,6 +181,18 @@ class Exporter:
         self._shape = shape
         self._template: onnx.ModelProto | None = None
 
+    def trace(self, network: Normalised) -> tuple[bytes, MemberSession]:
+        """Trace the network for this and later exports: its ONNX file, and a session on it.
+
+        Raises:
+            ExportError: torch cannot export this network, or ONNX Runtime refuses the file.
+        """
+        template = to_template(network, self._shape)
+        refilled = _refill(template, network)  # written in one way, whichever weights were traced
+        self._template = _without_weights(template, network) if _holds_all_weights(template, network) else None
+        model = _fold(refilled)
+        return model, open_exported(model)
+
     def export(
         self, network: Normalised, images: NDArray[np.float32], device: torch.device
     ) -> tuple[bytes, MemberSession]:
@@ -165,11 +210,8 @@ class Exporter:
                 self._template = None
             else:
                 return model, session
-        template = to_template(network, self._shape)
-        model = _fold(template)
-        session = open_exported(model)
+        model, session = self.trace(network)
         check_parity(network, session, images, device)
-        self._template = template if _holds_all_weights(template, network) else None
         return model, session
 
 
@@ -199,6 +241,15 @@ def _refill(template: onnx.ModelProto, network: Normalised) -> onnx.ModelProto:
     return model
 
 
+def _without_weights(template: onnx.ModelProto, network: Normalised) -> onnx.ModelProto:
+    # The next member brings its own; kept over a training, these would take the memory of one more network.
+    weights = _weights(network)
+    for tensor in template.graph.initializer:
+        if tensor.name in weights:
+            tensor.ClearField("raw_data")
+    return template
+
+
 def _trace(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
     # Traced by ourselves: left alone, torch.onnx falls back in silence to a graph with a fixed batch.
     axes = ({0: torch.export.Dim("batch")},)
@@ -215,7 +266,10 @@ def torch_logits(network: Normalised, images: NDArray[np.float32], device: torch
     network = network.to(device).eval()
     with _no_tf32():
         parts = [
-            network(torch.from_numpy(images[i : i + 256]).to(device)).float().cpu() for i in range(0, len(images), 256)
+            network(layout.arrange(torch.from_numpy(images[i : i + 256]), torch.contiguous_format).to(device))
+            .float()
+            .cpu()
+            for i in range(0, len(images), 256)
         ]
     return torch.cat(parts).numpy()
 
@@ -235,18 +289,26 @@ def check_parity(
         raise ExportError(f"The exported member does not run: {error}. Nothing was published.") from error
     if not np.isfinite(expected).all():
         raise ExportError(
-            "The member answers real images with NaN or infinity; its training diverged. Nothing was published."
+            "The member answers real images with NaN or infinity: its training diverged. Train with a smaller rate. Nothing was published."
         )
+    largest = float(np.abs(expected).max())
     logits_off = float(np.abs(found - expected).max())
     probs_off = float(np.abs(softmax(found) - softmax(expected)).max())
-    limit = LOGITS_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    logits_limit = LOGITS_TOLERANCE * max(1.0, largest)
+    probs_limit = PROBS_TOLERANCE * max(1.0, min(largest, DIVERGED_LOGITS) / _EXACT_LOGITS)
     # `not <=` also refuses NaN.
-    if not (probs_off <= PROBS_TOLERANCE and logits_off <= limit):
+    if probs_off <= probs_limit and logits_off <= logits_limit:
+        return
+    if largest > DIVERGED_LOGITS:
         raise ExportError(
-            f"The exported member differs from torch on {len(images)} real images: probabilities by {probs_off:.2e} "
-            f"(limit {PROBS_TOLERANCE:.0e}), logits by {logits_off:.2e} (limit {limit:.1e}). Some layer of the network is exported "
-            "wrongly, or acts randomly in eval mode. Nothing was published."
+            f"The member answers real images with logits up to {largest:.1e}: its training diverged, or nothing scales its output. "
+            "Float32 no longer holds such answers exactly enough to compare them. Train with a smaller rate. Nothing was published."
         )
+    raise ExportError(
+        f"The exported member differs from torch on {len(images)} real images: probabilities by {probs_off:.2e} "
+        f"(limit {probs_limit:.1e}), logits by {logits_off:.2e} (limit {logits_limit:.1e}). Some layer of the network is exported "
+        "wrongly, or acts randomly in eval mode. Nothing was published."
+    )
 
 
 def open_exported(model: bytes, weights: Mapping[str, NDArray[np.float32]] | None = None) -> MemberSession:
@@ -273,11 +335,15 @@ def _no_tf32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # The exporter tells of its own inner deprecations, on stdout too.
+    # The exporter reports its own inner deprecations and guards, on stdout and stderr too; what matters comes as an exception.
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

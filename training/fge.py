@@ -91,6 +91,11 @@ class Config(BaseConfig):
         while self.cycle is None and cycle > 2 and (self.members - 1) * cycle + cycle // 2 > available:
             cycle -= 2
         collect = fge_collections(available, cycle)
+        if self.cycle is None and 0 < len(collect) < self.members:
+            raise ConfigError(
+                f"--members {self.members} do not fit: the {available} iterations after each start have room for {len(collect)}, as a cycle has "
+                "at least two. Give more --epochs, a smaller --batch-size, or fewer --members."
+            )
         if not collect:
             raise ConfigError(
                 f"A cycle of {cycle / steps:g} epochs never reaches its middle in the {available / steps:g} epochs after each start; "
@@ -102,13 +107,16 @@ class Config(BaseConfig):
 def plan(config: Config, run: Run, steps: int) -> Plan:
     """Pre-training, unless weights were given, and the cycles after each start; so for each run."""
     cycle, collect = config.cycles(steps)
+    note = None
+    if config.cycle is not None and len(collect) != config.members:
+        note = f"note: --cycle {config.cycle:g} decides: {len(collect)} members are collected after each start, not --members {config.members}"
     if config.init:
         files = [run.start_file(f"given-{i}") for i in range(len(config.init))]
         legs = [_cycles(config, cycle, collect, file) for file in files]
         given = [(file, Origin(cycle=0, epoch=0)) for file in files]
-        return Plan(legs, [*given, *walk.collected(run, legs, steps)])
+        return Plan(legs, [*given, *walk.collected(run, legs, steps)], note=note)
     legs = [leg for number in range(config.runs) for leg in _one_run(config, run, steps, number)]
-    return Plan(legs, walk.collected(run, legs, steps))
+    return Plan(legs, walk.collected(run, legs, steps), note=note)
 
 
 def _one_run(config: Config, run: Run, steps: int, number: int) -> list[Leg]:

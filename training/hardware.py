@@ -8,6 +8,7 @@ import warnings
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import Precision
 
 from training.config import Config
 from training.errors import ConfigError
@@ -55,6 +56,17 @@ def describe(fabric: Fabric) -> str:
     """For the log and the manifest."""
     name = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return f"{name}, {fabric._precision.precision}, {fabric.world_size} process{'es' if fabric.world_size > 1 else ''}"
+
+
+def is_reduced(fabric: Fabric) -> bool:
+    """Whether it computes in less than float32."""
+    return fabric._precision.precision != "32-true"
+
+
+def use_float32(fabric: Fabric) -> None:
+    """Let a launched Fabric, with nothing set up yet, compute in float32."""
+    # Its processes exist already, so another Fabric would be launched in vain.
+    fabric._precision = fabric.strategy.precision = Precision()
 
 
 def _computes_in_bf16(device: str) -> bool:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from training import batch_norm, member
+from training import batch_norm, layout, member
 from training.adversary import Adversary
 from training.config import Config
 from training.data import Data, in_order
@@ -71,11 +71,11 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
         DivergenceError: the loss is NaN or infinite.
     """
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        layout.convert(network, torch.channels_last)
     compiled: nn.Module = torch.compile(network) if config.compile else network  # pyright: ignore[reportAssignmentType]
     wrapped = fabric.setup_module(compiled)
     done = run.progress()
-    job = _Job(config, fabric, run, network, wrapped, data, _loss(config), _logger(config, run))
+    job = _Job(config, fabric, run, network, wrapped, data, loss_of(config), _logger(config, run))
     plain: OneNetwork | None = None
     seconds = done.seconds
     for index in range(done.leg, len(legs)):
@@ -106,7 +106,7 @@ class _Job:
     def between(self, leg: Leg) -> BetweenVertices:
         assert leg.span is not None
         fixed = [load_weights(file) for file in leg.span.vertices if file is not None]
-        images = next(member.clean_images(self.data, 2, self.fabric.device))
+        images = next(member.clean_images(self.data, 2, self.fabric.device, layout.of(self.network)))
         moving = batch_norm.statistics(self.network, images)
         return BetweenVertices(self.config, self.fabric, self.network, leg.span, fixed, moving)
 
@@ -154,6 +154,7 @@ class _Job:
         between = np.random.default_rng(derive(self.config.seed, 0, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
         adversary = self._adversary(mean, std)
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
         total, count, i = torch.zeros((), device=device), 0, 0
         self.wrapped.train()
         batches = self.data.train.batches(order, size)
@@ -162,8 +163,7 @@ class _Job:
             i = epoch * an_epoch + step
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             images = (self.data.augment(images, generator) - mean) / std
-            if self.config.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images = layout.arrange(images, memory_format)
 
             def loss_here(images: torch.Tensor = images, labels: torch.Tensor = labels) -> torch.Tensor:
                 if adversary is not None:
@@ -200,7 +200,8 @@ class _Job:
         self.wrapped.eval()
         for images, labels in self.data.validation.batches(in_order(self.data.validation), 512):
             labels = labels.to(device)
-            logits = self.wrapped((images.to(device) - mean) / std).float()
+            images = layout.arrange((images.to(device) - mean) / std, torch.contiguous_format)
+            logits = self.wrapped(images).float()
             right += (logits.argmax(1) == labels).sum()
             nll += functional.cross_entropy(logits, labels, reduction="sum")
         count = len(self.data.validation)
@@ -219,7 +220,13 @@ def _normaliser(data: Data, device: torch.device) -> tuple[torch.Tensor, torch.T
     return mean, std
 
 
-def _loss(config: Config) -> Loss:
+def loss_of(config: Config) -> Loss:
+    """The loss of logits (batch, classes) and labels (batch,).
+
+    Raises:
+        ConfigError: --loss names something that cannot be called.
+        ImportStringError: --loss leads nowhere.
+    """
     if config.loss is None:
         return lambda logits, labels: functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     loss: Any = import_string(config.loss)

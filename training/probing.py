@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from models_store.store import Version
 from models_store.uncertainty import Floats, softmax
-from training import data, member, metrics, networks, temperature
+from training import data, layout, member, metrics, networks, temperature
 from training.config import data_options
 from training.data import Data, Split, in_order
 from training.errors import ConfigError
-from training.geometry.vertices import State, combine, coordinates
+from training.geometry.vertices import State, combine, coordinates, put_into
 
 BATCH = 128  # as member.clean_images has it
 
@@ -74,13 +74,13 @@ class Probe:
         """`network` is overwritten; `vertices` are full state dicts of it."""
         self._network, self._data, self._vertices = network.to(device), data, vertices
         self._weight_decay, self._subset, self._device = weight_decay, subset, device
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        layout.prefer_channels_last(network, next(member.clean_images(data, 2, device)))
         parameters = [name for name, _ in network.named_parameters()]
         self.places = coordinates(vertices, parameters)
 
     def at(self, coefficients: NDArray[np.float64]) -> Measured:
         """The network Σ_v c_v w_v, with the statistics that belong to it."""
-        self._network.load_state_dict(combine(self._vertices, coefficients))
+        put_into(self._network, combine(self._vertices, coefficients))
         member.settle(self._network, self._data, self._subset.bn, self._device)
         train, train_labels = self._logits(self._data.train, self._subset.train)
         validation, known = self._logits(self._data.validation, None)
@@ -115,10 +115,11 @@ class Probe:
                 else order[:limit]
             )
         mean, std = (torch.tensor(v, device=self._device).view(1, -1, 1, 1) for v in (self._data.mean, self._data.std))
+        memory_format = layout.of(self._network)
         self._network.eval()
         logits, labels = [], []
         for images, known in split.batches(order, BATCH):
-            normalised = ((images.to(self._device) - mean) / std).contiguous(memory_format=torch.channels_last)
+            normalised = layout.arrange((images.to(self._device) - mean) / std, memory_format)
             logits.append(self._network(normalised).float().cpu())
             labels.append(known.cpu())
         return torch.cat(logits).numpy(), torch.cat(labels).numpy()

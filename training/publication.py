@@ -57,11 +57,13 @@ def publish(
     described: str,
     seconds: float,
     epochs_spent: float,
+    exporter: Exporter | None = None,
     say: Callable[[str], None] = print,
 ) -> Version:
     """Make every point a member, calibrate their average on validation, and publish.
 
     `vertices` are the weight sets that training left, `points` combinations of them; None: each vertex is a member.
+    `exporter` may have traced the network already.
 
     Raises:
         ExportError: a member cannot be exported faithfully; then nothing is published.
@@ -71,7 +73,7 @@ def publish(
     with store.staging(config.published_name) as staged:
         (staged / "members").mkdir()
         (staged / "weights").mkdir()
-        exporter = Exporter(data.shape)
+        exporter = exporter or Exporter(data.shape)
         states = [load_weights(file) for file, _ in vertices] if points else []
         parameters = [name for name, _ in network.named_parameters()]
         places = coordinates(states, parameters) if points else np.zeros((0, 0))

@@ -179,6 +179,10 @@ class Run:
         meta = {"leg": str(progress.leg), "epoch": str(progress.epoch), "seconds": str(progress.seconds)}
         save_state(self.folder / "checkpoint.safetensors", state, meta)
 
+    def has_weights(self) -> bool:
+        """Whether something trained is kept in it."""
+        return (self.folder / "checkpoint.safetensors").exists()
+
     def load_checkpoint(self) -> State:
         """Weights and momenta after the last finished epoch."""
         return load_state(self.folder / "checkpoint.safetensors")

@@ -1,21 +1,18 @@
-"""Where data sets come from: the built-in ones, folders of images, and what a user's factory returns."""
+"""Where data sets come from: the built-in ones, and what a user's factory returns. Folders of images: image_folder.py."""
 
 from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from models_store import decoding
-from models_store.errors import DecodeError
-from models_store.manifest import InputSpec
 from training.augment import Augment
 from training.errors import DataError
 
@@ -40,6 +37,7 @@ class Source:
     std: tuple[float, ...] | None = None
     augment: Augment = NO_AUGMENT
     resize: Resize = "refuse"
+    notes: tuple[str, ...] = ()  # for people: what of the source is not used
 
 
 def data_root() -> Path:
@@ -104,52 +102,9 @@ BUILT_IN: dict[str, Callable[[], Source]] = {
 }
 
 
-def image_folder(path: str, size: int) -> Source:
-    """Folders of images, one a class. PATH/train with PATH/val and PATH/test; a missing `test` is served by `val`
-    (validation then comes off the train split); without PATH/train the classes lie in PATH, and a fifth is the test split.
-    """
-    from torchvision import datasets
-
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"imagefolder:{path} is not a folder.")
-    spec = InputSpec(shape=(3, size, size), resize="crop")
-
-    def read(folder: Path) -> Any:
-        try:
-            return datasets.ImageFolder(str(folder), loader=partial(_decoded, spec=spec))
-        except (FileNotFoundError, OSError) as error:
-            raise DataError(f"imagefolder:{path}: {error}") from None
-
-    if not (root / "train").is_dir():
-        whole = read(root)
-        order = np.random.default_rng(0).permutation(len(whole)).tolist()
-        held_out = len(order) // 5
-        test = torch.utils.data.Subset(whole, order[:held_out])
-        train = torch.utils.data.Subset(whole, order[held_out:])
-        return Source((train, None, test), whole.classes, augment=Augment(crop=size // 8, flip=True), resize="crop")
-    parts = {name: read(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
-    classes = {name: part.classes for name, part in parts.items()}
-    if any(named != classes["train"] for named in classes.values()):
-        raise DataError(f"imagefolder:{path}: the splits have different class folders: {classes}.")
-    if len(parts) == 1:
-        raise DataError(f"imagefolder:{path} has train/ but neither test/ nor val/: nothing to report on.")
-    validation, test = (parts.get("val"), parts["test"]) if "test" in parts else (None, parts["val"])
-    return Source(
-        (parts["train"], validation, test), classes["train"], augment=Augment(crop=size // 8, flip=True), resize="crop"
-    )
-
-
-def _decoded(path: str, spec: InputSpec) -> torch.Tensor:
-    # By the code that the service decodes with: a network sees in training what it will see in serving.
-    try:
-        return torch.from_numpy(decoding.to_array(decoding.open_image(Path(path).read_bytes()), spec))
-    except DecodeError as error:
-        raise DataError(f"{path}: {error}") from None
-
-
 def from_user(name: str, made: Any) -> Source:
     """What a user's factory returned: (train, validation, test), perhaps with classes, mean, std, augment, resize."""
+    made = _named(made)
     try:
         parts = (made.train, made.validation, made.test) if hasattr(made, "train") else tuple(made)
         train, validation, test = parts
@@ -164,15 +119,33 @@ def from_user(name: str, made: Any) -> Source:
     augment = getattr(made, "augment", None) or Augment()
     if not callable(augment):
         raise DataError(f"Data factory {name!r}: augment must be callable as augment(images, generator).")
-    mean, std = getattr(made, "mean", None), getattr(made, "std", None)
+    classes: Any = getattr(made, "classes", None)
+    if isinstance(classes, str) or not (classes is None or isinstance(classes, Iterable)):
+        raise DataError(f"Data factory {name!r}: classes is a list of names, one for each label; got {classes!r}.")
     return Source(
         parts=(train, validation, test),
-        classes=list(map(str, made.classes)) if getattr(made, "classes", None) else None,
-        mean=tuple(map(float, mean)) if mean is not None else None,
-        std=tuple(map(float, std)) if std is not None else None,
+        classes=[str(one) for one in (() if classes is None else classes)] or None,
+        mean=_channels(name, "mean", made),
+        std=_channels(name, "std", made),
         augment=augment,  # pyright: ignore[reportArgumentType]
         resize=resize,
     )
+
+
+def _named(made: Any) -> Any:
+    if isinstance(made, dict) and {"train", "test"} <= made.keys():
+        return SimpleNamespace(**{"validation": None, **made})
+    return made
+
+
+def _channels(name: str, what: str, made: Any) -> tuple[float, ...] | None:
+    value = getattr(made, what, None)
+    try:
+        return None if value is None else tuple(map(float, value))
+    except (TypeError, ValueError):
+        raise DataError(
+            f"Data factory {name!r}: {what} is a list of numbers, one for each channel; got {value!r}."
+        ) from None
 
 
 def _idx_pair(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from training.config import Config
 from training.geometry.coefficients import Coefficients, Coordinates
-from training.geometry.vertices import State, Vertices
+from training.geometry.vertices import State, Vertices, put_into
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class OneNetwork:
 
     def restore(self, state: State) -> None:
         """See Steps."""
-        self._network.load_state_dict(_below(state, "network."))
+        put_into(self._network, _below(state, "network."))
         _restore_momenta(self._optimizer, "", dict(self._network.named_parameters()), state)
 
     def collected(self) -> list[State]:
@@ -150,7 +150,7 @@ class BetweenVertices:
 
     def restore(self, state: State) -> None:
         """See Steps."""
-        self._network.load_state_dict(_below(state, "network."))
+        put_into(self._network, _below(state, "network."))
         for index in self._vertices.free:
             kept = _below(state, f"vertex.{index}.")
             with torch.no_grad():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,9 +16,10 @@ from torch import nn
 
 from models_store.manifest import Origin
 from models_store.store import Store, Version
-from training import checkpoint, data, hardware, loop, networks, publication
+from training import checkpoint, data, hardware, loop, networks, publication, trial
 from training.config import Config
-from training.errors import CheckpointError
+from training.errors import CheckpointError, DivergenceError, ExportError
+from training.export import Exporter
 from training.geometry.vertices import State
 from training.loop import Leg
 from training.publication import Points
@@ -56,7 +57,8 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
     # The same command goes on with what it began from, whatever has been published under those names since.
     identity = config.deciding()
-    references = None if config.fresh else Run.begun_from(config.method, identity)
+    references_of_run = None if config.fresh else Run.begun_from(config.method, identity)
+    references = references_of_run
     if references is None:
         references = [checkpoint.pinned(reference, store) for reference in config.given()]
     config = config.beginning_from(references)
@@ -69,6 +71,15 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
             "warning: the validation images were set aside from the training images just now. If the given network was trained on "
             "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
         )
+    if elsewhere and (config.mean is None or config.std is None):
+        say(
+            f"warning: the given network gets images normalised by mean {_numbers(found.mean)} and std {_numbers(found.std)}, those of this data "
+            "set. If it was trained with others, it answers wrongly: give them with --mean and --std."
+        )
+    exporter = Exporter(found.shape)
+    if references_of_run is None:  # a run that was begun has passed
+        trial.check(network, found, exporter)
+    config = trial.fit(config, fabric, network, found, say)
     depends_on = {"the data set": found.fingerprint, **{str(one.file): _digest(one.file) for one in given}}
     leader = fabric.is_global_zero
     with contextlib.ExitStack() as stack:
@@ -85,6 +96,9 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         name = config.published_name
         if (done := store.find_run(name, this_run.identity)) is not None:
             say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
+            # An earlier process may have been stopped between publishing and activating.
+            if leader and config.activate and store.finish_activation(name, done):
+                say(f"{name}@{done} is active now: the run was stopped before it had activated it.")
             return store.load(name, done)
         say(f"run {this_run.folder} on {hardware.describe(fabric)}")
         placed = data.on_device(found, fabric.device)
@@ -92,17 +106,32 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         planned = plan(config, this_run, steps)
         if planned.note:
             say(planned.note)
-        seconds = loop.train(config, fabric, this_run, network, placed, planned.legs)
-        if leader:
-            if planned.then:
-                planned.then(network)
-            publication.publish(
-                store, config, this_run, network, placed, planned.vertices, planned.points,
-                device=fabric.device, described=hardware.describe(fabric), seconds=seconds,
-                epochs_spent=sum(leg.iterations * leg.passes for leg in planned.legs) / steps * config.passes,
-            )  # fmt: skip
+        with _kept(this_run):
+            seconds = loop.train(config, fabric, this_run, network, placed, planned.legs)
+            if leader:
+                if planned.then:
+                    planned.then(network)
+                publication.publish(
+                    store, config, this_run, network, placed, planned.vertices, planned.points,
+                    device=fabric.device, described=hardware.describe(fabric), seconds=seconds,
+                    epochs_spent=sum(leg.iterations * leg.passes for leg in planned.legs) / steps * config.passes,
+                    exporter=exporter,
+                )  # fmt: skip
         fabric.barrier()
         return store.load(name, store.find_run(name, this_run.identity))
+
+
+@contextlib.contextmanager
+def _kept(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (DivergenceError, ExportError) as error:
+        kept = f"Weights from before the failure are kept in {run.folder}." if run.has_weights() else ""
+        raise type(error)(f"{error} {kept}".strip()) from error
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
 
 
 def collected(run: Run, legs: Sequence[Leg], steps: int) -> list[tuple[Path, Origin]]:

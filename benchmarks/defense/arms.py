@@ -16,7 +16,8 @@ from models_store.store import Store
 from models_store.uncertainty import softmax
 from service import pool
 from service.draws import Keyed
-from service.ensemble import Ensemble, Ensembles
+from service.ensemble import Ensembles
+from service.opening import Ensemble
 from service.policy import Mode, Policy
 
 Array = NDArray[np.float64]

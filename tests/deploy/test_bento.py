@@ -47,6 +47,9 @@ def test_it_holds_the_code_and_the_one_ensemble_and_nothing_of_training(built):
         file for file in files if "other" in file or file.startswith(("training", "tests")) or "__pycache__" in file
     ]
     assert "/predict" in (built / "README.md").read_text()
+    store = Store(built / "src/models_store/ensembles")
+    assert store.activation_order() == ["animals"]
+    store.verify(store.load("animals"))
 
 
 def test_its_requirements_are_what_the_service_needs_at_the_versions_of_here(built):

@@ -57,7 +57,7 @@ def test_it_sums_the_workers_and_accepts_the_rules(store, serve, tmp_path):
         assert ask("sum(modepath_queue_seconds_count)") == {frozenset(): 50}
         groups = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"]
         rules = groups[0]["rules"]
-        assert len(rules) == 4
+        assert len(rules) == 5
         assert not [rule["lastError"] for rule in rules if rule.get("lastError")]
     finally:
         prometheus.terminate()

@@ -71,7 +71,9 @@ def test_a_vertex_is_itself_bit_for_bit():
     ("changes", "told"),
     [
         ({"coefficients": np.full((5, 3), 0.5)}, "sum to 1"),
-        ({"temperature": np.zeros(5)}, "not positive"),
+        ({"temperature": np.zeros(5)}, "temperature is not"),
+        ({"temperature": np.full(5, 1e-320)}, "temperature is not"),
+        ({"temperature": np.full(5, 1e9)}, "temperature is not"),
         ({"nll": np.full(5, np.nan)}, "nll is not a number"),
         ({"vertices": {"w": np.zeros((2, 4, 3), np.float32)}}, "w is not 3"),
         ({"statistics": {"shift": np.full((5, 3), np.inf, np.float32)}}, "shift is not 5 finite"),

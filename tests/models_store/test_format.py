@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import models_store
-from models_store import manifest
+from models_store import manifest, numbering, store
 
 TEXT = (Path(models_store.__file__).parent / "FORMAT.md").read_text()
 MODELS = ["Manifest", "Network", "InputSpec", "Member", "Origin", "Scores", "Geometry", "Bank", "Provenance"]
@@ -33,3 +33,14 @@ def test_the_constants_are_those_of_the_code():
     assert f"{manifest.ECE_BINS} equal-width bins" in TEXT
     assert f"`{manifest.INPUT_NAME}`: float32" in TEXT
     assert f"`{manifest.OUTPUT_NAME}`: float32" in TEXT
+
+
+def test_the_bounds_are_those_of_the_code():
+    assert f"at most {manifest.MAX_BYTES} bytes, {manifest.MAX_VALUES} values" in TEXT
+    assert (
+        f"{manifest.MAX_DEPTH} levels of nesting, {manifest.MAX_MEMBERS} members\nand {manifest.MAX_FILES} files"
+        in TEXT
+    )
+    assert TEXT.count(f"from {manifest.MIN_TEMPERATURE:g} to {manifest.MAX_TEMPERATURE:g}") == 3
+    assert f"`<name>` MUST match `{store.NAME_PATTERN.pattern}`" in TEXT
+    assert f"`<version>` MUST match `{numbering.NUMBER.pattern}`" in TEXT

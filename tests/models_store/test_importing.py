@@ -1,11 +1,13 @@
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from models_store.errors import MemberError
 from models_store.importing import ImportOptions, import_members
 from models_store.runtime import EnsembleSession
 from models_store.uncertainty import softmax
+from tests.models_store.test_file_kind import HTML, LFS, zipped
 from tests.onnx_members import SHAPE, linear, linear_logits
 
 images = np.random.default_rng(0).random((6, *SHAPE), dtype=np.float32)
@@ -81,3 +83,121 @@ def test_nan_answers_are_refused(store, tmp_path):
     model.graph.initializer[0].CopyFrom(broken)
     with pytest.raises(MemberError, match="NaN"):
         import_members(store, "zoo", saved(tmp_path, model), ImportOptions())
+
+
+def graph_of(nodes, shape=SHAPE, classes=3, tensors=(), batch="batch"):
+    """A model of these nodes from `x` to `y`."""
+    values = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *shape]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", classes]),
+    ]
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in dict(tensors).items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+WEIGHTS = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+AXIS = np.array([0], np.int64)
+
+
+def ending(*operators):
+    """A linear network with these operators after it."""
+    names = [*(f"end{i}" for i in range(len(operators))), "y"]
+    nodes = [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], [names[0]])]
+    nodes += [helper.make_node(op, [a], [b]) for op, a, b in zip(operators, names, names[1:], strict=False)]
+    return graph_of(nodes, tensors={"w": WEIGHTS})
+
+
+def beginning(*nodes, **tensors):
+    """A linear network with these nodes from `x` to `z` before it."""
+    rest = [helper.make_node("Flatten", ["z"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["y"])]
+    return graph_of([*nodes, *rest], tensors={"w": WEIGHTS, **tensors})
+
+
+MINUS_MEAN = [helper.make_node("ReduceMean", ["x", "axis"], ["m"]), helper.make_node("Sub", ["x", "m"], ["z"])]
+BY_LARGEST = [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), helper.make_node("Div", ["x", "m"], ["z"])]
+# The classes of one image are joined with those of all others.
+SQUEEZED = [
+    helper.make_node("Flatten", ["x"], ["flat"]),
+    helper.make_node("MatMul", ["flat", "w"], ["raw"]),
+    helper.make_node("Squeeze", ["raw"], ["y"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (beginning(*MINUS_MEAN, axis=AXIS), "alone and with other images"),
+        (beginning(*BY_LARGEST), "alone and with other images"),
+        (graph_of(SQUEEZED, tensors={"w": WEIGHTS}), r"one image with an array \(3,\)"),
+    ],
+    ids=["mean over the batch", "largest pixel of the batch", "squeeze"],
+)
+def test_models_that_mix_the_images_of_a_batch_are_refused(store, tmp_path, model, told):
+    with pytest.raises(MemberError, match=told):
+        import_members(store, "zoo", saved(tmp_path, model), ImportOptions())
+    assert store.names() == []
+
+
+@pytest.mark.parametrize(
+    ("models", "probs", "told"),
+    [
+        ([ending("Softmax")], False, r"foreign-0.onnx gives probabilities.*--output probs"),
+        ([ending("Softmax", "Identity")], False, r"--output probs"),
+        ([linear(0), linear(1, softmax=True)], False, r"foreign-0.onnx gives logits, but foreign-1.onnx gives probabilities"),
+        ([linear(0), linear(1, softmax=True)], True, r"foreign-0.onnx gives logits, but foreign-1.onnx gives probabilities"),
+        ([linear(0, softmax=True), linear(1)], True, r"foreign-1.onnx gives logits, but foreign-0.onnx"),
+        ([linear(0)], True, "leave out --output probs"),
+        ([ending("LogSoftmax")], True, "leave out --output probs"),
+        ([ending("Sigmoid")], False, "sigmoid"),
+        ([ending("Sigmoid")], True, "sigmoid"),
+    ],
+)  # fmt: skip
+def test_outputs_of_another_kind_than_said_are_refused(store, tmp_path, models, probs, told):
+    with pytest.raises(MemberError, match=told):
+        import_members(store, "zoo", saved(tmp_path, *models), ImportOptions(output_is_probs=probs))
+    assert store.names() == []
+
+
+def test_log_probabilities_are_logits(store, tmp_path):
+    version = import_members(store, "zoo", saved(tmp_path, ending("LogSoftmax")), ImportOptions())
+    assert answer(version) == pytest.approx(softmax(images.reshape(6, -1) @ WEIGHTS), abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (28, 28, 1), (8, 6, 4)])
+def test_channels_in_the_last_axis_are_asked_about(store, tmp_path, shape):
+    files = saved(tmp_path, linear(0, shape=shape))
+    with pytest.raises(MemberError, match=r"last axis.*\(C, H, W\).*--input-shape"):
+        import_members(store, "zoo", files, ImportOptions())
+    assert import_members(store, "zoo", files, ImportOptions(input_shape=shape)).manifest.input.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 28, 28), (4, 6, 3), (8, 6, 5)])
+def test_channels_in_the_first_axis_are_taken_as_they_are(store, tmp_path, shape):
+    version = import_members(store, "zoo", saved(tmp_path, linear(0, shape=shape)), ImportOptions())
+    assert version.manifest.input.shape == shape
+
+
+def test_a_batch_of_minus_one_is_open_and_unused_operator_sets_are_forgotten(store, tmp_path):
+    model = linear(0, batch=-1)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    version = import_members(store, "zoo", saved(tmp_path, model), ImportOptions())
+    store.verify(version)
+    assert answer(version) == pytest.approx(softmax(linear_logits(linear(0), images)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (LFS, "git-lfs pointer.*git lfs pull"),
+        (HTML, "HTML page"),
+        (zipped("net/data.pkl", "net/constants.pkl", "net/code/net.py"), "TorchScript archive"),
+        (zipped("net/data.pkl"), "torch.save.*--init"),
+        (b"\x00\x01 noise \xff", "cannot be read as ONNX"),
+    ],
+)
+def test_files_that_are_no_onnx_are_named_for_what_they_are(store, tmp_path, content, told):
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(MemberError, match=told):
+        import_members(store, "zoo", [tmp_path / "m.onnx"], ImportOptions())

@@ -41,7 +41,7 @@ def workers_of(server):
 class Server:
     """A real `bentoml serve` of a store, or of an unpacked bento with its own."""
 
-    def __init__(self, store, folder, bento=None, descriptors=None, **environment):
+    def __init__(self, store, folder, bento=None, output=None, descriptors=None, **environment):
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"serve-{port}.log"
@@ -52,7 +52,7 @@ class Server:
             self.process = subprocess.Popen(
                 [Path(sys.executable).parent / "bentoml", "serve", *([bento] if bento else [])],
                 cwd=folder if bento else ROOT, start_new_session=True,
-                stdout=log, stderr=subprocess.STDOUT,
+                stdout=output or log, stderr=output or subprocess.STDOUT,
                 preexec_fn=descriptors and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))),
                 env={
                     **inherited, "MODEPATH_PORT": str(port), "MODEPATH_POLL_SECONDS": "0.2",

@@ -99,3 +99,12 @@ def test_pools_of_one_key_hold_the_same_networks():
     assert sorted(keyed().order(50)) == list(range(50))
     assert keyed().order(50) == keyed(now=lambda: 1e6).order(50)
     assert keyed().order(50) != Keyed(os.urandom(32), 60, None).order(50)
+
+
+def test_a_clock_that_is_set_back_brings_no_earlier_key_back():
+    clock = [61.0]
+    turning = keyed(now=lambda: clock[0])
+    second = turning(IMAGES, 256, b"a@1")
+    clock[0] = 0.0
+    assert (turning(IMAGES, 256, b"a@1") == second).all()
+    assert (turning(IMAGES, 256, b"a@1") != keyed(now=lambda: 0.0)(IMAGES, 256, b"a@1")).any()

@@ -1,13 +1,18 @@
 import contextlib
 import os
+import shutil
+import threading
+import time
 
 import pytest
 
+from models_store.errors import StoreError
 from service.ensemble import Ensembles
 from service.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
 from service.policy import Policy
+from service.trial import Direct
 from tests import onnx_members
-from tests.onnx_members import publish
+from tests.onnx_members import publish, publish_broken
 
 
 def loaded(store, default=None):
@@ -32,7 +37,7 @@ def test_an_empty_store_says_what_to_do(store):
 def test_the_ensemble_activated_last_answers_when_none_is_named(store):
     publish(store, "a")
     publish(store, "b")
-    os.utime(store.root / "a" / "active", (2e9, 2e9))
+    store.activate("a", 1)
     assert loaded(store).get(None).manifest.name == "a"
 
 
@@ -40,7 +45,7 @@ def test_the_setting_says_who_answers(store):
     publish(store, "a")
     publish(store, "b")
     assert loaded(store, "a").get(None).manifest.name == "a"
-    assert "'c'" in loaded(store, "c").why_not_ready()
+    assert loaded(store, "c").why_not_ready().endswith("Name another one: a, b.")
 
 
 def test_an_unknown_name_is_told_with_the_known_ones(store):
@@ -68,7 +73,7 @@ def test_a_damaged_version_is_refused_once_and_the_old_one_goes_on(store, caplog
     for _ in range(3):
         ensembles.refresh()
     assert ensembles.get("a").manifest.version == 1
-    assert len([r for r in caplog.records if "not served anew" in r.message]) == 1
+    assert len([r for r in caplog.records if "is not served" in r.message]) == 1
 
 
 def test_a_damaged_ensemble_does_not_stop_another(store):
@@ -90,7 +95,7 @@ def test_a_version_of_another_schema_is_refused_and_the_old_one_goes_on(store, c
     assert "schema version 99" in caplog.text
 
 
-def test_a_provider_that_is_asked_for_and_missing_is_told(store):
+def test_a_provider_that_is_asked_for_and_missing_is_named_in_the_log(store, caplog):
     from models_store import runtime
 
     if runtime._gpu_present():
@@ -98,9 +103,10 @@ def test_a_provider_that_is_asked_for_and_missing_is_told(store):
     publish(store, "a")
     ensembles = Ensembles(store, "cuda", None)
     ensembles.refresh()
-    assert "cuda" in ensembles.why_not_ready()
-    with pytest.raises(NotReadyError, match="cuda"):
+    assert "operator's log" in ensembles.why_not_ready()
+    with pytest.raises(NotReadyError, match="operator's log"):
         ensembles.get(None)
+    assert "cuda" in caplog.text
 
 
 def test_each_new_session_is_warmed_before_it_serves(store):
@@ -124,7 +130,7 @@ def test_an_ensemble_that_fails_in_an_unknown_way_stops_no_other(store, caplog):
 
     ensembles = Ensembles(store, "cpu", None, warm=warm)
     ensembles.refresh()
-    assert [s.manifest.name for s in ensembles.all()] == ["b"]
+    assert len(ensembles.all()) == 1
     assert ensembles.why_not_ready() is None
     assert "out of something" in caplog.text
 
@@ -139,7 +145,7 @@ def test_what_was_refused_is_not_hashed_at_every_look_but_tried_again_later(stor
             raise RuntimeError("not yet")
 
     clock = [1000.0]
-    monkeypatch.setattr("service.ensemble.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("service.verdicts.time.monotonic", lambda: clock[0])
     ensembles = Ensembles(store, "cpu", None, warm=warm)
     for _ in range(10):
         ensembles.refresh()
@@ -172,18 +178,47 @@ def test_relatives_of_a_defended_ensemble_answer_nobody_whatever_became_of_it(st
         (path.folder / "manifest.json").write_text("{}")
     ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
     ensembles.refresh()
-    with pytest.raises(ForbiddenError):
+    unreadable = harm in ("fails to load", "unreadable")
+    with pytest.raises(NotReadyError if unreadable else ForbiddenError):
         ensembles.get("ends")
     assert "ends" not in [one.manifest.name for one in ensembles.all()]
-    if harm in ("fails to load", "unreadable"):  # nobody knows whose networks it held
-        with pytest.raises(ForbiddenError):
+    if unreadable:  # it is not known whose networks it held
+        with pytest.raises(NotReadyError, match="cannot be determined"):
             ensembles.get("free")
     else:
         assert ensembles.get("free").mode(None) == "average"
 
 
+@pytest.mark.parametrize("remedy", ["restored", "removed"])
+def test_a_damaged_old_version_of_a_defended_ensemble_closes_others_until_it_is_restored_or_removed(
+    store, caplog, monkeypatch, remedy
+):
+    old = publish(store, "path", bank=onnx_members.bank(points=4)).folder / "manifest.json"
+    publish(store, "path", bank=onnx_members.bank(points=4))
+    publish(store, "free", seeds=(20, 21))
+    whole = old.read_bytes()
+    old.write_bytes(b"{}")
+    ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
+    ensembles.refresh()
+    assert ensembles.get("path").mode(None) == "random"
+    with pytest.raises(NotReadyError) as said:
+        ensembles.get("free")
+    assert "path" not in str(said.value)
+    assert str(store.root) not in str(said.value)
+    named = [record.message for record in caplog.records if "path@1" in record.message]
+    assert len(named) == 1
+    assert "restored from a copy, or its folder removed" in named[0]
+    if remedy == "restored":
+        old.write_bytes(whole)
+    else:
+        shutil.rmtree(old.parent)
+    ensembles.refresh()
+    assert ensembles.get("free").mode(None) == "average"
+
+
 def test_relatives_are_closed_before_a_defended_ensemble_is_loaded(store):
     publish(store, "ends", seeds=(0, 9))
+    publish(store, "path", seeds=(30, 31))
     seen = []
 
     def warm(session, row):
@@ -207,12 +242,220 @@ def test_what_cannot_be_read_is_said_once(store, caplog):
     ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
     for _ in range(3):
         ensembles.refresh()
-    assert len([record for record in caplog.records if "could not be read" in record.message]) == 1
+    assert len([record for record in caplog.records if "cannot be compared" in record.message]) == 1
 
 
-def test_a_policy_for_nobody_is_told(store, caplog):
+def test_where_a_policy_names_what_the_store_never_held_nothing_answers_until_it_does(store, caplog):
     publish(store, "a")
     ensembles = Ensembles(store, "cpu", None, policies={"A": Policy(modes=("random",))})
     for _ in range(2):
         ensembles.refresh()
     assert len([r for r in caplog.records if "names 'A'" in r.message]) == 1
+    assert "'A'" not in ensembles.why_not_ready()
+    for name in (None, "a", "nothing"):
+        with pytest.raises(NotReadyError):
+            ensembles.get(name)
+    assert ensembles.all() == []
+    publish(store, "A", seeds=(20, 21))
+    ensembles.refresh()
+    assert ensembles.why_not_ready() is None
+    assert {one.manifest.name for one in ensembles.all()} == {"a", "A"}
+    shutil.rmtree(store.root / "A")
+    ensembles.refresh()
+    assert ensembles.why_not_ready() is None
+    assert [one.manifest.name for one in ensembles.all()] == ["a"]
+    assert "A was removed from the store" in caplog.text
+
+
+def remove(store, name):
+    """As if it had never been there: its numbers are given again."""
+    shutil.rmtree(store.root / name)
+    shutil.rmtree(store.root / ".numbers", ignore_errors=True)
+
+
+def test_a_number_that_is_given_again_opens_nothing_of_a_defended_ensemble(store):
+    path = publish(store, "path", seeds=(0, 1))
+    publish(store, "pub", seeds=(30, 31))
+    ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
+    ensembles.refresh()
+    assert ensembles.get("pub").mode(None) == "average"
+    remove(store, "pub")
+    assert publish(store, "pub", seeds=(0, 1)).manifest.version == path.manifest.version == 1
+    ensembles.refresh()
+    with pytest.raises(ForbiddenError):
+        ensembles.get("pub")
+    assert [one.manifest.name for one in ensembles.all()] == ["path"]
+
+
+def test_a_version_that_was_replaced_under_its_number_is_loaded_anew(store):
+    publish(store, "n", seeds=(0, 1))
+    ensembles = loaded(store)
+    before = ensembles.get("n")
+    remove(store, "n")
+    publish(store, "n", seeds=(2,))
+    ensembles.refresh()
+    after = ensembles.get("n")
+    assert (before.manifest.version, len(before.manifest.members)) == (1, 2)
+    assert (after.manifest.version, len(after.manifest.members)) == (1, 1)
+
+
+def test_relatives_of_a_defended_ensemble_that_was_removed_stay_closed(store):
+    publish(store, "path", bank=onnx_members.bank(points=4))
+    publish(store, "ends", seeds=(0, 9))
+    publish(store, "free", seeds=(20, 21))
+    ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
+    ensembles.refresh()
+    shutil.rmtree(store.root / "path")
+    ensembles.refresh()
+    with pytest.raises(ForbiddenError):
+        ensembles.get("ends")
+    assert [one.manifest.name for one in ensembles.all()] == ["free"]
+
+
+def test_a_copied_folder_of_a_defended_ensemble_is_refused_alone(store):
+    publish(store, "path", bank=onnx_members.bank(points=4))
+    publish(store, "free", seeds=(20, 21))
+    shutil.copytree(store.root / "path", store.root / "another")
+    ensembles = Ensembles(store, "cpu", None, policies=DEFENDED)
+    ensembles.refresh()
+    assert [one.manifest.name for one in ensembles.all()] == ["free", "path"]
+
+
+@pytest.mark.parametrize("how", ["away", "empty", "unlistable"])
+def test_while_the_store_cannot_be_reached_what_is_loaded_goes_on(store, tmp_path, caplog, monkeypatch, how):
+    publish(store, "a")
+    publish(store, "b")
+    ensembles = loaded(store)
+    away = tmp_path / "away"
+    if how == "unlistable":
+        monkeypatch.setattr(store, "names", broken)
+    else:
+        store.root.rename(away)
+    if how == "empty":
+        store.root.mkdir()
+    for _ in range(3):
+        ensembles.refresh()
+    assert [one.manifest.name for one in ensembles.all()] == ["a", "b"]
+    assert ensembles.why_not_ready() is None
+    assert len([r for r in caplog.records if "What is loaded goes on" in r.message]) == 1
+    if how == "unlistable":
+        monkeypatch.undo()
+    else:
+        shutil.rmtree(store.root, ignore_errors=True)
+        away.rename(store.root)
+    publish(store, "a", seeds=(5,))
+    for _ in range(2):
+        ensembles.refresh()
+    assert ensembles.get("a").manifest.version == 2
+    assert len([r for r in caplog.records if "can be read again" in r.message]) == 1
+
+
+def broken():
+    raise StoreError("Input/output error")
+
+
+def test_an_ensemble_that_is_removed_while_others_stay_is_dropped(store, caplog):
+    publish(store, "a")
+    publish(store, "b")
+    ensembles = loaded(store)
+    shutil.rmtree(store.root / "b")
+    ensembles.refresh()
+    assert [one.manifest.name for one in ensembles.all()] == ["a"]
+    assert ensembles.get(None).manifest.name == "a"
+    assert "b was removed from the store" in caplog.text
+
+
+def test_an_ensemble_that_was_never_activated_is_mentioned_once(store, caplog):
+    caplog.set_level("INFO")
+    publish(store, "a")
+    publish(store, "b", activate=False)
+    ensembles = loaded(store)
+    for _ in range(3):
+        ensembles.refresh()
+    [said] = [r for r in caplog.records if "no active version" in r.message]
+    assert said.levelname == "INFO"
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+@pytest.mark.parametrize("what", [b"\xff\xfe", b"9" * 5000, b"", b"7\n"])
+def test_an_unreadable_active_version_stops_no_other_and_is_named_once(store, caplog, what):
+    publish(store, "a")
+    publish(store, "b")
+    (store.root / "b" / "active").write_bytes(what)
+    ensembles = loaded(store)
+    ensembles.refresh()
+    assert [one.manifest.name for one in ensembles.all()] == ["a"]
+    assert len([r for r in caplog.records if r.message.startswith("the active version of b cannot be read")]) == 1
+
+
+@pytest.mark.parametrize("policies", [{}, {"a": Policy(modes=("random",))}])
+def test_a_version_that_answers_nan_replaces_no_good_one(store, caplog, policies):
+    publish(store, "a")
+    ensembles = Ensembles(store, "cpu", None, policies=policies)
+    ensembles.refresh()
+    publish_broken(store, "a", nan=True)
+    ensembles.refresh()
+    assert ensembles.get("a").manifest.version == 1
+    assert len([r for r in caplog.records if "NaN" in r.message]) == 1
+
+
+def test_a_version_with_other_than_one_answer_for_each_image_replaces_no_good_one(store, caplog):
+    publish(store, "a")
+    ensembles = loaded(store)
+    publish_broken(store, "a", squeezed=True)
+    ensembles.refresh()
+    assert ensembles.get("a").manifest.version == 1
+    assert len([r for r in caplog.records if "is not served" in r.message]) == 1
+
+
+def test_an_ensemble_is_open_as_soon_as_it_is_ready_whatever_another_does(store):
+    publish(store, "slow")
+    publish(store, "quick")
+    go_on = threading.Event()
+
+    class Hanging(Direct):
+        def opens(self, candidate, recipe):
+            if candidate.name == "slow":
+                go_on.wait(60)
+
+    ensembles = Ensembles(store, "cpu", None, trial=Hanging(store))
+    ensembles.follow(0.05)
+    try:
+        ensembles.wait(30)
+        assert ensembles.get(None).manifest.name == "quick"
+        assert ensembles.why_not_ready() is None
+        with pytest.raises(UnknownEnsembleError):
+            ensembles.get("slow")
+        go_on.set()
+        assert eventually(lambda: [one.manifest.name for one in ensembles.all()] == ["quick", "slow"])
+        publish(store, "quick", seeds=(7,))
+        assert eventually(lambda: ensembles.get("quick").manifest.version == 2)
+    finally:
+        go_on.set()
+        ensembles.close()
+
+
+def eventually(true, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
+def test_no_message_to_clients_names_a_path_or_what_does_not_answer(store):
+    hidden = publish(store, "hidden", seeds=(5,))
+    (hidden.folder / "members/000.onnx").write_bytes(b"")
+    publish(store, "inactive", activate=False)
+    for default in (None, "hidden"):
+        ensembles = loaded(store, default)
+        messages = [ensembles.why_not_ready()]
+        for name in (None, "nothing"):
+            with pytest.raises((NotReadyError, UnknownEnsembleError)) as said:
+                ensembles.get(name)
+            messages.append(str(said.value))
+        publish(store, "a")
+        ensembles.refresh()
+        messages.append(ensembles.why_not_ready() or "")
+        for message in messages:
+            assert not [secret for secret in (str(store.root), "hidden", "inactive", ".onnx") if secret in message]
+        shutil.rmtree(store.root / "a")

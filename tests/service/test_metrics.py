@@ -58,4 +58,4 @@ def test_refusals_are_counted_by_their_reason():
 def test_every_reason_stands_at_0_before_the_first_refusal():
     metrics.begin()
     found = {dict(labels)["reason"] for name, labels in read() if name == "modepath_refused_total"}
-    assert found == {error.reason for error in (ServiceError, *ServiceError.__subclasses__())}
+    assert found == {metrics.CLIENT_LEFT, *(error.reason for error in (ServiceError, *ServiceError.__subclasses__()))}

@@ -1,7 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from service.policy import Known, Policy, closed, of
+from service.policy import Known, Policy, of
+from service.policy import closed as judged
 
 DEFENDED = Policy(modes=("random",))
 
@@ -55,6 +56,10 @@ def test_histograms_are_hidden_where_they_hold_more_than_the_answers():
     assert Policy(uncertainty=False).hides("average")
 
 
+def closed(known, policies):
+    return judged(known, policies).related
+
+
 def known(**marked):
     return {name: Known(marks(*letters), 8) for name, letters in marked.items()}
 
@@ -84,13 +89,13 @@ def unread(found, name):
     return {**found, name: Known(found[name].marks, found[name].networks, whole=False)}
 
 
-def test_where_a_defended_one_cannot_be_read_nobody_answers_but_those_defended_by_name():
+def test_where_a_defended_one_cannot_be_read_only_those_defended_by_name_answer():
     found = unread(known(curve="x", ends="y", other="w", path=""), "path")
-    assert closed(found, {"path": DEFENDED, "curve": DEFENDED}) == {"ends", "other"}
-    assert closed(unread(known(path="x", other="w", ends=""), "ends"), {"path": DEFENDED}) == {"ends"}
-    assert closed(unread(known(other="w", ends=""), "ends"), {}) == set()
+    assert judged(found, {"path": DEFENDED, "curve": DEFENDED}).uncertain == {"ends", "other"}
+    assert judged(found, {}).uncertain == set()
 
 
 def test_of_relatives_one_answers_also_where_a_version_of_one_cannot_be_read():
-    found = unread(known(path="x", ends="x", other="w"), "path")
-    assert closed(found, {"path": DEFENDED, "ends": DEFENDED}) == {"path", "other"}
+    found = judged(unread(known(path="x", ends="x", other="w"), "path"), {"path": DEFENDED, "ends": DEFENDED})
+    assert found.related == {"path"}
+    assert found.uncertain == {"other"}

@@ -3,7 +3,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, share_key, workers_for
+from service.settings import Settings, WrongSettingError, settings, share_key, workers_for
 from tests.conftest import ROOT
 
 
@@ -19,6 +19,61 @@ def test_a_wrong_setting_is_refused(monkeypatch, name, value):
     monkeypatch.setenv(f"MODEPATH_{name}", value)
     with pytest.raises(ValidationError, match=name.lower()):
         Settings()
+
+
+def test_all_wrong_settings_are_named_in_one_line_and_their_values_are_not_shown(monkeypatch):
+    monkeypatch.setenv("MODEPATH_MAX_ROWS", "0")
+    monkeypatch.setenv("MODEPATH_WORKERS", "many")
+    monkeypatch.setenv("MODEPATH_KEY", "secret")
+    settings.cache_clear()
+    with pytest.raises(WrongSettingError) as raised:
+        settings()
+    message = str(raised.value)
+    assert "MODEPATH_MAX_ROWS: " in message
+    assert "MODEPATH_WORKERS: " in message
+    assert "THREADS" not in message  # it only follows from the other
+    assert "\n" not in message + str(raised.value.__cause__)
+    monkeypatch.setenv("MODEPATH_MAX_ROWS", "1")
+    monkeypatch.setenv("MODEPATH_WORKERS", "1")
+    with pytest.raises(WrongSettingError, match="openssl rand") as raised:
+        settings()
+    assert "secret" not in str(raised.value)
+    monkeypatch.setenv("MODEPATH_POLICIES", "{")
+    with pytest.raises(WrongSettingError, match="policies"):
+        settings()
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("::", "::"), ("::1", "::1")],
+)
+def test_a_host_is_an_address_or_the_name_of_one(monkeypatch, host, address):
+    monkeypatch.setenv("MODEPATH_HOST", host)
+    monkeypatch.setenv("MODEPATH_METRICS_HOST", host)
+    assert (Settings().host, Settings().metrics_host) == (address, address)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "", "a" * 300, "1.2.3.4.5"])
+def test_a_host_that_is_no_address_is_refused(monkeypatch, host):
+    monkeypatch.setenv("MODEPATH_HOST", host)
+    with pytest.raises(ValidationError, match="neither an IP address nor the name of one"):
+        Settings()
+
+
+def test_requests_may_take_their_time_when_the_service_ends(monkeypatch):
+    monkeypatch.setenv("MODEPATH_TIMEOUT", "100")
+    assert Settings().grace_seconds > 100
+    monkeypatch.setenv("MODEPATH_GRACE_SECONDS", "7")
+    assert Settings().grace_seconds == 7
+
+
+def test_no_proxy_is_trusted_but_those_that_are_named(monkeypatch):
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    assert Settings().trusted_proxies == ""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.0.0.1")  # uvicorn's own variable
+    assert Settings().trusted_proxies == "10.0.0.1"
+    monkeypatch.setenv("MODEPATH_TRUSTED_PROXIES", "10.0.0.0/8")
+    assert Settings().trusted_proxies == "10.0.0.0/8"
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (4, 1), (8, 2), (64, 16)])

@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models_store.store import Store
-from tests.onnx_members import publish
+from tests.models_store.test_file_kind import HTML, LFS, zipped
+from tests.onnx_members import linear, publish
 from training import checkpoint
 from training.checkpoint import load_into
 from training.errors import CheckpointError
@@ -55,6 +56,56 @@ def test_what_is_no_checkpoint_is_told_and_never_run(tmp_path, content):
     (tmp_path / "c.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_into(make(), tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("name", ["c.bin", "c.pt", "C.SAFETENSORS"])
+def test_safetensors_are_known_by_what_they_are_whatever_their_name(tmp_path, name):
+    save_file(SOURCE.state_dict(), tmp_path / name)
+    network = make()
+    load_into(network, tmp_path / name)
+    assert torch.equal(network[0].weight, SOURCE[0].weight)
+
+
+def test_a_pt_file_named_safetensors_is_read(tmp_path):
+    torch.save(SOURCE.state_dict(), tmp_path / "c.safetensors")
+    network = make()
+    load_into(network, tmp_path / "c.safetensors")
+    assert torch.equal(network[0].weight, SOURCE[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (LFS, "git-lfs pointer.*git lfs pull"),
+        (HTML, "HTML page"),
+        (zipped("net/data.pkl", "net/constants.pkl", "net/code/net.py"), "TorchScript archive"),
+        (zipped("net/data.pkl"), "damaged"),
+        (linear(0).SerializeToString(), "ONNX model.*models_store import"),
+    ],
+)
+def test_files_that_are_no_checkpoint_are_named_for_what_they_are(tmp_path, content, told):
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=told):
+        load_into(make(), tmp_path / "c.pt")
+
+
+class Versioned(nn.Linear):
+    """It refuses weights that do not say their version, as torchvision's mnasnet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_a_module_that_asks_for_its_version_gets_it(tmp_path):
+    source = Versioned(3, 2)
+    save_file(source.state_dict(), tmp_path / "c.safetensors")
+    network = Versioned(3, 2)
+    load_into(network, tmp_path / "c.safetensors")
+    assert torch.equal(network.weight, source.weight)
 
 
 def test_a_pickled_module_is_refused(tmp_path):

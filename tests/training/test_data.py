@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from training import data, sources
 from training.augment import Augment
@@ -119,6 +119,139 @@ def scaled(factor):
 def test_malformed_data_is_told(value, told):
     with pytest.raises(DataError, match=told):
         own(value)
+
+
+def pair(count, scale=1.0, classes=3):
+    return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(count)) * scale, torch.arange(
+        count
+    ) % classes
+
+
+def with_row(dataset, row, image=None, label=None):
+    """Its items, one of them with another image or label."""
+    items = [(image, int(label)) for image, label in dataset]
+    items[row] = (items[row][0] if image is None else image, items[row][1] if label is None else label)
+    return items
+
+
+FORMS = {
+    "tensors": lambda dataset: (torch.stack([i for i, _ in dataset]), torch.tensor([k for _, k in dataset])),
+    "arrays": lambda dataset: (np.stack([i.numpy() for i, _ in dataset]), np.array([k for _, k in dataset])),
+    "data set": lambda dataset: dataset,
+    "streamed": lambda dataset: dataset,
+}
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.rand(1, 4, 4), 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ({"image": torch.full((1, 4, 4), 255.0)}, r"row 25; they must lie in \[0, 1\]"),
+        ({"image": torch.full((1, 4, 4), torch.nan)}, "row 25, has NaN"),
+        ({"label": 3}, "row 25|3 in the .* split"),
+        ({"label": -1}, "row 25|-1 in the .* split"),
+    ],
+)
+def test_one_wrong_row_is_refused_in_every_form_and_split(form, split, fault, cause):
+    parts = {name: FORMS[form](images(30)) for name in ("train", "validation", "test")}
+    parts[split] = FORMS[form](with_row(images(30), 25, **fault))
+    value = SimpleNamespace(**parts, classes=["a", "b", "c"], mean=[0.5], std=[0.5])
+    with pytest.raises(DataError, match=cause) as caught:
+        found = own(value, in_memory="no" if form == "streamed" else "auto")
+        bad = getattr(found, split)
+        list(bad.batches(data.in_order(bad), 8))
+    assert split in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (((pair(30)[0], pair(20)[1]), pair(9), pair(9)), "train split .* 30 images and 20 labels"),
+        ((pair(30), pair(9), pair(9, scale=255)), "test split .* divide by 255"),
+        ((pair(30), pair(9), (*pair(9), 0)), "test split .* has 3 parts"),
+        (((torch.rand(30, 8, 8, 3), pair(30)[1]), pair(9), pair(9)), r"looks like \(H, W, C\)"),
+        (((pair(30)[0], pair(30)[1] * 100), pair(9), pair(9)), "3 different labels between 0 and 200|never in the train"),
+        (((pair(30)[0], pair(30)[1] + 1), (pair(9)[0], pair(9)[1] + 1), (pair(9)[0], pair(9)[1] + 1)), "from 1 to 3"),
+        ((pair(30), pair(9), pair(9, classes=4)), "label 3 occurs in the test split but never in the train split"),
+        ((Endless(), images(6), images(6)), "IterableDataset"),
+        ((DataLoader(images(6), sampler=WeightedRandomSampler([1.0] * 6, 6)), images(6), images(6)), "sampler or collate_fn"),
+        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), classes=["a", "b", "a"]), "several classes of the name 'a'"),
+        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), classes=3), "classes is a list of names"),
+        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), mean=0.5), "mean is a list of numbers"),
+    ],
+)  # fmt: skip
+def test_splits_that_break_the_contract_are_refused_with_the_cause(value, cause):
+    with pytest.raises(DataError, match=cause):
+        own(value)
+
+
+def test_arrays_data_loaders_and_other_types_are_the_same_data_as_tensors():
+    splits = pair(30), pair(9), pair(12)
+    expected = own(splits)
+    forms = [
+        tuple((x.double().numpy(), k.numpy().astype(np.int32)) for x, k in splits),
+        tuple((x.clone().requires_grad_(), k.float()) for x, k in splits),
+        tuple(DataLoader(TensorDataset(*part), batch_size=4, shuffle=True) for part in splits),
+        dict(zip(("train", "validation", "test"), splits, strict=True)),
+    ]
+    for form in forms:
+        found = own(form)
+        assert found.fingerprint == expected.fingerprint
+        assert (found.mean, found.std, found.classes) == (expected.mean, expected.std, expected.classes)
+
+
+class Listed(Dataset):
+    """More images than may lie in memory, with a list of labels."""
+
+    def __init__(self, labels):
+        self.targets = labels
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, row):
+        return torch.full((1, 4, 4), row / len(self)), self.targets[row]
+
+
+def test_a_streamed_data_set_that_lists_its_labels_needs_no_class_names():
+    found = own((Listed([0, 1, 2] * 20), Listed([0, 1, 2]), Listed([0, 2])), in_memory="no")
+    assert isinstance(found.train, Streamed)
+    assert found.classes == ["0", "1", "2"]
+    with pytest.raises(DataError, match="from 1 to 3"):
+        own((Listed([1, 2, 3] * 20), Listed([1, 2]), Listed([3])), in_memory="no")
+
+
+def test_a_class_without_training_images_is_reported_where_classes_are_named():
+    value = SimpleNamespace(train=pair(30, classes=2), validation=None, test=pair(9), classes=["a", "b", "c"])
+    made["value"], said = value, []
+    found = load(DataOptions(dataset="tests.training.test_data:factory"), said.append)
+    assert found.classes == ["a", "b", "c"]
+    assert any("no training image of 1 of 3 classes: c" in line for line in said)
+
+
+def fixed(count, kind=torch.float32):
+    values = torch.arange(count * 16).reshape(count, 1, 4, 4) % 256
+    return (values.to(kind) if kind == torch.uint8 else values.float() / 255), torch.arange(count) % 3
+
+
+def test_fingerprints_of_data_stay_what_they_were():
+    """A run is found again by them; these are of the first release."""
+    assert load(DataOptions(dataset="digits"), lambda line: None).fingerprint.startswith("c2de9bf95a5b7788")
+    sets = [TensorDataset(*fixed(count)) for count in (30, 9, 12)]
+    named = SimpleNamespace(train=sets[0], validation=sets[1], test=sets[2], classes=["a", "b", "c"])
+    cut = SimpleNamespace(train=TensorDataset(*fixed(100)), validation=None, test=sets[2], classes=["a", "b", "c"])
+    assert own((fixed(30), fixed(9), fixed(12))).fingerprint.startswith("2352086dbaf72a56")
+    assert own((fixed(30, torch.uint8), None, fixed(12))).fingerprint.startswith("06901423743ca773")
+    assert own(tuple(sets)).fingerprint.startswith("2352086dbaf72a56")
+    assert own(named, in_memory="no").fingerprint.startswith("893396658e45484f")
+    assert own(cut, in_memory="no", limit=50).fingerprint.startswith("78f58459078c4664")
 
 
 def test_labels_beyond_the_classes_are_told():

@@ -1,8 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from models_store.importing import ImportOptions, import_members
@@ -49,6 +52,47 @@ def test_the_report_is_what_the_files_answer(ensemble, tmp_path):
 def test_an_imported_ensemble_needs_the_data_set_named(ensemble):
     with pytest.raises(ConfigError, match="--dataset"):
         evaluate.run(evaluate.Config(name="lin"))
+
+
+def test_all_images_of_a_foreign_folder_are_used_with_or_without_class_folders(ensemble, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    (folder / "trip").mkdir(parents=True)
+    for index in range(10):
+        Image.new("RGB", (30, 20), (index, 9, 200)).save(folder / ("trip" if index < 3 else "") / f"{index}.png")
+    (folder / "trip" / "broken.jpg").write_bytes(b"x")
+    config = evaluate.Config(name="lin", dataset="digits", ood=f"imagefolder:{folder}", output=tmp_path / "out")
+    report = evaluate.run(config)
+    assert report["ood_images"] == 10
+    printed = capsys.readouterr().out
+    assert "1 files cannot be read and are left out" in printed
+    assert f"Foreign images: 10 of imagefolder:{folder}." in printed
+
+
+def factory():
+    images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
+    return SimpleNamespace(
+        train=(images, labels), validation=None, test=(images, labels), classes=[f"class {9 - k}" for k in range(10)]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("classes", "refused"),
+    [
+        (None, None),  # without names of its own the ensemble only counts
+        ([f"class {9 - k}" for k in range(10)], None),
+        ([f"class {k}" for k in range(10)], "in another order: class 0 is 'class 0' in one and 'class 9' in the other"),
+        ([f"dog {k}" for k in range(10)], "under other names: class 0 is 'dog 0'"),
+    ],
+)
+def test_the_classes_of_the_data_are_those_of_the_ensemble(tmp_path, classes, refused):
+    onnx.save(linear(0, (1, 8, 8), 10), tmp_path / "0.onnx")
+    import_members(Store(), "named", [tmp_path / "0.onnx"], ImportOptions(classes=classes))
+    config = evaluate.Config(name="named", dataset="tests.training.test_evaluate:factory", output=tmp_path / "out")
+    if refused is None:
+        assert evaluate.run(config)["images"] == 40
+    else:
+        with pytest.raises(ConfigError, match=refused):
+            evaluate.run(config)
 
 
 def test_foreign_images_are_made_to_fit():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models_store.runtime import MemberSession
+from tests.training.other_networks import looping
 from training import networks
 from training.errors import ExportError
 from training.export import Exporter, Normalised, check_parity, open_exported, to_onnx, torch_logits
@@ -118,6 +119,69 @@ class Branching(nn.Module):
 def test_a_network_that_cannot_be_traced_is_told():
     with pytest.raises(ExportError, match="cannot export"):
         to_onnx(Normalised(Branching(), (0.3,), (0.4,)), (1, 8, 8))
+
+
+def test_an_operator_that_onnx_lacks_is_named_without_terminal_codes(capfd):
+    network = nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(9, 5))
+    with pytest.raises(ExportError, match=r"no operator for aten\.adaptive_max_pool2d") as refused:
+        to_onnx(Normalised(network, (0.3,), (0.4,)), (1, 8, 8))
+    assert "\x1b" not in str(refused.value)
+    assert "step 3/3" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_loop_over_the_batch_is_named_and_the_exporter_is_quiet(capfd):
+    with pytest.raises(ExportError, match="loop over the batch"):
+        to_onnx(Normalised(looping(5, (1, 8, 8)), (0.3,), (0.4,)), (1, 8, 8))
+    assert capfd.readouterr() == ("", "")
+
+
+class Fixed:
+    """A session that answers with what it was given."""
+
+    def __init__(self, logits):
+        self._logits = logits
+
+    def logits(self, images):
+        return self._logits
+
+
+@pytest.mark.parametrize(
+    ("scale", "off", "told"),
+    [
+        (1, 0.5e-5, None),
+        (1, 3e-5, "differs from torch"),
+        (50, 6e-5, None),  # rounding of saturated logits: 1e-6 of their size
+        (50, 1e-3, "differs from torch"),
+        (1e5, 1, None),
+        (1e5, 5, "training diverged"),
+        (np.inf, 0, "training diverged"),
+    ],
+)
+def test_parity_is_measured_by_the_size_of_the_logits_and_divergence_is_named(scale, off, told):
+    # Two equal logits: probabilities of ½ move the most.
+    logits = np.array([[scale, scale, -scale]], np.float32)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        network[1].weight.zero_()
+        network[1].bias.copy_(torch.from_numpy(logits[0]))
+    session = Fixed(logits + np.array([off, 0, 0], np.float32))
+    images = np.zeros((1, 1, 8, 8), np.float32)
+    if told is None:
+        check_parity(Normalised(network, (0.3,), (0.4,)), session, images, CPU)
+    else:
+        with pytest.raises(ExportError, match=told):
+            check_parity(Normalised(network, (0.3,), (0.4,)), session, images, CPU)
+
+
+@pytest.mark.parametrize("name", ["preresnet8", "odd"])
+def test_which_weights_were_traced_leaves_no_trace_in_the_file(name):
+    images = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
+    torch.manual_seed(0)
+    other, served = (Normalised(NETWORKS[name](), (0.3,), (0.4,)).eval() for _ in range(2))
+    traced = Exporter((1, 8, 8))
+    traced.trace(other)
+    assert traced.export(served, images, CPU)[0] == Exporter((1, 8, 8)).export(served, images, CPU)[0]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

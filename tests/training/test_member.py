@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models_store.runtime import MemberSession
+from tests.training.conftest import make_data
 from training import member, networks
 from training.data import as_arrays
+from training.errors import ExportError
 from training.export import Exporter
 
 CPU = torch.device("cpu")
@@ -24,6 +27,28 @@ def test_a_member_has_the_batch_norm_of_its_own_weights_and_answers_as_its_file_
         expected = network.eval()((torch.from_numpy(images) - 0.5) / 0.3).numpy()
     assert made.validation_logits == pytest.approx(expected, abs=1e-4)
     assert MemberSession(made.onnx).logits(images) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_member_that_mixes_the_images_of_a_batch_is_refused(data):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    weights = {k: v.clone() for k, v in network.state_dict().items()}
+    with pytest.raises(ExportError, match="alone and with other images"):
+        member.make(network, weights, data, 32, CPU, Exporter(data.shape))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_statistics_are_re_estimated_in_the_layout_of_the_weights(data, memory_format):
+    seen = []
+
+    class Watching(nn.Module):
+        def forward(self, images):
+            seen.append(images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous())
+            return images
+
+    colour = make_data(shape=(3, 6, 6))
+    network = nn.Sequential(Watching(), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)).to(memory_format=memory_format)
+    member.settle(network, colour, 16, CPU)
+    assert set(seen) == {memory_format == torch.channels_last}
 
 
 def test_making_a_member_twice_gives_the_same_bits(data):

@@ -7,6 +7,7 @@ data parallelism, mixed precision, compilation and tied weights work as they do 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -20,6 +21,16 @@ from training.geometry.coefficients import Coordinates
 State = dict[str, torch.Tensor]  # parameters and buffers by torch name
 _CHUNK = 1 << 22  # weights at a time in float64: copies of all would be many weight sets
 _batched: Any = torch  # its foreach functions, one launch for many tensors, carry no usable types
+
+
+def put_into(network: nn.Module, state: State, strict: bool = True) -> None:
+    """`load_state_dict`, for weights that are a plain dictionary: of the network's own version.
+
+    torch keeps versions of modules in an attribute of the dictionary, and some modules (torchvision's mnasnet) refuse weights without.
+    """
+    versioned: Any = OrderedDict(state)
+    versioned._metadata = getattr(network.state_dict(), "_metadata", None)
+    network.load_state_dict(versioned, strict=strict)
 
 
 def combine(states: Sequence[State], coefficients: Sequence[float] | NDArray[np.float64]) -> State:
@@ -68,7 +79,7 @@ class Vertices:
             free: which of them are trained.
             statistics: buffers that training mode keeps up to date by itself; they are not placed.
         """
-        network.load_state_dict(states[0])
+        put_into(network, states[0])
         self.free = tuple(free)
         self._parameters = {k: p for k, p in network.named_parameters() if p.is_floating_point()}  # a tied weight once
         first_name = {id(parameter): name for name, parameter in self._parameters.items()}

@@ -1,0 +1,213 @@
+"""Files that others may have changed, read with care; files that must outlive a crash, written with care.
+
+What is read must be a regular file of a bounded size. A link, a FIFO, a socket or a device is never opened: it could lead out of the
+store, or block its reader for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Callable, Generator
+from io import BufferedReader
+from pathlib import Path
+
+from models_store.errors import CorruptionError, StoreReadError, StoreWriteError
+
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(file: Path, limit: int) -> None:
+    """Hold a file against what may be opened, without opening it.
+
+    Raises:
+        CorruptionError: not a regular file, or larger than `limit` bytes.
+        OSError: it is not there, or the disk does not answer.
+    """
+    _check(file, file.lstat(), limit)
+
+
+def opened(file: Path, limit: int) -> BufferedReader:
+    """Open a regular file of at most `limit` bytes for reading.
+
+    Raises:
+        CorruptionError: not a regular file, or larger.
+        OSError: it is not there, or the disk does not answer.
+    """
+    check_regular(file, limit)
+    # The flags are for a file that is exchanged between the two checks.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(file, os.fstat(descriptor), limit)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read(file: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes; raises as `opened` does."""
+    with opened(file, limit) as handle:
+        return handle.read(limit)
+
+
+def sha256(file: Path, limit: int) -> str:
+    """Hex digest of a regular file of at most `limit` bytes; raises as `opened` does."""
+    with opened(file, limit) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def tree(folder: Path) -> dict[str, bool]:
+    """Every entry below a folder by relative path: whether it is a folder. Links are entries and are not followed."""
+    found: dict[str, bool] = {}
+    waiting = [""]
+    while waiting:
+        at = waiting.pop()
+        with os.scandir(folder / at) as entries:
+            for entry in entries:
+                path = f"{at}{entry.name}"
+                found[path] = entry.is_dir(follow_symlinks=False)
+                if found[path]:
+                    waiting.append(f"{path}/")
+    return found
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, each durable, where they are missing."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a new file, durably but for its name: `sync` its folder."""
+    with file.open("xb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def replace(file: Path, text: str) -> None:
+    """Replace a small file as a whole: a reader sees the old text or the new one. `sync` its folder to make it durable.
+
+    Call it under a lock: what an earlier call left behind when it was killed is removed.
+    """
+    # A token of fixed length, or the temporary files of `a` would match those of `a.b`.
+    for stale in file.parent.glob(f".{file.name}.{'?' * 16}.new"):
+        stale.unlink(missing_ok=True)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.new")
+    try:
+        write(temporary, text.encode())
+        temporary.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's names, durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Generator[None]:
+    """Wait for the lock that this file stands for, and hold it. The file is made, and stays."""
+    descriptor = _locked(file)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # closing gives the lock back, whatever it reports
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Let an OSError become a StoreReadError, but for a file that is missing."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise StoreReadError(
+            f"{path} cannot be read: {error.strerror or error}. Check its owner and permissions, and that the disk answers."
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(root: Path, outcome: Callable[[], str] = lambda: "Nothing was published.") -> Generator[None]:
+    """Let an OSError, or a StoreReadError, become a StoreWriteError.
+
+    Args:
+        root: the store's folder.
+        outcome: what is published now, and how to go on; asked when the error occurs.
+    """
+    try:
+        yield
+    except StoreReadError as error:
+        raise StoreWriteError(f"{error} {outcome()}") from None
+    except OSError as error:
+        why, do = _cause(error)
+        raise StoreWriteError(f"Cannot write to the store {root}: {why}. {do}. {outcome()}") from None
+
+
+def _cause(error: OSError) -> tuple[str, str]:
+    said = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full", "Free space, or point $MODELS_STORE elsewhere"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return (
+            f"it is not writable ({said})",
+            "Check the folder's owner and permissions, or point $MODELS_STORE elsewhere",
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many files are open ({said})", "Raise the limit: ulimit -n"
+    return said, "Check the disk, and that the folder was not removed meanwhile"
+
+
+def _locked(file: Path) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            held, there = os.fstat(descriptor), file.lstat()
+        except FileNotFoundError:
+            os.close(descriptor)
+            continue
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # A file that was removed while we waited is the lock of nobody else.
+        if os.path.samestat(held, there):
+            return descriptor
+        os.close(descriptor)
+
+
+def _check(file: Path, status: os.stat_result, limit: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise CorruptionError(
+            f"{file} is {kind} instead of a regular file, and was not opened. Restore it from a copy, or publish again."
+        )
+    if status.st_size > limit:
+        raise CorruptionError(
+            f"{file} has {status.st_size} bytes; at most {limit} are read. Restore it from a copy, or publish again."
+        )

@@ -1,0 +1,76 @@
+"""A store in which most versions are bad, behind a real `bentoml serve`."""
+
+import os
+import shutil
+import time
+
+import httpx
+import numpy as np
+
+from tests.onnx_members import SHAPE, publish, publish_broken
+
+images = np.random.default_rng(0).random((2, *SHAPE), dtype=np.float32)
+
+
+def answered(server, count=20):
+    """What the last of so many requests gets; each has a connection of its own, which any worker may take."""
+    answers = [httpx.post(server.url + "/predict", json={"inputs": images.tolist()}) for _ in range(count)]
+    assert [answer.status_code for answer in answers] == [200] * count, answers[-1].text
+    return answers[-1].json()
+
+
+def until(true, server):
+    """Ask again and again, and be answered each time, until something holds."""
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline, server.log.read_text()
+        answered(server, 1)
+        time.sleep(0.1)
+
+
+def versions(server):
+    return {httpx.get(server.url + "/ensembles").json()["ensembles"][0]["version"] for _ in range(12)}
+
+
+def test_a_good_ensemble_answers_beside_five_bad_ones_and_each_of_those_is_named_once(store, serve):
+    publish(store, "good")
+    publish_broken(store, "hangs", loop=2**62)
+    publish_broken(store, "devours", allocated=2**29)
+    publish_broken(store, "nan", nan=True)
+    publish_broken(store, "surrogate", surrogate=True)
+    publish(store, "fifo")
+    (store.root / "fifo" / "active").unlink()
+    os.mkfifo(store.root / "fifo" / "active")
+    bad = ["hangs", "devours", "nan", "surrogate", "fifo"]
+    server = serve(store, MODEPATH_WORKERS="2", MODEPATH_LOAD_SECONDS="12", MODEPATH_LOAD_BYTES=str(2**29))
+    server.until(200)
+    assert answered(server)["ensemble"] == "good"
+    until(lambda: sum("is not served" in line for line in server.log.read_text().splitlines()) >= len(bad), server)
+    answered(server)
+    named = [line for line in server.log.read_text().splitlines() if "is not served" in line]
+    for name in bad:
+        assert len([line for line in named if f"{name}@1" in line or f" {name} " in line]) == 1, (name, named)
+    assert len(named) == len(bad)
+    assert [one["name"] for one in httpx.get(server.url + "/ensembles").json()["ensembles"]] == ["good"]
+    # A new version of what serves is followed all the same.
+    publish(store, "good", seeds=(7,))
+    until(lambda: versions(server) == {2}, server)
+
+
+def test_a_version_that_hangs_while_another_serves_is_passed_over(store, serve, tmp_path):
+    publish(store, "animals")
+    server = serve(store, MODEPATH_LOAD_SECONDS="2")
+    server.until(200)
+    publish_broken(store, "animals", loop=2**62)
+    until(lambda: "animals@2" in server.log.read_text(), server)
+    assert versions(server) == {1}
+    publish(store, "animals", seeds=(5,))
+    until(lambda: versions(server) == {3}, server)
+    # The store goes away for a while, and nobody notices but the log.
+    store.root.rename(tmp_path / "away")
+    until(lambda: "What is loaded goes on" in server.log.read_text(), server)
+    assert answered(server)["version"] == 3
+    assert httpx.get(server.url + "/readyz").status_code == 200
+    shutil.move(tmp_path / "away", store.root)
+    server.stop()
+    assert "Traceback" not in server.log.read_text()

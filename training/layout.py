@@ -1,0 +1,48 @@
+"""The memory layout that a network computes in.
+
+Channels-last is faster on CPUs and GPUs alike, but not every network runs in it: `x.view(len(x), -1)` after a convolution
+needs contiguous images. The layout is decided once, before training; from then on the network's weights carry it, and
+images follow them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def convert(network: nn.Module, layout: torch.memory_format) -> None:
+    """Bring the weights of convolutions into a layout, in the network itself."""
+    network.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+
+def arrange(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """Images (batch, C, H, W) in a layout, also where they have one channel and torch takes either layout for the other."""
+    if memory_format == torch.contiguous_format and images.stride() != _strides(images.shape):
+        return images.clone(memory_format=memory_format)
+    return images.contiguous(memory_format=memory_format)
+
+
+def of(network: nn.Module) -> torch.memory_format:
+    """The layout of a network's weights; contiguous where they do not tell."""
+    for weight in network.parameters():
+        decided = weight.ndim == 4 and not weight.is_contiguous()
+        if decided and weight.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+@torch.no_grad()
+def prefer_channels_last(network: nn.Module, images: torch.Tensor) -> None:
+    """Bring a network that is only asked, not trained, into channels-last, if it runs so on the images (batch, C, H, W)."""
+    mode = network.training
+    convert(network, torch.channels_last)
+    try:
+        network.eval()(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        convert(network, torch.contiguous_format)
+    network.train(mode)
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(shape[axis + 1 :].numel() for axis in range(len(shape)))
