@@ -10,7 +10,7 @@ export BENTOML_HOME := $(CURDIR)/$(VENV)/bentoml# BentoML does not start without
 endif
 endif
 
-.PHONY: help serve bento test test-service lint format clean
+.PHONY: help serve bento test test-service lint format docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -25,7 +25,7 @@ bento: $(VENV)/.installed  ## NAME=…: the service with one published ensemble,
 
 # The service's tests run once, where torch is not installed; here those that need more, and the service as a whole.
 test: $(VENV)/.installed-dev test-service  ## everything that must hold
-	$(PY) -m pytest tests/test_architecture.py tests/models_store tests/service/test_app.py tests/service/test_bad_input.py
+	$(PY) -m pytest tests/test_architecture.py tests/test_docs.py tests/models_store tests/service/test_app.py tests/service/test_bad_input.py
 	$(PY) -m pytest tests/training tests/benchmarks --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 test-service: $(VENV)-service/.installed  ## the service and the store where torch is not installed
@@ -40,6 +40,9 @@ format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(VENV)/.installed-docs  ## the documentation site, into site/; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:  ## remove the environments; published ensembles and runs stay
 	rm -rf $(VENV) $(VENV)-service
 
@@ -51,6 +54,11 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[service,training,dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 $(VENV)-service/.installed: pyproject.toml Makefile

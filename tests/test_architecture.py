@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,9 +91,21 @@ def test_every_store_and_training_error_is_caught_by_a_door_and_stands_in_the_tr
     assert all(c.__name__ in training_errors.__doc__ for c in classes)
 
 
-def test_the_readme_tree_names_every_file():
-    readme = (ROOT / "README.md").read_text()
-    missing = [
-        file.relative_to(ROOT).as_posix() for file in FILES if file.name not in readme and file.name != "__init__.py"
-    ]
-    assert not missing
+def files_of_the_tree(text):
+    """The files that an indented tree names, two columns a level: `folder/` begins a level."""
+    found, folders = set(), []
+    for line in text.splitlines():
+        if match := re.match(r"    ((?:  )*)(\S+)(?:$|\s{2,})", line):
+            folders = folders[: len(match[1]) // 2]
+            if match[2].endswith("/"):
+                folders.append(match[2])
+            else:
+                found.add("".join(folders) + match[2])
+    return found
+
+
+def test_the_tree_in_the_documentation_names_every_file_and_no_other():
+    named = files_of_the_tree((ROOT / "docs" / "architecture.md").read_text())
+    there = {file.relative_to(ROOT).as_posix() for file in FILES if file.name != "__init__.py"}
+    assert there - named == set()
+    assert {file for file in named if not (ROOT / file).is_file()} == set()

@@ -1,9 +1,10 @@
-from pathlib import Path
+import re
 
 import pytest
 from pydantic import ValidationError
 
 from service.settings import Settings, WrongSettingError, settings, share_key, workers_for
+from tests.conftest import ROOT
 
 
 def test_settings_come_from_the_environment(monkeypatch, tmp_path):
@@ -85,10 +86,10 @@ def test_workers_and_threads_fit_the_machine(monkeypatch, cores, workers):
     assert Settings().threads == 1
 
 
-def test_the_readme_names_every_setting():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    names = {f"MODEPATH_{name.upper()}" for name in Settings.model_fields} - {"MODEPATH_STORE"}
-    assert not {name for name in names if name not in readme}
+def test_the_documentation_lists_every_setting_once_and_no_other():
+    rows = re.findall(r"^\| `(MODE\w+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    settings = {f"MODEPATH_{name.upper()}" for name in Settings.model_fields} - {"MODEPATH_STORE"}
+    assert sorted(rows) == sorted(settings | {"MODELS_STORE", "MODEPATH_RUNS", "MODEPATH_DATA"})
 
 
 def test_an_empty_or_short_key_is_refused(monkeypatch):
