@@ -49,10 +49,10 @@ class Fitted:
         """What to say where the split is too small, or has too few errors, to determine T."""
         if self.standard_error <= UNCERTAIN:
             return None
-        kept = "stays at 1" if self.temperature == 1 else f"{self.temperature:.3f} is uncertain"
+        kept = "T stays at 1" if self.temperature == 1 else f"T = {self.temperature:.3f} is uncertain"
         return (
             f"warning: {self.images} validation images, {self.errors} of them classified wrongly, say too little about the temperature "
-            f"(standard error of log T {self.standard_error:.2f}): it {kept}, and the confidences may be off. Set more images aside "
+            f"(standard error of log T {self.standard_error:.2f}): {kept}, and the confidences may be off. Set more images aside "
             "(--validation), or let the data set bring a larger validation split."
         )
 

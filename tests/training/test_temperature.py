@@ -36,17 +36,17 @@ def test_it_finds_the_temperature_the_labels_were_drawn_at(true):
 
 
 def test_on_a_large_split_no_other_temperature_has_a_lower_nll_of_the_average():
-    members, labels, weights = several(2.0, 50_000)
-    grid = np.geomspace(0.2, 20, 400)
+    members, labels, weights = several(2.0, 20_000)
+    grid = np.geomspace(1.5, 3, 60)
     best = grid[np.argmin([nll(members, labels, weights, t).mean() for t in grid])]
     found = estimate(members, labels, weights)
     assert abs(math.log(found.temperature / best)) < found.standard_error + math.log(grid[1] / grid[0])
-    assert found.standard_error < 0.02
+    assert found.standard_error < 0.03
 
 
 def test_the_estimate_is_the_penalised_one_that_a_grid_finds():
     members, labels, weights = several(2.0, 300)
-    grid = np.linspace(-1, 2, 3001)
+    grid = np.linspace(0, 1.5, 751)
     total = np.array([nll(members, labels, weights, math.exp(x)).sum() for x in grid]) + grid**2 / (2 * PRIOR_WIDTH**2)
     mode = grid[total.argmin()]
     near = abs(grid - mode) < 0.1
