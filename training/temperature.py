@@ -2,17 +2,18 @@
 
 With θ = log T and ℓ(θ) the summed negative log-likelihood of the validation split, in nats:
 
-    θ̂  = argmin ℓ(θ) + θ² / 2σ²                 a normal prior on log T, centred at T = 1 (σ = 0.5: T from 0.37 to 2.7)
-    s  = (ℓ''(θ̂) + 1/σ²)^(-1/2)                 the standard error of log T, from the curvature (Laplace's approximation)
-    θ  = θ̂ · max(0, 1 − λ s²/θ̂²)                the non-negative garrote (λ = 2)
+    θ̂ = argmin ℓ(θ) + θ² / 2σ²               a normal prior on log T, centred at T = 1 (σ = 0.5: T from 0.37 to 2.7)
+    s = (ℓ''(θ̂) + 1/σ²)^(-1/2)               the standard error of log T, from the curvature (Laplace's approximation)
+    θ = shrunk(θ̂, s)                         towards 0, by how many standard errors θ̂ is away from it
 
 Maximum likelihood alone degenerates: where every validation image is classified correctly, ℓ falls for as long as T does, and one or two errors
 hardly hold it. The prior keeps θ̂ finite. It is worth 1/σ² = 4 units of information about log T; the split gives ℓ'', which grows with
 its images and errors, so that the prior's share vanishes. But a prior does not prevent a step in the wrong direction, it only makes the step
-smaller. The last line does: c = 1 − λ s²/θ̂² minimises the penalised likelihood ½ (1 − c)² θ̂²/s² + λ c over c ≥ 0 (Breiman 1995, "Better subset
-regression using the nonnegative garrote", with one coefficient; λ = 1 is the positive-part James-Stein estimate of Efron and Morris 1973). T stays at 1
-exactly until the split shows that it should not (|θ̂| > √λ s); from there on the shrinkage falls with s², so that large splits get what
-maximum likelihood gives. How σ and λ were chosen, and what other estimates do, is in benchmarks/temperature.py.
+smaller: at no width is the NLL on other images never worse than at T = 1. `shrunk` prevents it. Up to z = 2 standard errors T stays exactly 1; up
+to 2 z it is the end nearest 1 of the interval θ̂ ± z s, so that it lies between 1 and the best T whenever the interval holds that; from a z
+on (a = 3.7) it is θ̂ itself. This is the minimum of ½ (θ − θ̂)²/s² plus the smoothly clipped absolute deviation penalty at level z/s (Fan and Li 2001,
+"Variable selection via nonconcave penalized likelihood and its oracle properties", eq. 2.8; a is theirs): a penalty whose share falls as
+information grows, and that vanishes for an effect beyond doubt. How σ and z were chosen, and what other estimates do: benchmarks/temperature.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 PRIOR_WIDTH = 0.5  # σ
-GARROTE = 2.0  # λ
+THRESHOLD = 2.0  # z
+CLIP = 3.7  # a
 LIMIT = math.log(50)  # of |θ̂|; the prior keeps it well within
 UNCERTAIN = 0.25  # a standard error of log T above which the split says too little
 _STEP = 0.02  # in log T, of the second difference
@@ -72,11 +74,10 @@ def estimate(logits: NDArray[np.floating], labels: NDArray[np.integer], weights:
     """
     loss = summed_nll(logits, labels, weights)
     mode, error = posterior(loss)
-    kept = max(0.0, 1 - GARROTE * error**2 / mode**2) if mode else 0.0
     probs = np.exp(logits - logits.max(axis=2, keepdims=True))
     mean = np.einsum("k,kbc->bc", weights, probs / probs.sum(axis=2, keepdims=True))
     errors = int((mean.argmax(axis=1) != labels).sum())
-    return Fitted(math.exp(mode * kept), error, len(labels), errors)
+    return Fitted(math.exp(shrunk(mode, error)), error, len(labels), errors)
 
 
 def summed_nll(
@@ -108,3 +109,13 @@ def posterior(loss: Callable[[float], float], width: float = PRIOR_WIDTH) -> tup
     curvature = (loss(mode - _STEP) - 2 * loss(mode) + loss(mode + _STEP)) / _STEP**2
     # A mixture's ℓ need not be convex; a split never says less than nothing.
     return mode, (max(curvature, 0.0) + 1 / width**2) ** -0.5
+
+
+def shrunk(mode: float, error: float, threshold: float = THRESHOLD) -> float:
+    """An estimate of log T moved towards 0: wholly within `threshold` standard errors, not at all beyond CLIP times that."""
+    size, unit = abs(mode), threshold * error
+    if size <= 2 * unit:
+        size = max(0.0, size - unit)
+    elif size <= CLIP * unit:
+        size = ((CLIP - 1) * size - CLIP * unit) / (CLIP - 2)
+    return math.copysign(size, mode)

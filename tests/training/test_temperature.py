@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from models_store.uncertainty import softmax
-from training.temperature import GARROTE, PRIOR_WIDTH, estimate, fit, posterior, summed_nll
+from training.temperature import CLIP, PRIOR_WIDTH, THRESHOLD, estimate, fit, posterior, shrunk, summed_nll
 
 
 def sampled(temperature, rows=20_000, seed=0):
@@ -53,7 +53,20 @@ def test_the_estimate_is_the_penalised_one_that_a_grid_finds():
     error = (2 * np.polyfit(grid[near], total[near], 2)[0]) ** -0.5
     found = estimate(members, labels, weights)
     assert found.standard_error == pytest.approx(error, rel=0.02)
-    assert math.log(found.temperature) == pytest.approx(mode * (1 - GARROTE * error**2 / mode**2), abs=2e-3)
+    assert math.log(found.temperature) == pytest.approx(shrunk(mode, error), abs=5e-3)
+
+
+@pytest.mark.parametrize("mode", [0.0, 0.15, -0.3, 0.39, -0.5, 0.7, 0.8, -2.0])
+def test_the_shrunk_estimate_minimises_the_clipped_penalty(mode):
+    """Against the penalty's derivative (Fan and Li 2001, eq. 2.7), summed up along a grid."""
+    error = 0.1
+    level = THRESHOLD / error
+    unit = THRESHOLD * error
+    grid = np.linspace(0, 3, 30_001)
+    slope = level * np.where(grid <= unit, 1, np.maximum(CLIP * unit - grid, 0) / ((CLIP - 1) * unit))
+    penalty = np.concatenate([[0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(grid))])
+    best = grid[((grid - abs(mode)) ** 2 / (2 * error**2) + penalty).argmin()]
+    assert shrunk(mode, error) == pytest.approx(math.copysign(best, mode), abs=3e-4)
 
 
 @pytest.mark.parametrize("rows", [3, 10, 144])
@@ -105,5 +118,5 @@ def test_it_hardly_ever_makes_a_calibrated_network_worse():
     splits = np.split(np.arange(20_000), 100)
     found = np.array([fit(logits[None, rows], labels[rows], np.ones(1)) for rows in splits])
     plain = np.array([posterior(summed_nll(logits[None, r], labels[r], np.ones(1)), 100.0)[0] for r in splits])
-    assert (found == 1).mean() > 0.75  # a normal statistic is within √2 standard errors with probability 0.84
-    assert (np.log(found) ** 2).mean() < 0.5 * (plain**2).mean()
+    assert (found == 1).mean() > 0.9  # a normal statistic is within two standard errors with probability 0.954
+    assert (np.log(found) ** 2).mean() < 0.1 * (plain**2).mean()
