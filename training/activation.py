@@ -49,7 +49,9 @@ class Answers:
     nll: NDArray[np.float64]  # (batch,), nats
 
     @classmethod
-    def of(cls, logits: Floats, labels: Labels, weights: Floats, temperature_: float | None = None) -> Answers:
+    def of(
+        cls, logits: Floats, labels: Labels, weights: NDArray[np.float64], temperature_: float | None = None
+    ) -> Answers:
         """From (members, batch, classes); the temperature is fitted unless it is given."""
         fitted = temperature.fit(logits, labels, weights) if temperature_ is None else temperature_
         probs = combine(softmax(logits, fitted), weights).mean_probs

@@ -102,13 +102,18 @@ class Config(BaseConfig):
 def plan(config: Config, run: Run, steps: int) -> Plan:
     """Pre-training, unless weights were given, and the cycles after each start; so for each run."""
     cycle, collect = config.cycles(steps)
+    fewer = config.cycle is None and len(collect) < config.members
+    note = (
+        f"warning: only {len(collect)} of --members {config.members} fit after each start: a cycle is at least 2 iterations, and an epoch has {steps}. "
+        "Give more --epochs, a smaller --batch-size or a smaller --pretrain."
+    )
     if config.init:
         files = [run.start_file(f"given-{i}") for i in range(len(config.init))]
         legs = [_cycles(config, cycle, collect, file) for file in files]
         given = [(file, Origin(cycle=0, epoch=0)) for file in files]
-        return Plan(legs, [*given, *walk.collected(run, legs, steps)])
+        return Plan(legs, [*given, *walk.collected(run, legs, steps)], note=note if fewer else None)
     legs = [leg for number in range(config.runs) for leg in _one_run(config, run, steps, number)]
-    return Plan(legs, walk.collected(run, legs, steps))
+    return Plan(legs, walk.collected(run, legs, steps), note=note if fewer else None)
 
 
 def _one_run(config: Config, run: Run, steps: int, number: int) -> list[Leg]:

@@ -94,7 +94,7 @@ def publish(
         shared = fitted.temperature
         average = score(combine(softmax(logits, shared), weights_of).mean_probs, labels)
         rows_of_bank = points.bank(places) if points else np.zeros((0, 0))
-        forward = (len(origins) + len(rows_of_bank)) * _settling(network, data, config.bn_images, device)
+        forward = (len(collected) + len(rows_of_bank)) * _settling(network, data, config.bn_images, device)
         members = [
             manifest.Member(
                 file=f"members/{index:03d}.onnx",
@@ -149,7 +149,7 @@ def publish(
     best = max(scores.validation.accuracy for scores in members if scores.validation)
     settled = f", and {forward:.3g} epochs of forward passes for batch norm" if forward else ""
     say(
-        f"published {version.name}: {len(members)} members, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
+        f"published {version.name}: {len(members)} member{'s' if len(members) > 1 else ''}, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
         f"nll {average.nll:.4f}, temperature {fitted}, cost {epochs_spent:.4g} plain epochs{settled}{beside}\n{version.folder}"
     )
     if points and points.told:
