@@ -19,10 +19,12 @@ class Config:
 
     method: ClassVar[str]
     # Fields that change nothing of what is computed; they stay out of the run's hash.
-    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"log", "fresh", "activate", "workers"})
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"log", "fresh", "activate", "activate_anyway", "workers"})
 
     # Fields that came after runs had been made without them: where they are off they stay out, so that those runs are still found.
-    LATER: ClassVar[frozenset[str]] = frozenset({"adversarial_epsilon", "adversarial_steps", "adversarial_share"})
+    LATER: ClassVar[frozenset[str]] = frozenset(
+        {"adversarial_epsilon", "adversarial_steps", "adversarial_share", "keep_all_members"}
+    )
 
     name: str | None = None
     """Name to publish under (default: DATASET-METHOD)."""
@@ -82,6 +84,8 @@ class Config:
     """Processes that read a streamed data set."""
     bn_images: int = 8192
     """Clean training images on which each member's batch-norm statistics are re-estimated."""
+    keep_all_members: bool = False
+    """Average every member. Without it, members that are far worse on validation than most are left out, and named."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
@@ -99,13 +103,17 @@ class Config:
     fresh: bool = False
     """Forget an earlier run of these options and train anew."""
     activate: bool = True
-    """Serve the new version at once."""
+    """Serve the new version at once, unless it is worse on validation than the given network, the active version or chance."""
+    activate_anyway: bool = False
+    """Serve it even then."""
 
     def __post_init__(self) -> None:
         positive = {"epochs", "runs", "batch_size", "lr", "bn_images", "devices", "memory_gib"}
         for key in positive:
             if getattr(self, key) <= 0:
                 raise ConfigError(f"--{key.replace('_', '-')} must be positive; got {getattr(self, key)}.")
+        if self.activate_anyway and not self.activate:
+            raise ConfigError("--activate-anyway and --no-activate contradict each other; give one of them.")
         if self.seed < 0 or self.split_seed < 0:
             raise ConfigError("--seed and --split-seed must not be negative.")
         for key in ("momentum", "weight_decay", "label_smoothing"):

@@ -16,7 +16,8 @@ from models_store import manifest
 from models_store.bank import Bank
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
-from training import bank, batch_norm, member, temperature
+from training import activation, bank, batch_norm, member, temperature
+from training.activation import Answers
 from training.config import Config
 from training.data import Data, as_arrays
 from training.errors import ExportError
@@ -86,12 +87,16 @@ def publish(
             origins.append(origin)
             collected.append(made.validation_logits)
         logits = np.stack(collected)  # (members, batch, classes)
-        weights_of = np.full(len(logits), 1 / len(logits))
-        shared = temperature.fit(logits, labels, weights_of)
         own = [temperature.fit(one[None], labels, np.ones(1)) for one in logits]
+        alone = [Answers.of(one[None], labels, np.ones(1), t) for one, t in zip(logits, own, strict=True)]
+        kept = _choose(staged, config, alone, labels, say)
+        logits, own, origins = logits[kept], [own[i] for i in kept], [origins[i] for i in kept]
+        weights_of = np.full(len(logits), 1 / len(logits))
+        fitted = temperature.estimate(logits, labels, weights_of)
+        shared = fitted.temperature
         average = score(combine(softmax(logits, shared), weights_of).mean_probs, labels)
         rows_of_bank = points.bank(places) if points else np.zeros((0, 0))
-        forward = (len(origins) + len(rows_of_bank)) * _settling(network, data, config.bn_images, device)
+        forward = (len(collected) + len(rows_of_bank)) * _settling(network, data, config.bn_images, device)
         members = [
             manifest.Member(
                 file=f"members/{index:03d}.onnx",
@@ -130,17 +135,56 @@ def publish(
                 device=described,
             ),
         )
-        version = store.publish(config.published_name, staged, draft, activate=config.activate)
+        refused = activation.refusal(
+            Answers.of(logits, labels, weights_of, shared),
+            labels,
+            activation.given_answers(run, network, data, len(config.given()), config.bn_images, device),
+            activation.active_version(store, config.published_name),
+            fingerprint=data.fingerprint,
+            classes=data.classes,
+            validation_cut=data.validation_cut,
+        )
+        activation.keep_decision(run, refused)
+        activate = config.activate and (refused is None or config.activate_anyway)
+        version = store.publish(config.published_name, staged, draft, activate=activate)
     beside = " beside the given networks'" if config.given() else ""
     best = max(scores.validation.accuracy for scores in members if scores.validation)
     settled = f", and {forward:.3g} epochs of forward passes for batch norm" if forward else ""
     say(
-        f"published {version.name}: {len(members)} members, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
-        f"nll {average.nll:.4f}, temperature {shared:.3f}, cost {epochs_spent:.4g} plain epochs{settled}{beside}\n{version.folder}"
+        f"published {version.name}: {len(members)} member{'s' if len(members) > 1 else ''}, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
+        f"nll {average.nll:.4f}, temperature {fitted}, cost {epochs_spent:.4g} plain epochs{settled}{beside}\n{version.folder}"
     )
     if points and points.told:
         say(points.told(places))
+    if fitted.warning:
+        say(fitted.warning)
+    if refused and activate:
+        say(f"warning: activated because of --activate-anyway, although {refused}")
+    elif refused and config.activate:
+        say(
+            f"NOT ACTIVATED: {refused} It is published, but not served. To serve it: "
+            f"python -m models_store activate {version.manifest.name} {version.manifest.version}"
+        )
     return version
+
+
+def _choose(
+    staged: Path, config: Config, members: Sequence[Answers], labels: activation.Labels, say: Callable[[str], None]
+) -> list[int]:
+    """Indices of the members that are averaged. The files of the others are removed, and numbers closed up."""
+    left_out = [] if config.keep_all_members else activation.outliers(members, labels)
+    for index in left_out:
+        say(
+            f"left out of the average: member {index} of {len(members)}, far worse on validation than most ({members[index]}). "
+            "--keep-all-members averages it too."
+        )
+    kept = [index for index in range(len(members)) if index not in left_out]
+    for folder, suffix in (("members", "onnx"), ("weights", "safetensors")):
+        for index in left_out:
+            (staged / folder / f"{index:03d}.{suffix}").unlink()
+        for number, index in enumerate(kept):
+            (staged / folder / f"{index:03d}.{suffix}").rename(staged / folder / f"{number:03d}.{suffix}")
+    return kept
 
 
 def _settling(network: nn.Module, data: Data, bn_images: int, device: torch.device) -> float:
