@@ -6,11 +6,11 @@ did in the versions it was tested on, it is left alone, and the log says so once
 
 | part | why | tested on |
 |---|---|---|
-| `usage_stats.do_not_track` | it is asked, and remembers the answer, before our code is imported | bentoml 1.4.39, 1.4.40 |
-| `traffic.TimeoutMiddleware` | leaves a timer for each request until its limit | bentoml 1.4.39, 1.4.40 |
-| `FORWARDED_ALLOW_IPS` | any process on this machine could name another client | uvicorn 0.54 |
-| `uvicorn.config.HTTP_PROTOCOLS` | BentoML cannot choose the protocol, and uvicorn's bounds neither heads nor idle connections | uvicorn 0.54 |
-| `uvicorn.Server.shutdown` | resets connections whose request is not read yet, and may wait for ever | uvicorn 0.54 |
+| `usage_stats.do_not_track` | it is asked, and remembers the answer, before our code is imported | bentoml 1.4.40 |
+| `traffic.TimeoutMiddleware` | leaves a timer for each request until its limit | bentoml 1.4.40 |
+| `FORWARDED_ALLOW_IPS` | any process on this machine could name another client | uvicorn 0.54.0 |
+| `uvicorn.config.HTTP_PROTOCOLS` | BentoML cannot choose the protocol, and uvicorn's bounds neither heads nor idle connections | uvicorn 0.54.0 |
+| `uvicorn.Server.shutdown` | resets connections whose request is not read yet, and may wait for ever | uvicorn 0.54.0 |
 | `circus.arbiter.Arbiter.initialize` | a taken port gives a traceback; dead workers are noticed after 10 s, hanging ones never | circus 0.18.3 |
 | `circus.arbiter.Arbiter.stop` | a signal that comes while a worker is being started is lost | circus 0.18.3 |
 | `circus.arbiter.Arbiter._stop_watchers` | connections that no worker takes any more wait, and are reset | circus 0.18.3 |

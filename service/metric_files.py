@@ -4,7 +4,7 @@ The files have the format of prometheus_client's multiprocess mode. Its own are 
 write to one kills the process with SIGBUS, without a word. Here a file's blocks are allocated before it is mapped. Where that
 fails, or where somebody removes the file, a worker goes on in its memory, and comes back to a file when there is room.
 
-Tested with prometheus_client 0.21 to 0.26. It uses `values.ValueClass`, `mmap_dict.mmap_key`, and
+Tested with prometheus_client 0.21.1 and 0.26.0. It uses `values.ValueClass`, `mmap_dict.mmap_key`, and
 `multiprocess.MultiProcessCollector._accumulate_metrics`, none of which is a documented interface.
 """
 

@@ -59,16 +59,6 @@ def test_several_starts_share_the_rest_of_the_budget():
     assert sum(leg.iterations for leg in cycles) <= 40
 
 
-def test_fewer_members_than_asked_for_are_warned_of_before_training():
-    def note(steps, **options):
-        with Run.open("plan", {}, {}, fresh=True) as run:
-            return fge.plan(Config(epochs=5, **options), run, steps).note
-
-    assert "only 1 of --members 6 fit" in note(2)
-    assert note(20) is None
-    assert note(2, cycle=1.0) is None
-
-
 def test_with_given_weights_the_whole_budget_is_cycles():
     _, legs = plan(epochs=5, init=(Path("a.pt"), Path("b.pt")), members=3)
     assert len(legs) == 2
