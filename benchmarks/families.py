@@ -27,20 +27,20 @@ from training.export import Exporter
 from training.runs import Run
 
 CLASSES = 4
-# The smallest side that each takes.
+# Small sides; where batch norm would see a single pixel at 32, a larger one.
 FAMILIES = {
     "resnet18": 32,
-    "mobilenet_v3_small": 32,
-    "efficientnet_b0": 32,
-    "efficientnet_v2_s": 32,
-    "shufflenet_v2_x0_5": 32,
+    "mobilenet_v3_small": 64,
+    "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64,
+    "shufflenet_v2_x0_5": 64,
     "squeezenet1_1": 32,
     "densenet121": 32,
-    "regnet_y_400mf": 32,
+    "regnet_y_400mf": 64,
     "convnext_tiny": 32,
-    "googlenet": 32,
+    "googlenet": 64,
     "inception_v3": 96,
-    "mnasnet0_5": 32,
+    "mnasnet0_5": 64,
     "swin_t": 64,
     "vit_b_16": 32,
     "resnext50_32x4d": 32,
@@ -50,9 +50,9 @@ FAMILIES = {
 def images(side: int, seed: int) -> InMemory:
     """Random images of all brightnesses, with random labels."""
     generator = torch.Generator().manual_seed(seed)
-    brightness = torch.rand(16, 1, 1, 1, generator=generator)
-    pixels = torch.rand(16, 3, side, side, generator=generator) * brightness
-    return InMemory(pixels, torch.arange(16) % CLASSES)
+    brightness = torch.rand(64, 1, 1, 1, generator=generator)
+    pixels = torch.rand(64, 3, side, side, generator=generator) * brightness
+    return InMemory(pixels, torch.arange(64) % CLASSES)
 
 
 def publish(name: str, side: int, store: Store) -> dict[str, str]:
@@ -72,7 +72,7 @@ def publish(name: str, side: int, store: Store) -> dict[str, str]:
         row["trial, s"], row["layout"] = f"{time.monotonic() - began:.1f}", "last" if fitted.channels_last else "first"
         began = time.monotonic()
         weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-        made = member.make(network, weights, data, 16, device, exporter)
+        made = member.make(network, weights, data, 64, device, exporter)
         with store.staging(name.replace("_", "-")) as staged:
             (staged / "members").mkdir()
             (staged / "members/000.onnx").write_bytes(made.onnx)
@@ -84,7 +84,7 @@ def publish(name: str, side: int, store: Store) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             points = np.array([[1.0, 0.0], [0.5, 0.5]])
             try:
-                bank.build(Run(Path(folder), name), network, data, [weights, shifted], points, 16, device)
+                bank.build(Run(Path(folder), name), network, data, [weights, shifted], points, 64, device)
                 row["bank"] = "yes"
             except TrainingError as error:
                 row["bank"] = str(error)[:60]

@@ -19,6 +19,7 @@ Answer = Callable[[Images], NDArray[np.float32]]  # (batch, C, H, W) in [0, 1] -
 # as well: the logits of an untrained network may all be alike.
 _ROUNDING = 1e-4  # times the largest |logit|
 _SHARE = 1e-3  # times the range of a logit over the images
+_CHAOS = 10.0  # times what rounding of the image itself moves; see `rounding`
 
 
 def probes(shape: tuple[int, int, int], images: Images | None = None) -> Images:
@@ -46,6 +47,7 @@ def fault(answer: Answer, images: Images) -> str | None:
     asked = _Asked(answer)
     count = len(images)
     together = asked(images)
+    moved = asked(_nudged(images))
     again = asked(images)
     reversed_order = asked(images[::-1])
     alone = [asked(images[i : i + 1]) for i in range(count)]
@@ -55,13 +57,26 @@ def fault(answer: Answer, images: Images) -> str | None:
         return asked.fault
     if _differ(together, again):
         return "answers the same images differently each time: something in it is random, also in eval mode"
+    noise = np.abs(moved.astype(np.float64) - together)
     others = [reversed_order[::-1], np.concatenate(alone), np.stack([pair[0] for pair in pairs]), many[:count]]
-    off = [_differ(together, other) for other in others]
+    off = [_differ(together, other, noise) for other in others]
     if not any(off):
         return None
     if off[0]:
         return f"answers an image differently at another position in the batch (a logit moves by {off[0]:.2g})"
     return f"answers an image differently alone and with other images in the batch (a logit moves by {max(off):.2g})"
+
+
+def rounding(answer: Answer, images: Images) -> NDArray[np.float64]:
+    """How far the answers move when the images are rounded otherwise, (batch, classes).
+
+    A deep network without training can amplify the last bit of an image, or of anything that it computes, to all of its answer.
+    """
+    return np.abs(answer(_nudged(images)).astype(np.float64) - answer(images))
+
+
+def _nudged(images: Images) -> Images:
+    return (images * np.float32(1 + 2**-22) + np.float32(1e-7)).astype(np.float32)
 
 
 class _Asked:
@@ -93,7 +108,9 @@ class _Asked:
         return logits
 
 
-def _differ(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+def _differ(
+    expected: NDArray[np.float32], found: NDArray[np.float32], noise: float | NDArray[np.float64] = 0.0
+) -> float:
     """By how much, where it is more than rounding; else 0. Rows that are NaN in both are equal: black / its own maximum."""
     finite = expected[np.isfinite(expected).all(axis=1)]
     if len(finite) == 0:
@@ -101,7 +118,9 @@ def _differ(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
     limit = _ROUNDING * float(np.abs(finite).max()) + _SHARE * float(np.ptp(finite, axis=0).max()) + 1e-12
     off = np.abs(expected.astype(np.float64) - found)
     off = np.where(np.isnan(expected) & np.isnan(found), 0, np.nan_to_num(off, nan=np.inf))
-    return float(off.max()) if off.max() > limit else 0.0
+    of_row = np.broadcast_to(np.nan_to_num(noise, nan=0.0), off.shape).max(axis=1)
+    excess = off.max(axis=1) > limit + _CHAOS * of_row
+    return float(off[excess].max()) if excess.any() else 0.0
 
 
 def _images(count: int) -> str:

@@ -109,7 +109,7 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
     cycle, collect = config.cycles(steps)
     note = None
     if config.cycle is not None and len(collect) != config.members:
-        note = f"note: --cycle {config.cycle:g} decides: {len(collect)} members are collected after each start, not --members {config.members}"
+        note = f"note: --cycle {config.cycle:g} decides the number of members collected after each start: {len(collect)}, not --members {config.members}"
     if config.init:
         files = [run.start_file(f"given-{i}") for i in range(len(config.init))]
         legs = [_cycles(config, cycle, collect, file) for file in files]

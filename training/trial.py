@@ -61,12 +61,14 @@ def check(network: nn.Module, data: Data, exporter: Exporter) -> None:
         answers = torch_logits(served, probes, _CPU)
         _refuse_probabilities(answers, None)
         model, session = exporter.trace(served)
-        found = session.logits(probes)
-        limit = LOGITS_TOLERANCE * max(1.0, float(np.nan_to_num(np.abs(answers)).max()))
-        if not np.allclose(found, answers, rtol=0, atol=limit, equal_nan=True):
+        off = np.nan_to_num(np.abs(session.logits(probes) - answers)).max(axis=1)
+        noise = np.nan_to_num(independence.rounding(session.logits, probes)).max(axis=1)
+        # Not the strict parity of members: these weights may amplify rounding to anything.
+        limit = 10 * noise + LOGITS_TOLERANCE * max(1.0, float(np.nan_to_num(np.abs(answers)).max()))
+        if (off > limit).any():
             raise ExportError(
-                f"The exported network differs from torch by {float(np.abs(found - answers).max()):.1e} in a logit (limit {limit:.1e}), before "
-                "any training. Some layer of the network is exported wrongly, or acts randomly in eval mode."
+                f"The exported network differs from torch by {off.max():.1e} in a logit, before any training. Some layer of the network is "
+                "exported wrongly."
             )
         _refuse_probabilities(answers, output_kind.last_operator(onnx.load_from_string(model)))
         if (fault := independence.fault(session.logits, probes)) is not None:

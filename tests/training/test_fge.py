@@ -36,13 +36,22 @@ def test_the_budget_is_split_and_the_schedule_is_of_the_whole_budget():
 @pytest.mark.parametrize("steps", [3, 10, 97, 375])
 @pytest.mark.parametrize("epochs", [5, 10, 40])
 @pytest.mark.parametrize("members", [1, 2, 6])
-def test_never_more_than_the_budget_and_as_many_members_as_asked_where_they_fit(steps, epochs, members):
+def test_never_more_than_the_budget_and_as_many_members_as_asked_or_a_refusal(steps, epochs, members):
+    available = (epochs - round(0.8 * epochs)) * steps
+    if available < 2 * (members - 1) + 1:  # a cycle of two iterations each, of which the last is cut at half
+        with pytest.raises(ConfigError, match=f"--members {members} do not fit"):
+            plan(steps, epochs=epochs, members=members)
+        return
     _, (first, second) = plan(steps, epochs=epochs, members=members)
     assert first.iterations + second.iterations <= epochs * steps
-    assert 1 <= len(second.collect) <= members
-    cycle = 2 * second.collect[0]
-    if cycle > 2:  # room enough
-        assert len(second.collect) == members
+    assert len(second.collect) == members
+
+
+def test_a_given_cycle_that_leaves_another_number_of_members_is_said_beforehand():
+    config = Config(epochs=20, cycle=4.0)
+    with Run.open("plan", {}, {}, fresh=True) as run:
+        assert "collected after each start: 1," in fge.plan(config, run, 10).note
+        assert fge.plan(Config(epochs=20, cycle=0.8, members=5), run, 10).note is None
 
 
 def test_the_cycle_can_be_given_and_training_stops_at_the_last_collection():
