@@ -366,7 +366,7 @@ class Ensembles:
         loaded = {name: one for name, one in loaded.items() if name in look.names}
         identities = {name: one.identity for name, one in loaded.items()}
         complete = self._reachable and not self._absent
-        closed = self._relations.closed(look, identities, self._cannot_compare, self._compares_soon, complete=complete)
+        closed = self._relations.closed(look, identities, self._compares_soon, complete=complete)
         served = _Served(loaded, closed, None)
         for name in sorted(closed.related & look.active.keys()):
             self._say(
@@ -375,9 +375,6 @@ class Ensembles:
         answering = set(served.open())
         latest = next((name for name in reversed(look.order) if name in answering), None)
         self._served = _Served(loaded, closed, latest)
-
-    def _cannot_compare(self, candidate: Candidate) -> bool:
-        return (candidate.identity, False) in self._refused
 
     def _compares_soon(self, candidate: Candidate) -> bool:
         key = candidate.identity, False

@@ -43,15 +43,12 @@ class Relations:
         """Defended ensembles that are not in the store any more."""
         return self._defended.keys() - look.names
 
-    def closed(
-        self, look: Look, loaded: Mapping[str, str], failed: Question, soon: Question, *, complete: bool
-    ) -> Closed:
+    def closed(self, look: Look, loaded: Mapping[str, str], soon: Question, *, complete: bool) -> Closed:
         """Which ensembles answer nobody.
 
         Args:
             look: what there is.
             loaded: identities of the versions that answer, by name.
-            failed: can a version not be compared?
             soon: is one likely to be compared in a moment?
             complete: was the store read, and did it have all that the policies name?
         """
@@ -69,8 +66,9 @@ class Relations:
             if policy.of(name, self._policies).defended:
                 held |= self._defended.get(name, set())
                 self._defended[name] = held
-                # A version that is only being compared closes nobody who answered before.
-                whole = self._settled and name not in look.unread and not any(map(failed, versions))
+                # A version that is about to be compared closes nobody who answered before; one that cannot be, or takes its time, does.
+                read = all(one.identity in self._known or soon(one) for one in versions)
+                whole = self._settled and read and name not in look.unread
             found[name] = frozenset(held), whole
         for name in self.removed(look):
             found[name] = frozenset(self._defended[name]), True

@@ -435,6 +435,35 @@ def test_an_ensemble_is_open_as_soon_as_it_is_ready_whatever_another_does(store)
         ensembles.close()
 
 
+def test_while_comparing_a_defended_ensemble_hangs_no_other_one_answers(store, monkeypatch):
+    publish(store, "free", seeds=(20, 21))
+    publish(store, "ends", seeds=(0, 9))
+    publish(store, "path", seeds=(0, 1))
+    go_on = threading.Event()
+    monkeypatch.setattr("service.ensemble.OVERTAKEN_SECONDS", 0.1)
+
+    class Hanging(Direct):
+        def known(self, candidate):
+            if candidate.name == "path":
+                go_on.wait(60)
+            return super().known(candidate)
+
+    ensembles = Ensembles(store, "cpu", None, policies=DEFENDED, trial=Hanging(store))
+    ensembles.follow(0.05)
+    try:
+        assert eventually(lambda: len(ensembles._served.loaded) == 2)
+        time.sleep(0.5)  # several looks
+        assert ensembles.all() == []
+        for name in ("free", "ends"):
+            with pytest.raises(NotReadyError, match="cannot be determined"):
+                ensembles.get(name)
+        go_on.set()
+        assert eventually(lambda: [one.manifest.name for one in ensembles.all()] == ["free", "path"])
+    finally:
+        go_on.set()
+        ensembles.close()
+
+
 def eventually(true, seconds=20):
     deadline = time.monotonic() + seconds
     while not (found := true()) and time.monotonic() < deadline:
