@@ -1,15 +1,15 @@
 """Whether a new version may be served at once, and which of its members are averaged: both are decided on the validation split.
 
-A version is published in any case. It is not activated when it is, by more than chance explains,
+A version is published in any case. It is not activated when it is, by more than noise,
 
 - worse than the best of the given networks (--init, --base, --endpoints), each made a member and calibrated as the version's own are.
   Paired on the validation images: a one-sided exact McNemar test of accuracy, a one-sided t-test of the NLL.
 - worse than the active version of its name, where that has the same splits and classes. Only its scores are known, not its answer to each image, so
   the tests are those for independent images, cautious on the same ones: two proportions, and a mean NLL with the new version's spread for both.
-- not better than chance: neither more accurate than always answering the most frequent class (one-sided exact binomial test), nor lower in NLL than
-  answering the class frequencies (one-sided t-test).
+- no better than chance: neither more accurate than always answering the most frequent class, nor lower in NLL than always answering the class
+  frequencies. No allowance for noise: a version must show something; one that has barely begun to learn does.
 
-Each test is at level LEVEL. The decision is kept in the run's folder, so that repeating a finished command does not serve what was held back.
+Tests are at level LEVEL. The decision is kept in the run's folder, so that repeating a finished command does not serve what was held back.
 """
 
 from __future__ import annotations
@@ -185,10 +185,9 @@ def _comparable(active: Version, fingerprint: str, classes: Sequence[str]) -> bo
 
 def _better_than_chance(version: Answers, labels: Labels) -> bool:
     most = np.bincount(labels).max() / len(labels)
-    if most ** len(labels) >= LEVEL:  # so few images that not even answering all of them rightly would pass
-        return version.accuracy == 1 or version.accuracy > most
-    accurate = stats.binomtest(int(version.right.sum()), len(labels), float(most), alternative="greater").pvalue
-    return bool(accurate < LEVEL or _larger(_class_frequencies_nll(labels) - version.nll, 1) < LEVEL)
+    # All right: where a tiny split has one class only, nothing can be more accurate than its most frequent class.
+    accurate = version.accuracy > most or version.right.all()
+    return bool(accurate or version.nll.mean() < _class_frequencies_nll(labels).mean())
 
 
 def _class_frequencies_nll(labels: Labels) -> NDArray[np.float64]:

@@ -53,7 +53,7 @@ class Fitted:
             return None
         kept = "T stays at 1" if self.temperature == 1 else f"T = {self.temperature:.3f} is uncertain"
         return (
-            f"warning: {self.images} validation images, {self.errors} of them classified wrongly, say too little about the temperature "
+            f"note: {self.images} validation images, {self.errors} of them classified wrongly, say too little about the temperature "
             f"(standard error of log T {self.standard_error:.2f}): {kept}, and the confidences may be off. Set more images aside "
             "(--validation), or let the data set bring a larger validation split."
         )

@@ -197,7 +197,7 @@ def test_the_users_own_module_data_and_checkpoint(command, tmp_path):
     done = command(*common, "--name", "own", "--epochs", "4", "--network-options", "hidden=8")
     assert done.returncode == 0, done.stderr
     assert "measured on 256 training images" in done.stdout
-    done = command(*common, "--name", "warm", "--epochs", "2", "--init", "mine.pt")
+    done = command(*common, "--name", "warm", "--epochs", "2", "--init", "mine.pt", "--activate-anyway")
     assert done.returncode == 0, done.stderr
     for name, members in (("own", 2), ("warm", 3)):
         version = Store().load(name)
