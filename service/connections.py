@@ -36,11 +36,11 @@ class Connection(HttpToolsProtocol):
     """See the module. Callbacks of the parser come in the order of the bytes; all run on the event loop."""
 
     _most = most_connections()
-    _head_limit = settings().head_bytes
-    _head_seconds = settings().head_seconds
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._head_limit = settings().head_bytes
+        self._head_seconds = settings().head_seconds
         self._since = 0.0  # when it was made, or when its last request came
         self._head_bytes = 0  # raw, while the head is not complete
         self._header_bytes = 0  # parsed

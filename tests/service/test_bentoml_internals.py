@@ -16,7 +16,7 @@ from circus.exc import ConflictError
 from service import bentoml_internals
 from tests.conftest import ROOT
 
-REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture

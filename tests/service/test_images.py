@@ -126,6 +126,11 @@ def test_a_bad_file_is_told_by_its_number():
     with pytest.raises(BadRequestError, match=r"`images\[1\]`: not a readable PNG or JPEG"):
         from_encoded([encoded(), b"no"], "`images[{}]`", SPEC, LIMITS)
     with pytest.raises(BadRequestError, match="The body: the image cannot be decoded"):
+        from_encoded([encoded((50, 50))[:60]], "The body", InputSpec(shape=(1, 2, 2), resize="stretch"), LIMITS)
+
+
+def test_an_image_of_another_size_is_refused_before_it_is_decoded():
+    with pytest.raises(BadRequestError, match="50 × 50 pixels"):
         from_encoded([encoded((50, 50))[:60]], "The body", SPEC, LIMITS)
 
 

@@ -195,7 +195,7 @@ def raw(server):
 
 def head(length=None):
     length = len(BODY) if length is None else length
-    return f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
+    return f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
 def answer_of(connection):

@@ -75,14 +75,17 @@ def test_workers_draw_apart(store, serve, bank):
     publish(store, "a", bank=bank)
     server = serve(store, MODEPATH_WORKERS="2", **policies(a=OPEN))
     server.until(200)
-    runs = {}
+    runs, taken = {}, {}
     with contextlib.ExitStack() as clients:
         for _ in range(40):  # each a connection of its own, which some worker takes
             client = clients.enter_context(httpx.Client())
             answer = client.get(server.url + "/livez")
             port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
+            # At once: a connection that is idle for some seconds is closed.
+            taken |= {
+                c.raddr.port: worker.pid for worker in workers_of(server) for c in worker.net_connections() if c.raddr
+            }
             runs[port] = tuple(points(client, server.url, 8))
-        taken = {c.raddr.port: worker.pid for worker in workers_of(server) for c in worker.net_connections() if c.raddr}
     assert {taken[port] for port in runs} == {worker.pid for worker in workers_of(server)}
     assert len(set(runs.values())) == len(runs)
 

@@ -7,7 +7,7 @@ import pytest
 from service import stopping
 from service.stopping import Refusals
 
-REQUEST = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+REQUEST = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture
