@@ -1,8 +1,8 @@
 """Which network answers a query, where each query gets one of its own.
 
 `random`: from the operating system's entropy, so that no seed, log or restart tells or repeats it, and processes that were forked
-draw apart. `keyed`: a keyed hash of what was asked, so that asking again gives the same answer until the key turns, and averaging
-many answers to one question gains nothing.
+draw apart. `keyed`: a keyed hash of what was asked, so that the same pixels get the same answer until the key turns. One level of one pixel
+is another question: near-duplicates of an image draw other networks, and their answers can be averaged like those of `random`.
 """
 
 from __future__ import annotations

@@ -26,8 +26,11 @@ REFUSALS = {
     408: "the body stopped coming",
     413: "too large",
     415: "a media type that is not read here",
+    421: "addressed by a name that is not this service's",
     429: "too much waits already",
+    431: "the request's head is too large",
     500: "the ensemble or the service is broken",
+    501: "a transfer coding that is not read here",
     503: "not ready, or too busy",
     504: "not answered in time",
 }

@@ -10,10 +10,28 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+SAFE_CHANNELS = 8
+
 
 def convert(network: nn.Module, layout: torch.memory_format) -> None:
-    """Bring the weights of convolutions into a layout, in the network itself."""
+    """Bring the weights of convolutions into a layout, in the network itself.
+
+    A network with a convolution whose gradient torch computes wrongly in channels-last stays contiguous.
+    """
+    if layout == torch.channels_last and any(_corrupts(module) for module in network.modules()):
+        return
     network.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+
+def _corrupts(module: nn.Module) -> bool:
+    # In channels-last, the backward pass of a 1×1 convolution with a stride and few input channels writes outside of its
+    # memory on some CPUs (torch 2.14.1: `corrupted double-linked list`, or a crash somewhere later).
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.in_channels < SAFE_CHANNELS
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+    )
 
 
 def arrange(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

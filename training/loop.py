@@ -154,7 +154,7 @@ class _Job:
         between = np.random.default_rng(derive(self.config.seed, 0, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
         adversary = self._adversary(mean, std)
-        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        memory_format = layout.of(self.network)
         total, count, i = torch.zeros((), device=device), 0, 0
         self.wrapped.train()
         batches = self.data.train.batches(order, size)

@@ -129,7 +129,7 @@ def _step(
     images, labels = images.to(device), labels.to(device)
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
     usual = layout.arrange((images - mean) / std, torch.contiguous_format)
-    laid_out = layout.arrange(usual, torch.channels_last) if channels_last else usual
+    laid_out = layout.arrange(usual, layout.of(network))
     autocast = contextlib.nullcontext() if in_float32 else fabric.autocast()
     with autocast:
         logits = network.train()(laid_out)

@@ -49,3 +49,11 @@ def test_a_convolution_of_arranged_images_can_be_viewed(channels):
     images = torch.rand(2, 8, 8, channels).permute(0, 3, 1, 2)
     features = nn.Conv2d(channels, 4, 3)(layout.arrange(images, torch.contiguous_format))
     assert features.view(2, -1).shape == (2, 144)
+
+
+def test_a_network_whose_gradient_torch_computes_wrongly_in_channels_last_stays_contiguous():
+    few, enough = (nn.Sequential(nn.Conv2d(3, c, 3), nn.Conv2d(c, 16, 1, stride=2)) for c in (4, layout.SAFE_CHANNELS))
+    for network in (few, enough):
+        layout.convert(network, torch.channels_last)
+    assert layout.of(few) == torch.contiguous_format
+    assert layout.of(enough) == torch.channels_last
