@@ -71,7 +71,8 @@ def outliers(members: Sequence[Answers], labels: Labels) -> list[int]:
     """Members to leave out of the average: those that are far worse than the median member (by NLL).
 
     Far worse: more than half of what the median member gains over chance, in NLL, is lost; and it is less accurate than that member by more than
-    noise (one-sided exact McNemar test at OUTLIER_LEVEL). At least half of the members stay.
+    noise (one-sided exact McNemar test at OUTLIER_LEVEL). At least half of the members stay. Where even the median member has gained less than a
+    quarter of chance's NLL, all stay: among members that have hardly learned anything, worse ones mean nothing.
     """
     chance = float(_class_frequencies_nll(labels).mean())
     nlls = [float(one.nll.mean()) for one in members]
@@ -80,7 +81,7 @@ def outliers(members: Sequence[Answers], labels: Labels) -> list[int]:
     return [
         index
         for index, one in enumerate(members)
-        if chance - nlls[index] < gain / 2 and gain > 0 and _mcnemar(one.right, median.right) < OUTLIER_LEVEL
+        if gain >= chance / 4 and chance - nlls[index] < gain / 2 and _mcnemar(one.right, median.right) < OUTLIER_LEVEL
     ]
 
 

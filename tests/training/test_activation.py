@@ -92,6 +92,8 @@ def test_a_collapsed_member_is_an_outlier_and_worse_ones_within_reason_are_not()
 
 def test_members_that_have_all_learned_nothing_are_no_outliers():
     assert outliers([answers(a, seed=s, confidence=0.26) for s, a in enumerate((0.2, 0.25, 0.3))], LABELS) == []
+    barely = [answers(a, seed=s, confidence=a) for s, a in enumerate((0.05, 0.4, 0.4))]
+    assert outliers(barely, LABELS) == []
 
 
 SMALL = {"network": "mlp", "batch_size": 64, "limit": 640, "members": 2, "mean": (0.3,), "std": (0.3,)}
