@@ -30,7 +30,7 @@ def refused(done):
         (("--init", "missing.pt"), "does not exist"),
         (("--init", "text.pt"), "cannot be read"),
         (("--init", "other.pt"), "another network"),
-        (("--lr", "1e20"), "The loss became"),
+        (("--members", "2", "--lr", "1e20"), "The loss became"),
         (("--name", "../x"), "cannot name an ensemble"),
         (("--device", "cuda"), "no GPU"),
         (("--pretrain", "2"), "pre-training"),
