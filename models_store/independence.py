@@ -47,7 +47,7 @@ def fault(answer: Answer, images: Images) -> str | None:
     asked = _Asked(answer)
     count = len(images)
     together = asked(images)
-    moved = asked(_nudged(images))
+    moved = asked(nudged(images))
     again = asked(images)
     reversed_order = asked(images[::-1])
     alone = [asked(images[i : i + 1]) for i in range(count)]
@@ -72,10 +72,11 @@ def rounding(answer: Answer, images: Images) -> NDArray[np.float64]:
 
     A deep network without training can amplify the last bit of an image, or of anything that it computes, to all of its answer.
     """
-    return np.abs(answer(_nudged(images)).astype(np.float64) - answer(images))
+    return np.abs(answer(nudged(images)).astype(np.float64) - answer(images))
 
 
-def _nudged(images: Images) -> Images:
+def nudged(images: Images) -> Images:
+    """The same images, rounded otherwise in their last bits."""
     return (images * np.float32(1 + 2**-22) + np.float32(1e-7)).astype(np.float32)
 
 
