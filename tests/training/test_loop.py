@@ -100,7 +100,7 @@ def test_a_run_that_is_taken_up_again_is_bit_identical_to_an_undisturbed_one(dat
         return torch.nn.functional.cross_entropy(logits, labels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_loss", lambda config: dying)
+        patch.setattr(loop, "loss_of", lambda config: dying)
         for _ in range(2):
             with pytest.raises(ValueError, match="killed"):
                 train(data, legs, "parts")
