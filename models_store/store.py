@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +123,6 @@ class Store:
                 f"Publish one, or run: python -m models_store activate {name} VERSION"
             )
         return version
-
-    def activated_at(self, name: str) -> float:
-        """When `name` was last activated, seconds since the epoch, by the clock of its file; never in the future."""
-        return min((self._folder(name) / "active").lstat().st_mtime, time.time())
 
     def activation_order(self) -> list[str]:
         """Names that have an active version, the one that was activated last at the end.

@@ -15,8 +15,9 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from models_store.errors import StoreError
 from models_store.runtime import ProviderChoice, available_cores
-from models_store.store import default_root
+from models_store.store import Store, default_root
 from service.policy import Policy
 
 KEY_BYTES = 16
@@ -118,6 +119,14 @@ class Settings(BaseSettings):
         gt=0,
         description="bodies, and again decoded images, held at once; an eighth of it is kept for small bodies",
     )
+
+    @field_validator("store")
+    @classmethod
+    def _folder(cls, store: Path) -> Path:
+        try:
+            return Store(store).root
+        except StoreError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("host", "metrics_host")
     @classmethod

@@ -21,6 +21,13 @@ def test_a_wrong_setting_is_refused(monkeypatch, name, value):
         Settings()
 
 
+def test_a_store_that_is_an_address_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("MODELS_STORE", "s3://bucket/ensembles")
+    settings.cache_clear()
+    with pytest.raises(WrongSettingError, match=r"^MODELS_STORE: .*object storage is not supported"):
+        settings()
+
+
 def test_all_wrong_settings_are_named_in_one_line_and_their_values_are_not_shown(monkeypatch):
     monkeypatch.setenv("MODEPATH_MAX_ROWS", "0")
     monkeypatch.setenv("MODEPATH_WORKERS", "many")

@@ -8,7 +8,7 @@ from torch import nn
 
 from models_store.store import Store
 
-QUICK = ("training.fge", "--network", "mlp", "--epochs", "2", "--pretrain", "0.5", "--name", "x")
+QUICK = ("training.fge", "--network", "mlp", "--epochs", "2", "--pretrain", "0.5", "--members", "2", "--name", "x")
 
 
 def refused(done):
@@ -30,7 +30,7 @@ def refused(done):
         (("--init", "missing.pt"), "does not exist"),
         (("--init", "text.pt"), "cannot be read"),
         (("--init", "other.pt"), "another network"),
-        (("--members", "2", "--lr", "1e20"), "The loss became"),
+        (("--lr", "1e20"), "The loss became"),
         (("--name", "../x"), "cannot name an ensemble"),
         (("--device", "cuda"), "no GPU"),
         (("--pretrain", "2"), "pre-training"),
