@@ -239,7 +239,7 @@ def test_any_module_can_be_grown_around_and_its_base_is_exact(factory, rate, tmp
     torch.save(getattr(test_curve, factory)(10, (1, 8, 8)).state_dict(), tmp_path / "own.pt")
     given = torch.load(tmp_path / "own.pt", weights_only=True)
     module = {"network": f"tests.training.test_curve:{factory}", "network_options": ()}
-    grow = {**GROW, **module, "vertex_epochs": 12, "vertex_lr": rate}
+    grow = {**GROW, **module, "vertex_epochs": 20, "vertex_lr": rate}
     # Without the volume, so that nothing but the loss moves a vertex from where it began. Publishing checks parity.
     version = espro.run(Config(name="own", base=(str(tmp_path / "own.pt"),), volume_weight=0.0, **grow))
     Store().verify(version)
