@@ -55,4 +55,4 @@ class AccessLog:
             }
             short = {name: value[:MAX_FIELD] if isinstance(value, str) else value for name, value in line.items()}
             # JSON keeps a client's line breaks out of the log.
-            log_writer().write(orjson.dumps(short, option=orjson.OPT_APPEND_NEWLINE))
+            log_writer(1).write(orjson.dumps(short, option=orjson.OPT_APPEND_NEWLINE))

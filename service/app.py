@@ -8,6 +8,7 @@ import logging
 import math
 import secrets
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -86,7 +87,6 @@ class Worker:
             batch_rows=chosen.batch_rows,
             batch_seconds=chosen.batch_seconds,
             rows=chosen.queue_rows,
-            bytes=chosen.held_bytes,
             seconds=chosen.queue_seconds,
         )
         self.batcher = Batcher(queue, chosen.threads)
@@ -130,6 +130,8 @@ async def _predicted(request: Request) -> Response:
         worker.batcher.refuse_if_full()
         began = time.perf_counter()
         large = len(body.data) > INLINE_BYTES
+        if large and (why := worker.ensembles.why_not_ready()) is not None:
+            raise NotReadyError(why)  # before the body is measured by the shapes of what is served
         shapes = [ensemble.manifest.input.shape for ensemble in worker.ensembles.all()] if large else ()
         read = partial(read_request, content_type, query, body.data, shapes, worker.limits.rows)
         asked = await worker.offload.run(body, read) if large else read()
@@ -140,7 +142,7 @@ async def _predicted(request: Request) -> Response:
         images = await _images(worker, body, asked, ensemble.manifest.input)
         _bound_answer(ensemble, len(images), options.members)
         draw = partial(ensemble.rows, mode, images, _caller(request))
-        rows = await worker.offload.run(body, draw) if images.nbytes > INLINE_BYTES else draw()
+        rows = await worker.offload.run(body, draw) if mode != "average" and images.nbytes > INLINE_BYTES else draw()
         decode_seconds = time.perf_counter() - began
         answer = await worker.batcher.run(ensemble.sessions[mode], rows)
         request_id = secrets.token_hex(8)
@@ -157,9 +159,10 @@ async def _predicted(request: Request) -> Response:
 
 async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> Images:
     """Decode: small arrays here, the rest in threads, encoded images by how many pixels they have."""
+    limits = replace(worker.limits, hold=partial(worker.intake.decode, body))
 
     def opened() -> Images | Encoded:
-        found = asked.open(spec, worker.limits)
+        found = asked.open(spec, limits)
         return found.decode() if isinstance(found, Encoded) and found.pixels <= SMALL_PIXELS else found
 
     found = await worker.offload.run(body, opened) if asked.encoded or len(body.data) > INLINE_BYTES else opened()
@@ -376,11 +379,13 @@ class Modepath:
         global _running
         chosen = settings()
         log_writer.take_over()
-        log_writer.log_writer().count_with(metrics.dropped)
+        log_writer.count_with(metrics.dropped)
         bentoml_internals.end_gently(chosen.grace_seconds, log_writer.drain)
-        self._pulse = Pulse(bentoml_internals.worker_number() or 0, metrics.look, chosen.grace_seconds)
-        metrics.count_incomplete(self._pulse.incomplete)
         _running = Worker()
+        self._pulse = Pulse(
+            bentoml_internals.worker_number() or 0, metrics.look, _running.batcher.longest_seconds, chosen.grace_seconds
+        )
+        metrics.count_incomplete(self._pulse.incomplete)
         _running.ensembles.follow(chosen.poll_seconds)
         # A worker that takes no connections yet leaves them to those that can answer. One that loads for very long
         # begins all the same, or its supervisor would take it for dead; then /readyz says why it is not ready.

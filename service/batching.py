@@ -35,7 +35,6 @@ class QueueLimits:
     batch_rows: int
     batch_seconds: float
     rows: int
-    bytes: int
     seconds: float
 
 
@@ -125,10 +124,10 @@ class Batcher:
         self._waiting: deque[_Job] = deque()
         self._open: _Batch | None = None  # has tasks that nobody has begun
         self._rows = 0  # of all requests that are not answered yet
-        self._bytes = 0
         self._seconds = 0.0  # until a newcomer's turn
         self._row_seconds: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         self._closed = False
+        self._since: dict[int, float] = {}  # of each thread that works: when it began with what it does
         for number in range(threads):
             threading.Thread(target=self._work, name=f"batches-{number}", daemon=True).start()
 
@@ -136,7 +135,7 @@ class Batcher:
         """Wait for the rows' turn and for their answers.
 
         Raises:
-            QueueFullError: more rows or bytes wait than the limits allow, or than can be answered in time.
+            QueueFullError: more rows wait than the limits allow, or than can be answered in time.
             QueueTimeError: its turn did not come in time.
             BrokenEnsembleError: a member failed or gave NaN.
         """
@@ -167,6 +166,10 @@ class Batcher:
             session.run(task, rows)
         return (time.perf_counter() - began) / min(self._threads, tasks) / len(rows)
 
+    def longest_seconds(self) -> float:
+        """For how long the thread that has worked longest on one task of a batch has done so."""
+        return time.monotonic() - min(list(self._since.values()), default=time.monotonic())
+
     def close(self) -> None:
         """Let the threads end after what they are doing."""
         with self._changed:
@@ -184,14 +187,9 @@ class Batcher:
 
     def _admit(self, job: _Job) -> None:
         # Whoever finds nobody waiting is taken, whatever its size: its own limits were checked when it was decoded.
-        if self._rows and (
-            self._rows + len(job.rows) > self._limits.rows
-            or self._bytes + job.rows.images.nbytes > self._limits.bytes
-            or self._seconds > self._limits.seconds
-        ):
+        if self._rows and (self._rows + len(job.rows) > self._limits.rows or self._seconds > self._limits.seconds):
             raise self._full()
         self._rows += len(job.rows)
-        self._bytes += job.rows.images.nbytes
 
     def _withdraw(self, job: _Job) -> None:
         """Rows that have not begun never will; those that run are thrown away."""
@@ -225,10 +223,13 @@ class Batcher:
             try:
                 if (task := self._next()) is None:
                     return
+                self._since[threading.get_ident()] = time.monotonic()
                 self._run(*task)
                 del task  # or a thread that waits would keep the last ensemble in memory
             except Exception:  # a thread that is gone would never come back
                 log.exception("a batch was lost")
+            finally:
+                self._since.pop(threading.get_ident(), None)
 
     def _run(self, batch: _Batch, number: int) -> None:
         began = time.perf_counter()
@@ -354,7 +355,6 @@ class Batcher:
             return
         job.left = True
         self._rows -= len(job.rows)
-        self._bytes -= job.rows.images.nbytes
 
 
 def _answer(job: _Job) -> Answer | ServiceError:

@@ -1,27 +1,37 @@
 """One HTTP/1.1 connection: uvicorn's protocol, with the limits that it lacks.
 
-A request's head has a bounded size and must come in time, idle connections give way when descriptors run short, and what
-cannot be framed without doubt is refused in the service's own form. Tested with uvicorn 0.54 and httptools 0.6 and 0.7.
+A request's head and trailers have a bounded size, a head must come in time and an answer must be read in time, idle
+connections give way when descriptors run short, and what cannot be framed without doubt is refused in the service's own form.
+Tested with uvicorn 0.54 and httptools 0.6 and 0.7.
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
+import contextlib
+import fcntl
 import logging
 import resource
+import termios
 from typing import Any, cast
 
 import httptools
 import orjson
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service import metrics
 from service.errors import BadRequestError, BusyError, NotImplementedHereError, ServiceError, TooLargeHeadersError
+from service.intake import PACE_BYTES, drain
 from service.settings import settings
 
 MAX_HEADERS = 100
+MAX_PIPELINED = 8  # requests that wait on a connection behind the one that is answered
 RESERVED_DESCRIPTORS = 128  # for files, models and logs
+LINGER_SECONDS = 2.0  # a client may take to read a refusal while it is still sending,
+LINGER_BYTES = 4 * 2**20  # and so much it may send meanwhile
 LEFT = "modepath.left"  # scope: a callable, called when the client is gone before its answer
 log = logging.getLogger("bentoml.modepath")
 
@@ -42,12 +52,15 @@ class Connection(HttpToolsProtocol):
         self._head_limit = settings().head_bytes
         self._head_seconds = settings().head_seconds
         self._since = 0.0  # when it was made, or when its last request came
-        self._head_bytes = 0  # raw, while the head is not complete
+        self._head_bytes = 0  # raw, since the request began or since the last byte of its body: a head, or trailers
         self._header_bytes = 0  # parsed
         self._in_head = True
         self._refusal: ServiceError | None = None
         self._late: asyncio.TimerHandle | None = None
         self._resumed = False  # a second parser reads the body, after a head that asks for another protocol
+        self._answering: Any = None  # uvicorn's record of the request that is answered, or was last
+        self._unread: asyncio.TimerHandle | None = None  # runs while an answer waits to be read
+        self._thrown_away: int | None = None  # bytes that came after a refusal; None: there was none
 
     # The connection
 
@@ -62,16 +75,21 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop what is done for a client that is gone."""
         self._stop_waiting()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
-        if (cycle := self._current) is not None and not cycle.response_complete and (left := cycle.scope.get(LEFT)):
-            left()
+        if (cycle := self._answering) is not None and not cycle.response_complete:
+            cycle.disconnected = True  # uvicorn says so to the request that came last
+            if left := cycle.scope.get(LEFT):
+                left()
 
     def _make_room(self) -> None:
         # Only where descriptors run short: looking at a thousand connections takes 0.1 ms.
         others = cast("set[Connection]", self.connections - {self})
-        idle = [one for one in others if one.is_idle()]
+        idle = [one for one in others if one.is_idle() or one.transport.is_closing()]
         if idle:
-            min(idle, key=lambda one: one._since).transport.close()
+            # Not `close`, which waits until a client has read what it was sent.
+            min(idle, key=lambda one: one._since).transport.abort()
             return
         self._answer_outside(BusyError("As many connections are open as this service may hold. Try again in a second."))
 
@@ -95,24 +113,70 @@ class Connection(HttpToolsProtocol):
             self._late.cancel()
             self._late = None
 
+    # Answers that are not read
+
+    def pause_writing(self) -> None:
+        """An answer is larger than what the client and the kernel take at once."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """Most of it was read."""
+        super().resume_writing()
+        self._watch_reader()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request; the answer may still have to be read."""
+        super().on_response_complete()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """Cut a client off that does not read its answer at the pace that its body has to have, too."""
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+        if self.transport.get_write_buffer_size():
+            self._unread = self.loop.call_later(settings().stall_seconds, self._reader_is_late, self._unsent())
+
+    def _reader_is_late(self, before: int) -> None:
+        if self._unsent() > max(0, before - PACE_BYTES):
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def _unsent(self) -> int:
+        """Bytes that wait here or in the kernel, which takes more only after it has sent a third of what it holds."""
+        in_kernel = array.array("i", [0])
+        with contextlib.suppress(OSError, ValueError):
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_kernel)
+        return self.transport.get_write_buffer_size() + in_kernel[0]
+
     # Its bytes
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; refuse a head that is too long before it is complete."""
+        if self._thrown_away is not None:
+            self._thrown_away += len(data)
+            if self._thrown_away > LINGER_BYTES:
+                self.transport.abort()
+            return
         self._unset_keepalive_if_required()
-        if self._in_head:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade(data[upgrade.args[0] :])
+            rest = data
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    rest = b""
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = self._without_upgrade(rest[upgrade.args[0] :])
         except httptools.HttpParserError:
             if self._refusal is None and not self.transport.is_closing():
                 self.send_400_response("")
             return
         if self.transport.is_closing():
             return
-        if self._in_head and self._head_bytes > self._head_limit:
+        if self._head_bytes > self._head_limit:
             self._answer_outside(_too_large())
         elif self._late is None and (self._head_bytes if self._in_head else self.is_idle()):
             # A head that has begun, or the rest of a body whose request was answered already.
@@ -122,18 +186,18 @@ class Connection(HttpToolsProtocol):
         """What cannot be parsed at all."""
         self._answer_outside(BadRequestError("The request is not HTTP/1.1. Is it HTTPS or HTTP/2, or a broken client?"))
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
-        """A server may ignore an offer of another protocol, but httptools stops at its head: read the body with a new parser."""
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """A server may ignore an offer of another protocol, but httptools stops at its head: a new parser reads the body, which `rest` begins."""
         framing = [header for header in self.headers if header[0] in (b"content-length", b"transfer-encoding")]
-        if not framing or self._refusal is not None:
-            return
-        self.parser = httptools.HttpRequestParser(self)
-        self._resumed = True
-        head = b"".join(name + b": " + value + b"\r\n" for name, value in framing)
-        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + head + b"\r\n")
-        self._resumed = False
-        if rest:
-            self.parser.feed_data(rest)
+        if self._refusal is not None:
+            return b""
+        if framing:
+            self.parser = httptools.HttpRequestParser(self)
+            self._resumed = True
+            head = b"".join(name + b": " + value + b"\r\n" for name, value in framing)
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + head + b"\r\n")
+            self._resumed = False
+        return rest
 
     # Callbacks of the parser
 
@@ -152,8 +216,8 @@ class Connection(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """See httptools."""
-        if self._resumed or self._refusal is not None:
+        """See httptools. Trailers, which come after the body, say nothing to us."""
+        if self._resumed or not self._in_head or self._refusal is not None:
             return
         super().on_header(name, value)
         self._header_bytes += len(name) + len(value)
@@ -175,6 +239,15 @@ class Connection(HttpToolsProtocol):
             own, self.app = self.app, _Refuse(refusal)  # pyright: ignore[reportAttributeAccessIssue]
             super().on_headers_complete()
             self.app = own
+        if self.pipeline:
+            self._read_on()
+
+    def on_body(self, body: bytes) -> None:
+        """See httptools."""
+        self._head_bytes = 0
+        super().on_body(body)
+        if self.pipeline and len(self.cycle.body) > HIGH_WATER_LIMIT:
+            self.transport.abort()
 
     def on_message_complete(self) -> None:
         """Go on reading, or nobody would see that the client leaves while its answer is made."""
@@ -184,8 +257,19 @@ class Connection(HttpToolsProtocol):
             return  # its body is still to be read
         super().on_message_complete()
         self._in_head = True
-        if not self.pipeline:
+        self._head_bytes = 0
+        self._read_on()
+
+    def _read_on(self) -> None:
+        # uvicorn does not read behind a request that waits. What else is sent is bounded instead, and few clients send any.
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+        else:
             self.flow.resume_reading()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _should_upgrade(self) -> bool:
         return False
@@ -207,8 +291,18 @@ class Connection(HttpToolsProtocol):
         head = STATUS_LINE[error.status] + b"".join(
             name + b": " + value + b"\r\n" for name, value in _headers(error, body)
         )
+        if (cycle := self._answering) is not None and not cycle.response_complete:
+            if cycle.response_started:
+                self.transport.abort()
+                return
+            cycle.disconnected = True  # this answer takes the place of its own
+            cycle.message_event.set()
+        # Closing with bytes unread would reset the connection, and the client might lose the answer.
+        self._thrown_away = 0
+        self._stop_waiting()
         self.transport.write(head + b"\r\n" + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
 def _too_large() -> TooLargeHeadersError:
@@ -236,6 +330,7 @@ class _Refuse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         metrics.refused(self._error.reason)
+        await drain(receive)
         body = _body(self._error)
         head = {"type": "http.response.start", "status": self._error.status, "headers": _headers(self._error, body)}
         await send(head)

@@ -341,7 +341,14 @@ class Ensembles:
     def _tried_and_opened(self, candidate: Candidate) -> Ensemble:
         self._trial.opens(candidate, self._recipe(candidate.name))
         self._tasks[candidate.identity, True].trying = False
-        ensemble = self._opened(candidate)
+        try:
+            # One that passed its trial may still need more memory than there is beside all others.
+            with self._verdicts.surviving(f"opening {candidate.identity} {candidate.token}", candidate.token):
+                ensemble = self._opened(candidate)
+        except RefusedError as error:
+            again = f"It is tried again {error.refusal.pause:.0f} s after the last death."
+            self._say(logging.ERROR, f"{candidate} {NOT_SERVED}: {error} {again}")
+            raise
         log.info(
             "serving %s: %d members on %s, %s", candidate, len(ensemble.manifest.members), ", ".join(ensemble.providers),
             ", ".join(ensemble.policy.modes),
@@ -362,7 +369,9 @@ class Ensembles:
         look = self._look
         loaded = dict(self._served.loaded)
         if ensemble is not None:
-            loaded[ensemble.manifest.name] = ensemble
+            wanted = look.active.get(ensemble.manifest.name)
+            if wanted is not None and wanted.identity == ensemble.identity:  # another one may have been activated since
+                loaded[ensemble.manifest.name] = ensemble
         loaded = {name: one for name, one in loaded.items() if name in look.names}
         identities = {name: one.identity for name, one in loaded.items()}
         complete = self._reachable and not self._absent

@@ -35,6 +35,9 @@ class Limits:
     rows: int
     bytes: int  # of float32 pixels as the members take them
     pixels: int  # of encoded images, before they are resized
+    hold: Callable[[int], None] = lambda size: (
+        None
+    )  # is called with the bytes of its images before they are made, and may refuse them
 
 
 def from_lists(inputs: list[Any], spec: InputSpec, limits: Limits) -> Images:
@@ -101,8 +104,8 @@ def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
         raise BadRequestError(
             f"The array's header says {shape} of {dtype}, but {len(body) - start} bytes follow. Was the file cut off?"
         )
-    if shape:
-        _bound(shape[0], spec, limits)
+    _check_shape("The array", shape, spec)
+    _bound(shape[0], spec, limits)
     flat = np.frombuffer(body, dtype, offset=start)
     return _checked("The array", flat.reshape(shape, order="F" if fortran else "C"), spec)
 
@@ -157,6 +160,7 @@ def _bound(rows: int, spec: InputSpec, limits: Limits) -> None:
     allowed = min(limits.rows, limits.bytes // (4 * math.prod(spec.shape)))
     if rows > allowed:
         raise TooLargeError(f"{rows} images in one request; at most {allowed} are taken. Send them in parts.")
+    limits.hold(rows * 4 * math.prod(spec.shape))
 
 
 def _npy_header(body: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -184,16 +188,21 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[An
     return shape, fortran, dtype
 
 
+def _check_shape(what: str, shape: tuple[int, ...], spec: InputSpec) -> None:
+    if shape[1:] == spec.shape and shape[0] > 0:
+        return
+    hint = (
+        "A single image needs a batch axis around it."
+        if shape == spec.shape
+        else "The axes are batch, channel, row, column."
+    )
+    raise BadRequestError(
+        f"{what} has the shape {str(shape)[:80]}; this ensemble takes (batch, {_shape(spec)[1:]} with at least one image. {hint}"
+    )
+
+
 def _checked(what: str, array: NDArray[Any], spec: InputSpec) -> Images:
-    if array.shape[1:] != spec.shape or array.ndim != 4 or len(array) == 0:
-        hint = (
-            "A single image needs a batch axis around it."
-            if array.shape == spec.shape
-            else "The axes are batch, channel, row, column."
-        )
-        raise BadRequestError(
-            f"{what} has the shape {array.shape}; this ensemble takes (batch, {_shape(spec)[1:]} with at least one image. {hint}"
-        )
+    _check_shape(what, array.shape, spec)
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # also false for NaN
         raise BadRequestError(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from typing import Any
 
 from starlette.requests import Request
-from starlette.types import Message
+from starlette.types import Message, Receive
 
-from service.errors import BadRequestError, BusyError, SlowBodyError, TooLargeError
+from service.errors import BadRequestError, BusyError, QueueFullError, SlowBodyError, TooLargeError
 
 DRAIN_SECONDS = 0.5
 GRACE_SECONDS = 0.25
@@ -27,6 +28,7 @@ class Body:
 
     def __init__(self) -> None:
         self.data: bytes | bytearray = b""
+        self.decoded = 0  # bytes that its images take
         self._works: list[Future[Any]] = []
 
     def add(self, part: bytes) -> None:
@@ -48,20 +50,36 @@ class Body:
 
 
 class Intake:
-    """Counts the bytes of all bodies that are being read or worked on. Lives on one event loop."""
+    """Counts the bytes of all bodies that are being read or worked on, and of the images in them. Lives on one event loop."""
 
     def __init__(self, body_bytes: int, held_bytes: int, stall_seconds: float):
         """Set the limits.
 
         Args:
             body_bytes: one body.
-            held_bytes: all bodies together; the last eighth is kept for bodies of at most 1 MiB.
+            held_bytes: all bodies together, and again all decoded images; of bodies, the last eighth is kept for those of at most 1 MiB.
             stall_seconds: how long a body may take for its beginning, and for every 64 KiB after it.
         """
         self._body_bytes = body_bytes
         self._held_bytes = held_bytes
         self._stall_seconds = stall_seconds
         self.held = 0
+        self.decoded = 0
+        self._lock = threading.Lock()  # of the last: threads decode
+
+    def decode(self, body: Body, size: int) -> None:
+        """Before its images are decoded, in any thread: count their bytes until the request is over.
+
+        Raises:
+            QueueFullError: together with those of other requests it is more than may be held.
+        """
+        with self._lock:
+            if self.decoded and self.decoded + size > self._held_bytes:
+                raise QueueFullError(
+                    f"Decoded images of {self.decoded} bytes wait already (MODEPATH_HELD_BYTES: {self._held_bytes}). Try again later, or send fewer at a time."
+                )
+            self.decoded += size
+            body.decoded += size
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request) -> AsyncGenerator[Body]:
@@ -78,19 +96,20 @@ class Intake:
             await self._read(request, body)
             yield body
         finally:
-            size = len(body.data)
             if (work := body.unfinished()) is None:
-                self.held -= size
+                self._release(body)
             else:
                 loop = asyncio.get_running_loop()
-                work.add_done_callback(lambda _: self._release_later(loop, size))
+                work.add_done_callback(lambda _: self._release_later(loop, body))
 
-    def _release_later(self, loop: asyncio.AbstractEventLoop, size: int) -> None:
-        def release() -> None:
-            self.held -= size
+    def _release(self, body: Body) -> None:
+        self.held -= len(body.data)
+        with self._lock:
+            self.decoded -= body.decoded
 
+    def _release_later(self, loop: asyncio.AbstractEventLoop, body: Body) -> None:
         with contextlib.suppress(RuntimeError):  # the service is going down, and its loop is closed
-            loop.call_soon_threadsafe(release)
+            loop.call_soon_threadsafe(self._release, body)
 
     async def _read(self, request: Request, body: Body) -> None:
         more = True
@@ -124,7 +143,7 @@ class Intake:
         except (TooLargeError, BusyError):
             # A client that waits to be asked for its body has sent nothing yet.
             if more and "expect" not in request.headers:
-                await _drain(request)
+                await drain(request.receive)
             raise
 
     def _too_large(self) -> str:
@@ -146,11 +165,11 @@ async def _receive(request: Request, deadline: float) -> Message:
             deadline = loop.time() + GRACE_SECONDS
 
 
-async def _drain(request: Request) -> None:
-    # A client that is still sending may not look at the answer, and closing under it would throw the answer away.
+async def drain(receive: Receive) -> None:
+    """Read on for a moment: a client that is still sending may not look at the answer, and closing under it would throw the answer away."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
             more = True
             while more:
-                message = await request.receive()
+                message = await receive()
                 more = message.get("more_body", False)

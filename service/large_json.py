@@ -44,7 +44,7 @@ def cut(body: bytes, shapes: Sequence[Shape], max_rows: int) -> tuple[bytes, lis
         BadRequestError: it cannot be a request.
         TooLargeError: more images than a request may have.
     """
-    if body.count(b"[") > _most_lists(len(body), shapes, max_rows) + _FIELDS:
+    if max(body.count(b"["), body.count(b"]")) > _most_lists(len(body), shapes, max_rows) + _FIELDS:
         raise BadRequestError(
             "The body has more lists than a request of that size can have. `inputs` is (batch, C, H, W): see /ensembles for the shapes."
         )

@@ -128,9 +128,15 @@ class LogStream(io.TextIOBase):
 
 
 @functools.cache
-def log_writer(file: int = 1) -> LogWriter:
-    """The process's writer to stdout, or to stderr."""
+def log_writer(file: int) -> LogWriter:
+    """The process's writer to stdout (1), or to stderr (2)."""
     return LogWriter(file)
+
+
+def count_with(count: Callable[[int], None]) -> None:
+    """Report all lines that are dropped; see LogWriter."""
+    for file in (1, 2):
+        log_writer(file).count_with(count)
 
 
 def drain() -> None:

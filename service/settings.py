@@ -98,9 +98,15 @@ class Settings(BaseSettings):
     max_pixels: int = Field(default=2**24, gt=0, description="pixels of the encoded images of one request")
     max_numbers: int = Field(default=2**21, gt=0, description="probabilities in one answer")
     timeout: float = Field(default=60, gt=0, description="seconds from a request's headers to its answer; beyond: 504")
-    stall_seconds: float = Field(default=5, gt=0, description="how long 64 KiB of a body may take; then 408")
+    stall_seconds: float = Field(
+        default=5, gt=0, description="how long 64 KiB of a body may take (then 408), and 64 KiB of an answer to be read"
+    )
 
-    hang_seconds: float = Field(default=30, gt=0, description="a worker that stands still for so long is replaced")
+    hang_seconds: float = Field(
+        default=30,
+        gt=0,
+        description="a worker whose event loop stands still, or whose members work on one batch, for so long is replaced",
+    )
     grace_seconds: float = Field(
         default_factory=lambda data: data["timeout"] + 5,
         gt=0,
@@ -117,7 +123,7 @@ class Settings(BaseSettings):
     held_bytes: int = Field(
         default=256 * 2**20,
         gt=0,
-        description="bodies, and again decoded images, held at once; an eighth of it is kept for small bodies",
+        description="of bodies, and again of decoded images, that are held at once; of bodies an eighth is kept for small ones",
     )
 
     @field_validator("store")

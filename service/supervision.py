@@ -92,10 +92,21 @@ class Watch:
 
 
 class Pulse:
-    """In a worker: counts on its board, looks after its files, and ends when its supervisor is gone."""
+    """In a worker: counts on its board, looks after its files, and ends when its supervisor is gone.
 
-    def __init__(self, line: int, look: Callable[[], bool], grace_seconds: float):
-        """`line` is the worker's own; `look`, called once a second, says whether its metrics are complete."""
+    It counts only while its members get on: a network that runs without end for some image holds no event loop up.
+    """
+
+    def __init__(self, line: int, look: Callable[[], bool], busy_seconds: Callable[[], float], grace_seconds: float):
+        """Begin nothing yet.
+
+        Args:
+            line: on the board, the worker's own.
+            look: called once a second, says whether its metrics are complete.
+            busy_seconds: for how long its members have worked on one and the same batch.
+            grace_seconds: until it ends when its supervisor is gone.
+        """
+        self._busy_seconds = busy_seconds
         self._line = line
         self._look = look
         self._grace_seconds = grace_seconds
@@ -118,7 +129,8 @@ class Pulse:
         return sum(incomplete for process, (_, incomplete) in self._board.read().items() if _exists(process))
 
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._count += 1
+        if self._busy_seconds() < SECONDS:
+            self._count += 1
         if self._board is not None:
             self._board.write(self._line, os.getpid(), self._count, not self._complete)
         loop.call_later(SECONDS, self._beat, loop)

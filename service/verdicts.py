@@ -19,10 +19,12 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 FOLDER = "MODEPATH_VERDICTS_FOLDER"
 FIRST_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds
 COSTLY = 10.0  # times what a failed trial took, it is not repeated
+DEATH_PAUSE = 30.0  # seconds after the death of a worker: it costs the requests that the worker had
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,34 @@ class Verdicts:
                 file.flush()
                 Path(file.name).replace(folder / _file(key))
 
+    @contextlib.contextmanager
+    def surviving(self, key: str, token: str | None) -> Generator[None]:
+        """Do what may cost this process its life. Where it cost others theirs, it is not done again before a pause is over.
+
+        Raises:
+            RefusedError: that pause is not over.
+        """
+        with self.turn(key):
+            begun = self._begun(key)
+            deaths = [when for process, when in begun.items() if not _is_alive(process)]
+            if deaths:
+                pause = min(DEATH_PAUSE * 2 ** (len(deaths) - 1), MAX_PAUSE)
+                if time.monotonic() < max(deaths) + pause:
+                    why = f"{len(deaths)} worker(s) died while they opened it. Does it take more memory than there is?"
+                    raise RefusedError(Refusal(why, token, pause, max(deaths) + pause))
+            self.write(key, {**begun, os.getpid(): time.monotonic()})
+        try:
+            yield
+        finally:
+            with self.turn(key):
+                begun = self._begun(key)
+                begun.pop(os.getpid(), None)
+                self.write(key, begun)
+
+    def _begun(self, key: str) -> dict[int, float]:
+        found = self.read(key)
+        return dict(cast("dict[int, float]", found)) if isinstance(found, dict) else {}
+
     def first(self, *what: object) -> bool:
         """Is this the first worker to say so? The log names each thing once."""
         key = f"said {what}"
@@ -135,6 +165,16 @@ def prepare() -> None:
     folder = tempfile.mkdtemp(prefix="modepath-verdicts-")
     os.environ[FOLDER] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _file(key: str) -> str:

@@ -115,10 +115,11 @@ def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activ
         return store.publish(name, Path(staged), draft, activate=activate)
 
 
-def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, allocated=0, surrogate=False):
+def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, on_white=False, allocated=0, surrogate=False):
     """An ensemble of one member that a checker finds nothing wrong with.
 
-    It has a class name that is no Unicode; or answers NaN; or gives one row for all images; or goes round a loop so many times; or makes a tensor of so many floats.
+    It has a class name that is no Unicode; or answers NaN; or gives one row for all images; or goes round a loop so many times, perhaps for white images only;
+    or makes a tensor of so many floats.
     """
     model = linear(0)
     graph = model.graph
@@ -146,7 +147,12 @@ def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, allocated=
         # Begins with what the input decides, or it would be computed when the model is loaded.
         graph.node.append(helper.make_node("ReduceMin", ["images"], ["least"], keepdims=0))
         graph.node.append(helper.make_node("Mul", ["least", "nothing"], ["begin"]))
-        graph.node.append(helper.make_node("Loop", ["times", "on_and_on", "begin"], [extra], body=body))
+        times = "times"
+        if on_white:
+            graph.node.append(helper.make_node("Floor", ["least"], ["white"]))
+            graph.node.append(helper.make_node("Cast", ["white"], ["white_or_not"], to=TensorProto.INT64))
+            graph.node.append(helper.make_node("Mul", ["times", "white_or_not"], [times := "times_if_white"]))
+        graph.node.append(helper.make_node("Loop", [times, "on_and_on", "begin"], [extra], body=body))
     elif allocated:
         graph.initializer.append(numpy_helper.from_array(np.array([allocated], np.int64), "size"))
         graph.node.append(helper.make_node("ReduceMin", ["images"], ["least"], keepdims=0))

@@ -95,6 +95,13 @@ def test_torch_is_not_there_or_not_loaded_after_a_served_prediction(store, serve
     assert not [path for path in mapped if "libtorch" in path]
 
 
+def test_a_large_body_is_told_that_nothing_is_ready_instead_of_that_it_is_wrong(store, serve):
+    server = serve(store, MODEPATH_WORKERS="1")
+    server.until(503)
+    large = {"inputs": np.zeros((1, 3, 224, 224)).tolist()}
+    assert httpx.post(server.url + "/predict", json=large).status_code == 503
+
+
 def test_what_takes_longer_than_its_limit_is_stopped_and_the_next_one_answered(store, serve):
     publish(store, "animals")
     server = serve(store, MODEPATH_WORKERS="1", MODEPATH_TIMEOUT="1", MODEPATH_STALL_SECONDS="30")

@@ -12,7 +12,7 @@ from service.batching import Batcher, QueueLimits
 from service.errors import BrokenEnsembleError, QueueFullError, QueueTimeError
 from service.session import Rows
 
-LIMITS = QueueLimits(batch_rows=8, batch_seconds=10, rows=100, bytes=10**9, seconds=10)
+LIMITS = QueueLimits(batch_rows=8, batch_seconds=10, rows=100, seconds=10)
 
 
 class Part:
@@ -92,7 +92,7 @@ def test_everyone_gets_the_answers_to_their_own_rows(batcher, threads):
     async def go():
         return await asyncio.gather(*(made.run(ensemble, images) for images in asked))
 
-    made._limits = QueueLimits(8, 10, 10_000, 10**9, 10)
+    made._limits = QueueLimits(8, 10, 10_000, 10)
     for images, answer in zip(asked, asyncio.run(go()), strict=True):
         expected = ensemble.expected(images)
         assert answer.member_probs == pytest.approx(expected)
@@ -100,7 +100,7 @@ def test_everyone_gets_the_answers_to_their_own_rows(batcher, threads):
         assert len(answer.prediction.label) == len(answer.prediction.disagreement) == len(images)
         assert answer.queue_seconds >= 0
         assert answer.members_seconds > 0
-    assert made._rows == made._bytes == 0
+    assert made._rows == 0
 
 
 @pytest.mark.parametrize(("waiting", "expected"), [(10, [1, 5, 3, 1, 1]), (20, [1, 8, 6, 3, 2, 1])])
@@ -164,7 +164,7 @@ def test_a_row_that_fails_costs_the_others_nothing(batcher):
     assert "RuntimeError" in str(failed)
     assert isinstance(nan, BrokenEnsembleError)
     assert "NaN" in str(nan)
-    assert made._rows == made._bytes == 0
+    assert made._rows == 0
 
 
 def test_a_failing_piece_ends_its_request_only(batcher):
@@ -178,18 +178,12 @@ def test_a_failing_piece_ends_its_request_only(batcher):
     assert isinstance(failed, BrokenEnsembleError)
     assert good.prediction.label.shape == (1,)
     time.sleep(0.05)
-    assert made._rows == made._bytes == 0
+    assert made._rows == 0
     assert not made._waiting
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [
-        QueueLimits(batch_rows=8, batch_seconds=10, rows=3, bytes=10**9, seconds=10),
-        QueueLimits(batch_rows=8, batch_seconds=10, rows=100, bytes=12, seconds=10),
-    ],
-)
-def test_beyond_its_bounds_nobody_is_let_in(batcher, limits):
+def test_beyond_its_bounds_nobody_is_let_in(batcher):
+    limits = QueueLimits(batch_rows=8, batch_seconds=10, rows=3, seconds=10)
     ensemble, made = Ensemble(), batcher(limits, threads=1)
 
     async def go():
@@ -207,7 +201,7 @@ def test_beyond_its_bounds_nobody_is_let_in(batcher, limits):
 
 
 def test_whoever_could_not_be_answered_in_time_is_told_at_once(batcher):
-    ensemble, made = Ensemble(), batcher(QueueLimits(8, 10, 10_000, 10**9, seconds=1), threads=1)
+    ensemble, made = Ensemble(), batcher(QueueLimits(8, 10, 10_000, seconds=1), threads=1)
     made._row_seconds[ensemble] = 0.3
 
     async def go():
@@ -232,7 +226,7 @@ def test_whoever_could_not_be_answered_in_time_is_told_at_once(batcher):
 
 def test_a_large_request_to_a_slow_ensemble_shuts_nobody_out(batcher):
     slow, quick = Ensemble(1), Ensemble(1)
-    made = batcher(QueueLimits(8, 0.5, 10_000, 10**9, seconds=1), threads=1)
+    made = batcher(QueueLimits(8, 0.5, 10_000, seconds=1), threads=1)
     made._row_seconds[slow] = 0.4  # a hundred rows are 40 s of work, but each piece of it one row
 
     async def go():
@@ -248,7 +242,7 @@ def test_a_large_request_to_a_slow_ensemble_shuts_nobody_out(batcher):
 
 
 def test_whoever_waited_too_long_is_told(batcher):
-    ensemble, made = Ensemble(), batcher(QueueLimits(8, 10, 100, 10**9, seconds=0.1), threads=1)
+    ensemble, made = Ensemble(), batcher(QueueLimits(8, 10, 100, seconds=0.1), threads=1)
 
     async def go():
         ensemble.gate.clear()
@@ -262,7 +256,7 @@ def test_whoever_waited_too_long_is_told(batcher):
             await late
 
     asyncio.run(go())
-    assert made._rows == made._bytes == 0
+    assert made._rows == 0
 
 
 def test_a_failure_beyond_the_members_ends_no_thread(batcher):
@@ -291,13 +285,13 @@ def test_a_client_that_gave_up_is_no_trouble(batcher):
             one.cancel()
         await asyncio.sleep(0)
         # Released at once, not when its turn would have come.
-        assert (made._rows, made._bytes, len(made._waiting)) == (0, 0, 0)
+        assert (made._rows, len(made._waiting)) == (0, 0)
         ensemble.gate.set()
         return await made.run(ensemble, rows(0.2))
 
     assert asyncio.run(go()).prediction.label.shape == (1,)
     assert sum(ensemble.sizes) == 2  # whoever had gone before their turn was not computed
-    assert made._rows == made._bytes == 0
+    assert made._rows == 0
 
 
 def test_the_rest_of_a_large_request_is_dropped_when_its_client_leaves(batcher):
@@ -314,11 +308,11 @@ def test_the_rest_of_a_large_request_is_dropped_when_its_client_leaves(batcher):
 
     asyncio.run(go())
     assert sum(ensemble.sizes) <= LIMITS.batch_rows + 1
-    assert made._rows == made._bytes == 0
+    assert made._rows == 0
 
 
 def test_a_batch_is_as_large_as_its_time_allows(batcher):
-    ensemble, made = Ensemble(), batcher(QueueLimits(64, 0.05, 10_000, 10**9, 10))
+    ensemble, made = Ensemble(), batcher(QueueLimits(64, 0.05, 10_000, 10))
     for row_seconds, expected in ((0.0001, 64), (0.01, 5), (1.0, 1)):
         made._row_seconds[ensemble] = row_seconds
         assert made._batch_rows(ensemble) == expected

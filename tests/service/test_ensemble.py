@@ -1,6 +1,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 import threading
 import time
 
@@ -11,6 +12,7 @@ from service.ensemble import Ensembles
 from service.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
 from service.policy import Policy
 from service.trial import Direct
+from service.verdicts import Verdicts
 from tests import onnx_members
 from tests.onnx_members import publish, publish_broken
 
@@ -63,6 +65,51 @@ def test_a_new_activation_is_picked_up(store):
     publish(store, "a")
     ensembles.refresh()
     assert ensembles.get("a").manifest.version == 2
+
+
+def test_a_version_that_was_rolled_back_while_it_was_brought_in_does_not_go_live(store):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Direct):
+        def opens(self, candidate, recipe):
+            if candidate.number == 2:
+                begun.set()
+                assert go_on.wait(20)
+
+    publish(store, "a")
+    ensembles = Ensembles(store, "cpu", None, trial=Slow(store))
+    ensembles.refresh()
+    publish(store, "a")
+    following = threading.Thread(target=ensembles.refresh)
+    following.start()
+    assert begun.wait(20)
+    store.activate("a", 1)
+    ensembles._look_again()
+    go_on.set()
+    following.join(20)
+    assert ensembles.get("a").manifest.version == 1
+    store.activate("a", 2)
+    ensembles.refresh()
+    assert ensembles.get("a").manifest.version == 2
+
+
+def test_a_version_that_killed_the_worker_that_opened_it_is_passed_over_for_a_while_and_named(store, tmp_path, caplog):
+    publish(store, "a")
+    publish(store, "b")
+    verdicts = Verdicts(tmp_path / "verdicts")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    token = store.activation_token("a")
+    key = f"opening a@1 {store.digest('a', 1)} {token}"
+    verdicts.write(key, {dead.pid: time.monotonic()})
+    ensembles = Ensembles(store, "cpu", None, verdicts=verdicts)
+    ensembles.refresh()
+    assert [one.manifest.name for one in ensembles.all()] == ["b"]
+    assert len([r for r in caplog.records if "1 worker(s) died while they opened it" in r.message]) == 1
+    verdicts.write(key, {dead.pid: time.monotonic() - 100})
+    again = Ensembles(store, "cpu", None, verdicts=verdicts)
+    again.refresh()
+    assert [one.manifest.name for one in again.all()] == ["a", "b"]
 
 
 def test_a_damaged_version_is_refused_once_and_the_old_one_goes_on(store, caplog):

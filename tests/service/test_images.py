@@ -80,6 +80,12 @@ def test_arrays_of_every_file_version_are_read(version):
 array = np.array(good, np.float32)
 
 
+def of_shape(shape, data=b""):
+    """An array that numpy could not make."""
+    header = str({"descr": "<f4", "fortran_order": False, "shape": shape}).ljust(500).encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -105,6 +111,8 @@ array = np.array(good, np.float32)
         (saved(np.float32(1)), "shape"),
         (saved(array[0]), "batch axis"),
         (saved(array[:0]), "at least one image"),
+        (of_shape((1,) * 65, bytes(4)), "has the shape"),
+        (of_shape((0, 2**39, 2**39)), "has the shape"),
         (saved(array * 255), "Divide bytes by 255"),
         (saved(array * np.nan), r"\[0, 1\]"),
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b"(" * 100, "longer than any array"),

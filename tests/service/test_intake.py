@@ -5,7 +5,7 @@ from concurrent.futures import Future
 import pytest
 from starlette.requests import Request
 
-from service.errors import BadRequestError, BusyError, SlowBodyError, TooLargeError
+from service.errors import BadRequestError, BusyError, QueueFullError, SlowBodyError, TooLargeError
 from service.intake import Intake
 
 
@@ -200,3 +200,21 @@ def test_a_client_that_waits_to_be_asked_for_a_body_too_large_is_not_asked():
     with pytest.raises(TooLargeError):
         read(Intake(10, 100, 1), Request({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive))
     assert asked == []
+
+
+def test_decoded_images_count_before_they_are_made_and_until_their_request_is_over():
+    intake = Intake(100, 100, 1)
+
+    async def go():
+        async with intake.body(request(part(b"a"))) as first, intake.body(request(part(b"b"))) as second:
+            intake.decode(first, 70)
+            with pytest.raises(QueueFullError, match="MODEPATH_HELD_BYTES"):
+                intake.decode(second, 31)
+            intake.decode(second, 30)
+            assert intake.decoded == 100
+        assert intake.decoded == 0
+        async with intake.body(request(part(b"a"))) as alone:
+            intake.decode(alone, 1000)  # who finds nobody is taken: its own limits hold
+
+    asyncio.run(go())
+    assert intake.decoded == 0

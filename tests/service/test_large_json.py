@@ -53,6 +53,7 @@ def test_too_many_images_are_refused_before_one_is_parsed():
     ("body", "message"),
     [
         (b'{"inputs": [' + b",".join([b"[]"] * 200) + b"]}", "more lists"),
+        (b'{"inputs": [' + b"]" * 10_000, "more lists"),
         (b'{"inputs": [], "a": [' + b'"a",' * 100 + b'""]}', "more texts"),
         (b'{"inputs": [], "a": [' + b"1," * 100 + b"1]}", "more than 5 images"),
         (b'{"inputs": [], "a": ' + b"{" * 40 + b"}" * 41, "more than 5 images"),

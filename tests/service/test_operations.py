@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.onnx_members import SHAPE, publish
+from tests.onnx_members import SHAPE, publish, publish_broken
 from tests.recording_proxy import recording_proxy
 from tests.service.conftest import workers_of
 
@@ -174,6 +174,19 @@ def test_a_worker_that_stands_still_is_replaced(animals, serve):
     server.until(200)
     assert ask(server, 20) == {200: 20}
     assert f"Worker {stopped} has stood still" in server.log.read_text()
+
+
+def test_a_worker_whose_members_run_without_end_for_an_image_is_replaced(store, serve):
+    publish_broken(store, "pets", loop=2**62, on_white=True)
+    server = serve(store, MODEPATH_WORKERS="1", MODEPATH_HANG_SECONDS="2", MODEPATH_THREADS="1")
+    server.until(200)
+    before = pids(server)
+    with socket.create_connection(("127.0.0.1", urlsplit(server.url).port), timeout=60) as connection:
+        white = json.dumps({"inputs": np.ones((1, *SHAPE)).tolist()}).encode()
+        connection.sendall(head(len(white)) + white)
+        eventually(lambda: pids(server) and not pids(server) & before)
+    server.until(200)
+    assert ask(server, 5) == {200: 5}
 
 
 def test_workers_end_and_free_the_port_when_their_supervisor_is_killed(animals, serve, tmp_path):

@@ -58,7 +58,7 @@ def test_a_pulse_counts_while_its_event_loop_runs_and_stands_still_when_that_is_
         return board.read()[os.getpid()][0]
 
     async def go():
-        Pulse(3, lambda: False, 1).start()
+        Pulse(3, lambda: False, lambda: 0.0, 1).start()
         while count() < 3:
             await asyncio.sleep(0.02)
         before = count()
@@ -71,13 +71,36 @@ def test_a_pulse_counts_while_its_event_loop_runs_and_stands_still_when_that_is_
     assert board.read()[os.getpid()][1]  # its metrics are incomplete
 
 
+def test_a_pulse_stands_still_while_members_work_on_one_batch_without_end(board, monkeypatch):
+    monkeypatch.setattr(supervision, "SECONDS", 0.02)
+    shared = os.environ[supervision.SHARED].partition(":")[2]
+    monkeypatch.setenv(supervision.SHARED, f"{os.getppid()}:{shared}")
+    busy = 0.0
+
+    async def counts():
+        before = board.read()[os.getpid()][0]
+        await asyncio.sleep(0.3)
+        return board.read()[os.getpid()][0] - before
+
+    async def go():
+        nonlocal busy
+        Pulse(3, lambda: True, lambda: busy, 1).start()
+        await asyncio.sleep(0.1)
+        assert await counts() > 0
+        busy = 1.0
+        await asyncio.sleep(0.1)
+        assert await counts() == 0
+
+    asyncio.run(go())
+
+
 CHILD = """
 import asyncio, subprocess, sys, time
 from service.supervision import Board, Pulse
 
 if sys.argv[1:] == ["worker"]:
     async def work():
-        Pulse(0, lambda: True, 30).start()
+        Pulse(0, lambda: True, lambda: 0.0, 30).start()
         print("works", flush=True)
         await asyncio.sleep(60)
     asyncio.run(work())

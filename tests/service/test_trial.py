@@ -20,7 +20,7 @@ from service.verdicts import RefusedError, Verdicts
 from tests import onnx_members
 from tests.onnx_members import publish, publish_broken
 
-LIMITS = QueueLimits(batch_rows=8, batch_seconds=0.05, rows=64, bytes=2**28, seconds=2)
+LIMITS = QueueLimits(batch_rows=8, batch_seconds=0.05, rows=64, seconds=2)
 RECIPE = Recipe(Policy(), "cpu", 1, 2**30)
 
 

@@ -1,9 +1,11 @@
+import multiprocessing
+import os
 import shutil
 import threading
 
 import pytest
 
-from service.verdicts import FIRST_PAUSE, MAX_PAUSE, Verdicts, refusal
+from service.verdicts import DEATH_PAUSE, FIRST_PAUSE, MAX_PAUSE, RefusedError, Verdicts, refusal
 
 
 def test_workers_share_records_and_say_a_thing_once(tmp_path):
@@ -34,6 +36,31 @@ def test_one_worker_at_a_time_has_the_turn(tmp_path):
         order.append("one")
     waiting.join(20)
     assert order == ["other", "one", "two"]
+
+
+def test_what_cost_other_workers_their_lives_waits_longer_each_time(tmp_path):
+    one = Verdicts(tmp_path / "shared")
+    with one.surviving("a", "token"):
+        with one.surviving("a", "token"):  # another one that lives is no reason to wait
+            pass
+        with pytest.raises(ZeroDivisionError), one.surviving("a", None):  # nor is an error
+            raise ZeroDivisionError
+    for deaths in (1, 2):
+        before = {**one._begun("a")}
+        one.write("a", {pid: when - 1000 for pid, when in before.items()})
+        process = multiprocessing.get_context("spawn").Process(target=_dies_opening, args=(tmp_path / "shared",))
+        process.start()
+        process.join(30)
+        with pytest.raises(RefusedError, match=f"{deaths} worker") as refused, one.surviving("a", "token"):
+            pass
+        assert refused.value.refusal.pause == DEATH_PAUSE * deaths
+        assert refused.value.refusal.holds("token")
+        assert not refused.value.refusal.holds("another")
+
+
+def _dies_opening(folder):
+    with Verdicts(folder).surviving("a", None):
+        os._exit(1)
 
 
 @pytest.mark.parametrize("harm", ["removed", "a file", "damaged", "not ours"])

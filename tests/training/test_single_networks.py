@@ -20,7 +20,7 @@ from tests.training.conftest import SMALL
 from training import curve, data, espro, member, networks
 from training.geometry.vertices import combine
 
-LIMITS = QueueLimits(batch_rows=16, batch_seconds=10, rows=1000, bytes=10**9, seconds=60)
+LIMITS = QueueLimits(batch_rows=16, batch_seconds=10, rows=1000, seconds=60)
 
 
 @pytest.mark.parametrize(
