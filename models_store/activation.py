@@ -107,7 +107,9 @@ class Activations:
         if order != self._recorded():
             files.replace(self._root / _ORDER, "".join(f"{one}\n" for one in order))
             files.sync(self._root)
-        self.retract(name)
+        # An announced version that is not published yet is still to be activated by its publisher.
+        if (pending := self.pending(name)) is None or (self._root / name / str(pending)).exists():
+            self.retract(name)
 
     def _recorded(self) -> list[str]:
         file = self._root / _ORDER

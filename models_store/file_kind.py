@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["safetensors", "torch", "empty", "lfs", "html", "torchscript", "archive", "text", "unknown"]
+Kind = Literal["safetensors", "torch", "empty", "lfs", "html", "torchscript", "archive", "damaged", "text", "unknown"]
 
 _SAID: dict[Kind, str] = {
     "safetensors": "is a safetensors file: weights without a network",
@@ -16,6 +16,7 @@ _SAID: dict[Kind, str] = {
     "html": "is an HTML page, probably a login or error page saved in its stead: download the file itself",
     "torchscript": "is a TorchScript archive: code, not a state_dict",
     "archive": "is a compressed archive: unpack it first",
+    "damaged": "is damaged, or its download was cut short: it begins as torch.save's files do, but its end is missing",
     "text": "is a text file",
     "unknown": "is of no known kind",
 }
@@ -66,7 +67,7 @@ def _zip(file: Path) -> Kind:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError):
-        return "unknown"
+        return "damaged"
     if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
         return "torchscript"
     return "torch" if any(name.endswith("data.pkl") for name in names) else "archive"

@@ -187,6 +187,10 @@ def _locked(file: Path) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
+            if (
+                os.fstat(descriptor).st_uid == os.geteuid()
+            ):  # whoever may write to the folder takes turns, whatever the umask
+                os.fchmod(descriptor, stat.S_IMODE(file.parent.stat().st_mode) & 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             held, there = os.fstat(descriptor), file.lstat()
         except FileNotFoundError:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -199,16 +200,31 @@ class Store:
 
     # Writing
 
-    def check_writable(self) -> None:
+    def check_writable(self, name: str) -> None:
         """Fail now rather than after hours of training.
 
         Raises:
-            StoreWriteError: the root cannot be made or written.
+            StoreWriteError: the root cannot be made or written, or what is published under that name cannot.
         """
+        home = self._folder(name)
         with files.writing(self.root):
             files.make_folder(self.root)
-            with tempfile.TemporaryFile(dir=self.root) as probe:
-                probe.write(b"x")
+            for folder in (self.root, home) if home.exists() else (self.root,):
+                with tempfile.TemporaryFile(dir=folder) as probe:
+                    probe.write(b"x")
+            with self._publishers_lock(name), self._activations.lock():
+                pass
+
+    def _publishers_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return files.locked(self._records() / f".{name}.lock")
+
+    def _records(self) -> Path:
+        """The folder of locks and numbers, open to all who may publish here."""
+        records = self.root / numbering.RECORDS
+        if not records.is_dir():
+            files.make_folder(records)
+            records.chmod(stat.S_IMODE(self.root.stat().st_mode))
+        return records
 
     @contextlib.contextmanager
     def staging(self, name: str) -> Generator[Path]:
@@ -224,8 +240,7 @@ class Store:
         with contextlib.ExitStack() as stack:
             with files.writing(self.root):
                 files.make_folder(home)
-                files.make_folder(self.root / numbering.RECORDS)
-                stack.enter_context(files.locked(self.root / numbering.RECORDS / f".{name}.lock"))
+                stack.enter_context(self._publishers_lock(name))
                 for left_behind in home.glob(_STAGING_PREFIX + "*"):
                     shutil.rmtree(left_behind)
                 self._finish_pending(name)
@@ -398,7 +413,7 @@ class Store:
             )
 
         with files.writing(self.root, outcome):
-            files.make_folder(self.root / numbering.RECORDS)
+            self._records()
             with self._activations.lock():
                 if only_pending and self._activations.pending(name) != version:
                     return False

@@ -32,6 +32,7 @@ from models_store.uncertainty import combine, softmax
 from training import member, temperature
 from training.data import Data, as_arrays
 from training.export import Normalised, torch_logits
+from training.geometry.vertices import put_into
 from training.runs import Run, load_weights, write_whole
 
 LEVEL = 0.01
@@ -152,7 +153,7 @@ def given_answers(
     images, labels = as_arrays(data.validation)
     found: list[Answers] = []
     for index in range(count):
-        network.load_state_dict(load_weights(run.start_file(f"given-{index}")))
+        put_into(network, load_weights(run.start_file(f"given-{index}")))
         served = Normalised(network, data.mean, data.std).to(device)
         member.settle(network, data, bn_images, device)
         logits = torch_logits(served, images, device)

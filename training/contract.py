@@ -19,6 +19,7 @@ from PIL import Image
 from training.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+ROUNDING = 1e-6  # pixels so little outside [0, 1] are clamped
 ITEM = "give pairs (image, label), or dicts with the keys 'image' and 'label'"
 
 
@@ -62,8 +63,7 @@ class Contract:
         if len(images) == 0:
             raise DataError(f"{self.what} is empty.")
         _check_shape(tuple(images.shape[1:]), self.what)
-        self._check_range(images, range(len(images)))
-        return images, labels
+        return self._in_range(images, range(len(images))), labels
 
     def read(self, dataset: Any, rows: Sequence[int]) -> Batch:
         """These rows of a map-style data set.
@@ -90,7 +90,7 @@ class Contract:
                 )
         images = torch.stack([image for image, _ in pairs])
         labels = torch.tensor([label for _, label in pairs])
-        self._check_range(images, rows)
+        images = self._in_range(images, rows)
         if self.classes is not None:
             for label, row in zip(labels.tolist(), rows, strict=True):
                 if not 0 <= label < self.classes:
@@ -223,12 +223,14 @@ class Contract:
         if self.names is not None and width != len(self.names):
             raise DataError(f"{self.what} has one-hot labels of {width} classes, but {len(self.names)} class names.")
 
-    def _check_range(self, images: torch.Tensor, rows: Sequence[int]) -> None:
+    def _in_range(self, images: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         if images.dtype == torch.uint8:
-            return
+            return images
         low, high = (float(value) for value in images.aminmax())
         if low >= 0 and high <= 1:  # false for NaN
-            return
+            return images
+        if low >= -ROUNDING and high <= 1 + ROUNDING:
+            return images.clamp(0, 1)
         flat = images.flatten(1)
         bad = int((~((flat.amin(1) >= 0) & (flat.amax(1) <= 1))).int().argmax())
         row = rows[bad]
@@ -240,7 +242,7 @@ class Contract:
                     "damaged file makes such values: repair the image or leave it out."
                 )
         raise DataError(
-            f"{self.what} has values from {low:.3g} to {high:.3g}, first in row {row}; they must lie in [0, 1]. {_why_outside(low, high)}"
+            f"{self.what} has values from {low:.6g} to {high:.6g}, first in row {row}; they must lie in [0, 1]. {_why_outside(low, high)}"
         )
 
 

@@ -162,7 +162,7 @@ def publish(
         say(f"warning: activated because of --activate-anyway, although {refused}")
     elif refused and config.activate:
         say(
-            f"NOT ACTIVATED: {refused} It is published, but not served. To serve it: "
+            f"NOT ACTIVATED: {refused} It is published, but not served. To serve it all the same, give --activate-anyway, or run: "
             f"python -m models_store activate {version.manifest.name} {version.manifest.version}"
         )
     return version
@@ -176,7 +176,7 @@ def _choose(
     for index in left_out:
         say(
             f"left out of the average: member {index} of {len(members)}, far worse on validation than most ({members[index]}). "
-            "--keep-all-members averages it too."
+            "--keep-all-members averages it too, in a run of its own."
         )
     kept = [index for index in range(len(members)) if index not in left_out]
     for folder, suffix in (("members", "onnx"), ("weights", "safetensors")):

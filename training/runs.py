@@ -244,11 +244,15 @@ def load_weights(file: Path) -> State:
 def write_whole(file: Path, content: bytes) -> None:
     """Write a small file, whole or not at all."""
     temporary = file.with_name(f".{file.name}.new")
-    with temporary.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # a write names none, and would be taken for one to the store
+        raise
 
 
 @contextlib.contextmanager

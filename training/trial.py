@@ -24,7 +24,7 @@ from models_store import independence, output_kind
 from training import hardware, layout, loop, member
 from training.config import Config
 from training.data import Data
-from training.errors import ExportError, NetworkError, TrainingError
+from training.errors import ConfigError, ExportError, NetworkError, TrainingError
 from training.export import LOGITS_TOLERANCE, Exporter, Normalised, torch_logits
 from training.row_mixing import first_mixing
 
@@ -54,7 +54,12 @@ def check(network: nn.Module, data: Data, exporter: Exporter) -> None:
         served = Normalised(tried, data.mean, data.std).eval()
         probes = independence.probes(data.shape, real)
         # Its statistics are those of no images yet; a deep network without them may answer with infinity.
-        member.settle(tried, data, _IMAGES, _CPU)
+        try:
+            member.settle(tried, data, _IMAGES, _CPU)
+        except Exception as error:  # whatever a network raises
+            raise NetworkError(
+                f"The network fails in training mode on {_IMAGES} images: {_first_line(error)}. Correct its forward in training mode."
+            ) from error
         served.eval()
         _refuse_writes(served, torch.from_numpy(probes))
         _refuse_mixed_rows(served, probes)
@@ -139,7 +144,16 @@ def _step(
             f"In training mode the network gives {given} for {size} images; it must give logits ({size}, {len(data.classes)}) as in eval mode. "
             "Auxiliary outputs are for a --loss of your own; else switch them off (torchvision: --network-options aux_logits=False)."
         )
-    loop.loss_of(config)(logits.float() if isinstance(logits, torch.Tensor) else logits, labels).backward()
+    loss = loop.loss_of(config)
+    try:
+        found = loss(logits.float() if isinstance(logits, torch.Tensor) else logits, labels)
+    except Exception as error:
+        if config.loss is None:
+            raise
+        raise ConfigError(
+            f"--loss {config.loss} fails on what the network gives in training mode: {_first_line(error)}. It is called with (logits, labels)."
+        ) from error
+    found.backward()
     with torch.no_grad():
         network(laid_out)  # as batch norm is re-estimated: in float32
         network.eval()

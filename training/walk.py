@@ -16,7 +16,7 @@ from torch import nn
 
 from models_store.manifest import Origin
 from models_store.store import Store, Version
-from training import checkpoint, data, hardware, loop, networks, publication, trial
+from training import activation, checkpoint, data, hardware, loop, networks, publication, trial
 from training.config import Config
 from training.errors import CheckpointError, DivergenceError, ExportError
 from training.export import Exporter
@@ -49,7 +49,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
             weights of their own, `run.start_file("given-0")` … the weights that `config.given()` names.
     """
     store = Store()
-    store.check_writable()
+    store.check_writable(config.published_name)
     fabric = hardware.launch(config)
     say = print if fabric.is_global_zero else (lambda line: None)
     found = data.load(config.data_options(), say)
@@ -99,9 +99,8 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         name = config.published_name
         if (done := store.find_run(name, this_run.identity)) is not None:
             say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
-            # An earlier process may have been stopped between publishing and activating.
-            if leader and config.activate and store.finish_activation(name, done):
-                say(f"{name}@{done} is active now: the run was stopped before it had activated it.")
+            if leader and config.activate:
+                _activate_late(store, name, done, activation.activation_refused(this_run), config, say)
             return store.load(name, done)
         say(f"run {this_run.folder} on {hardware.describe(fabric)}")
         placed = data.on_device(found, fabric.device)
@@ -122,6 +121,19 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
                 )  # fmt: skip
         fabric.barrier()
         return store.load(name, store.find_run(name, this_run.identity))
+
+
+def _activate_late(
+    store: Store, name: str, version: int, refused: str | None, config: Config, say: Callable[[str], None]
+) -> None:
+    """What an earlier process was stopped before, or was not allowed to do."""
+    if refused is not None and config.activate_anyway:
+        store.activate(name, version)
+        say(f"warning: {name}@{version} is active now because of --activate-anyway, although {refused}")
+    elif refused is not None:
+        say(f"NOT ACTIVATED: {refused} --activate-anyway serves it.")
+    elif store.finish_activation(name, version):
+        say(f"{name}@{version} is active now: the run was stopped before it had activated it.")
 
 
 @contextlib.contextmanager

@@ -123,6 +123,18 @@ def test_a_damaged_order_is_no_more_than_a_missing_one_and_the_next_activation_m
         assert record.read_text() == "a\nb\n"
 
 
+def test_activating_another_version_leaves_what_a_publisher_has_announced(store):
+    publish(store, "a")
+    publish(store, "a")
+    activations = store._activations
+    activations.announce("a", 3)  # and its publisher has not renamed the folder yet
+    store.activate("a", 1)
+    assert activations.pending("a") == 3
+    activations.announce("a", 2)
+    store.activate("a", 1)
+    assert activations.pending("a") is None
+
+
 def test_the_token_changes_with_each_activation_of_the_same_version(store):
     assert store.activation_token("a") is None
     publish(store, "a")

@@ -30,7 +30,7 @@ def zipped(*names):
         (zipped("net/data.pkl", "net/data/0", "net/version"), "torch"),
         (zipped("net/data.pkl", "net/constants.pkl", "net/code/__torch__.py"), "torchscript"),
         (zipped("weights/a.npy"), "archive"),
-        (b"PK\x03\x04 broken", "unknown"),
+        (b"PK\x03\x04 broken", "damaged"),
         (b"\x1f\x8b\x08 gzip", "archive"),
         (pickle.dumps({"a": 1}), "torch"),
         (b"accuracy 0.93\n", "text"),

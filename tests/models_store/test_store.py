@@ -4,6 +4,8 @@ import os
 import random
 import shutil
 import socket
+import stat
+import tempfile
 import threading
 from pathlib import Path
 from unittest import mock
@@ -155,7 +157,36 @@ def test_a_full_disk_is_told_and_leaves_the_store_as_it_was(store, monkeypatch):
 def test_a_store_that_cannot_be_written_is_told_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreWriteError, match="not writable"):
-        Store(tmp_path / "file" / "store").check_writable()
+        Store(tmp_path / "file" / "store").check_writable("a")
+
+
+def test_a_name_that_belongs_to_another_user_is_told_before_training(store, monkeypatch):
+    publish(store, "a")
+    store.check_writable("b")
+    there = tempfile.TemporaryFile
+
+    def denied(**options):
+        if options["dir"] == store.root / "a":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return there(**options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    with pytest.raises(StoreWriteError, match="not writable"):
+        store.check_writable("a")
+
+
+def test_the_next_user_of_a_shared_store_may_publish_whatever_the_umask_of_the_first(tmp_path):
+    store = Store(tmp_path / "store")
+    store.root.mkdir()
+    store.root.chmod(0o2775)
+    before = os.umask(0o077)
+    try:
+        publish(store, "a")
+    finally:
+        os.umask(before)
+    records = store.root / ".numbers"
+    assert stat.S_IMODE(records.stat().st_mode) == 0o2775
+    assert {stat.S_IMODE(file.stat().st_mode) for file in records.glob(".*lock")} == {0o664}
 
 
 def test_find_run_finds_only_what_lies_here(store):

@@ -5,11 +5,13 @@ from scipy import stats
 from torch import nn
 
 from models_store.store import Store
+from tests.training.conftest import make_data
+from tests.training.test_checkpoint import Versioned
 from training import fge, networks
-from training.activation import Answers, activation_refused, outliers, refusal
+from training.activation import Answers, activation_refused, given_answers, outliers, refusal
 from training.errors import ConfigError
 from training.fge import Config
-from training.runs import Run
+from training.runs import PREFIXED, Run, save_state
 
 LABELS = np.arange(200) % 4
 
@@ -134,11 +136,24 @@ def test_a_version_made_worse_than_what_it_began_from_is_published_but_not_serve
     (folder,) = (tmp_path / "runs").glob("fge-*")
     assert "worse than the given network" in activation_refused(Run(folder, ""))
     fge.run(Config(**ruin))
-    assert "already finished" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "already finished" in again
+    assert "NOT ACTIVATED: on the 144 validation images it is worse" in again
     assert not (store.root / "tuned" / "active").exists()
+    fge.run(Config(activate_anyway=True, **ruin))
+    assert "active now because of --activate-anyway, although" in capsys.readouterr().out
+    assert store.active("tuned") == 1
     fge.run(Config(activate_anyway=True, fresh=True, **ruin))
     assert "activated because of --activate-anyway" in capsys.readouterr().out
     assert store.active("tuned") == 2
+
+
+def test_a_given_network_that_asks_for_the_version_of_its_weights_is_compared(tmp_path):
+    network = nn.Sequential(nn.Flatten(), Versioned(6, 2))
+    run = Run(tmp_path, "")
+    save_state(run.start_file("given-0"), {f"network.{n}": t for n, t in network.state_dict().items()}, PREFIXED)
+    data = make_data(shape=(1, 1, 6), classes=2)
+    assert len(given_answers(run, network, data, 1, 16, torch.device("cpu"))) == 1
 
 
 def test_a_retraining_that_is_worse_than_the_active_version_leaves_that_one_served(good, capsys):

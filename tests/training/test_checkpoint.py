@@ -100,6 +100,14 @@ class Versioned(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
+def test_a_file_that_was_cut_short_is_named_as_that(tmp_path):
+    file = tmp_path / "cut.pt"
+    torch.save({"weight": torch.zeros(1000)}, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="its download was cut short"):
+        load_into(nn.Linear(3, 2), file)
+
+
 def test_a_module_that_asks_for_its_version_gets_it(tmp_path):
     source = Versioned(3, 2)
     save_file(source.state_dict(), tmp_path / "c.safetensors")

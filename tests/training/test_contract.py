@@ -55,6 +55,16 @@ def test_labels_of_any_form_become_the_same_int64_tensor(labels):
     assert found.tolist() == LABELS
 
 
+def test_pixels_outside_by_rounding_are_clamped_and_more_is_refused_with_enough_digits():
+    rounded = FLOATS.copy()
+    rounded[0, 0, 0, 0], rounded[1, 0, 0, 0] = 1.0000001, -1e-7
+    images, _ = NAMED.arrays(rounded, LABELS)
+    assert (float(images.min()), float(images.max())) == (0, 1)
+    rounded[0, 0, 0, 0] = 1.0001
+    with pytest.raises(DataError, match=r"from -1e-07 to 1.0001, first in row 0"):
+        NAMED.arrays(rounded, LABELS)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "cause"),
     [

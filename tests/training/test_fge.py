@@ -12,7 +12,7 @@ from models_store.store import Store
 from models_store.uncertainty import softmax
 from training import data as data_module
 from training import fge, networks
-from training.errors import CheckpointError, ConfigError
+from training.errors import CheckpointError, DivergenceError, ConfigError
 from training.fge import Config
 from training.runs import Run
 from training.schedules import fge_rate, plain_rate
@@ -142,6 +142,23 @@ def test_given_weights_are_members_and_starts(tmp_path, capsys):
     assert all(torch.equal(given[k], v) for k, v in network.state_dict().items())
     moved = load_file(version.folder / "weights/001.safetensors")
     assert not torch.equal(moved["1.weight"], given["1.weight"])
+
+
+def test_given_weights_without_the_statistics_they_were_trained_with_bring_a_warning(tmp_path, capsys):
+    torch.save(networks.build("mlp", 10, (1, 8, 8), {}).state_dict(), tmp_path / "mine.pt")
+    options = {"network": "mlp", "epochs": 2, "members": 2, "limit": 640, "init": (tmp_path / "mine.pt",)}
+    fge.run(Config(name="m", **options))
+    assert "warning: the given network gets images normalised by mean" in capsys.readouterr().out
+    fge.run(Config(name="m", mean=(0.3,), std=(0.3,), **options))
+    assert "the given network gets images normalised" not in capsys.readouterr().out
+
+
+def test_a_training_that_diverges_names_the_folder_with_the_weights_from_before(tmp_path):
+    with pytest.raises(DivergenceError, match="Weights from before the failure are kept in") as raised:
+        fge.run(Config(network="mlp", epochs=4, pretrain=0.5, members=2, alpha_1=1e30, limit=640))
+    (folder,) = (tmp_path / "runs").glob("fge-*")
+    assert str(folder) in str(raised.value)
+    assert list(folder.rglob("*.safetensors"))
 
 
 def test_a_missing_checkpoint_is_told_before_training(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from models_store.store import Store
 from tests.training.conftest import make_data
 from training import fge, hardware, networks, trial
-from training.errors import ExportError, NetworkError
+from training.errors import ConfigError, ExportError, NetworkError
 from training.export import Exporter
 
 SHAPE = (1, 8, 8)
@@ -109,6 +109,29 @@ def test_a_network_that_lacks_bf16_is_trained_in_float32_unless_bf16_was_asked_f
     assert "bfloat16" in line
     with pytest.raises(NetworkError, match="leave out --precision bf16"):
         fitted("antialiased", precision="bf16")
+
+
+def breaking(logits, labels):
+    raise TypeError("one argument too few")
+
+
+def test_a_loss_that_fails_is_named_instead_of_the_network():
+    own = "tests.training.test_trial:breaking"
+    with pytest.raises(ConfigError, match=f"--loss {own} fails .*one argument too few"):
+        fitted("viewing", precision="32", channels_last=False, loss=own)
+
+
+def test_a_network_with_statistics_whose_forward_fails_in_training_mode_is_refused_with_the_reason():
+    class Failing(nn.Sequential):
+        def forward(self, images):
+            if self.training:
+                raise RuntimeError("pooling region is empty")
+            return super().forward(images)
+
+    channels, height, width = DATA.shape
+    network = Failing(nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(channels * height * width, len(DATA.classes)))
+    with pytest.raises(NetworkError, match="fails in training mode on 8 images: RuntimeError: pooling region"):
+        trial.check(network, DATA, Exporter(DATA.shape))
 
 
 def two_losses(logits, labels):
