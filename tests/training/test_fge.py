@@ -12,7 +12,7 @@ from models_store.store import Store
 from models_store.uncertainty import softmax
 from training import data as data_module
 from training import fge, networks
-from training.errors import CheckpointError, DivergenceError, ConfigError
+from training.errors import CheckpointError, ConfigError, DivergenceError
 from training.fge import Config
 from training.runs import Run
 from training.schedules import fge_rate, plain_rate
