@@ -15,11 +15,11 @@ import numpy as np
 from tabulate import tabulate
 
 from models_store.bank import Bank
-from models_store.runtime import MemberSession
+from models_store.graphs.runtime import MemberSession
 from models_store.store import Store
 from training import curve
 from training.geometry import coefficients
-from training.probing import Subset, open_probe
+from training.measurement.probing import Subset, open_probe
 
 IMAGES = (128, 512, 1024, 2048, 4096, 8192, 16384, 54_000)
 

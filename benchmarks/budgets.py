@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.comparison import Arm, measure, spent, table
 from models_store.store import Store, Version
 from training import curve, fge, independent, snapshot
-from training.probing import Kept
+from training.measurement.probing import Kept
 
 SEEDS = (0, 1, 2)
 B = 10

@@ -24,7 +24,7 @@ from models_store.store import Version
 from training import curve, independent, networks
 from training.geometry import coefficients
 from training.geometry.vertices import State, coordinates
-from training.probing import Probe, Subset, open_probe
+from training.measurement.probing import Probe, Subset, open_probe
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "curve_controls.json"

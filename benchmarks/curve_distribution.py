@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.comparison import Arm, measure, spent, table
 from models_store.store import Store, Version
 from training import independent, swag
-from training.probing import Kept
+from training.measurement.probing import Kept
 
 RESULTS = Path(__file__).parent / "results"
 COMMON = {"dataset": "fashion-mnist", "network": "preresnet8", "limit": 10_000, "activate": False}

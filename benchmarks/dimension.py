@@ -20,10 +20,10 @@ from tabulate import tabulate
 
 from benchmarks.comparison import spent
 from training import espro, independent
-from training.figures.simplexes import by_vertices, plot_volume
 from training.geometry import coefficients, volume
-from training.loop import iterations_per_epoch
-from training.probing import Kept, Subset, open_probe
+from training.measurement.figures.simplexes import by_vertices, plot_volume
+from training.measurement.probing import Kept, Subset, open_probe
+from training.optimisation.loop import iterations_per_epoch
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("evaluation/dimension")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.families [torchvision:NAME …]
 
-For each family: the trial before training (`training.trial`), one member made and published with parity checked, and its bank of
+For each family: the trial before training (`training.optimisation.trial`), one member made and published with parity checked, and its bank of
 two points. Random weights: what is measured is whether the network can be served, not what it knows.
 """
 
@@ -19,11 +19,13 @@ from tabulate import tabulate
 
 from models_store.manifest import Draft, InputSpec, Member, Origin
 from models_store.store import Store
-from training import bank, fge, hardware, member, networks, trial
-from training.augment import Augment
+from training import fge, networks
 from training.data import Data, InMemory
+from training.data.augment import Augment
 from training.errors import TrainingError
-from training.export import Exporter
+from training.members import bank, member
+from training.members.export import Exporter
+from training.optimisation import hardware, trial
 from training.runs import Run
 
 CLASSES = 4

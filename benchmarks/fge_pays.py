@@ -29,14 +29,16 @@ from scipy import stats
 from tabulate import tabulate
 
 from models_store.uncertainty import combine, softmax
-from training import batch_norm, data, hardware, loop, networks, temperature
+from training import data, networks
 from training.errors import DivergenceError
-from training.export import Normalised, torch_logits
 from training.fge import Config
-from training.loop import Leg
-from training.metrics import score
+from training.members import batch_norm, temperature
+from training.members.export import Normalised, torch_logits
+from training.members.metrics import score
+from training.optimisation import hardware, loop
+from training.optimisation.loop import Leg
+from training.optimisation.schedules import fge_rate, plain_rate
 from training.runs import Run, load_state
-from training.schedules import fge_rate, plain_rate
 
 RESULTS = Path(__file__).parent / "results"
 LINES = RESULTS / "fge_pays.jsonl"

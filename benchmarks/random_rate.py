@@ -23,7 +23,7 @@ from benchmarks import serving
 from benchmarks.serving import Arm, running, wrk
 from models_store.manifest import Draft
 from models_store.store import Store, Version
-from service import pool
+from service.inference import pool
 
 BODIES = 256
 RESULT = Path(__file__).parent / "results/random_rate.md"

@@ -87,7 +87,7 @@ def publish(root: Path, count: int, seed: int = 0, resize: str = "refuse") -> Pa
 
     from models_store.manifest import Draft, InputSpec, Member, Origin
     from models_store.store import Store
-    from training.export import Exporter, Normalised
+    from training.members.export import Exporter, Normalised
     from training.networks import build
 
     store, exporter = Store(root), Exporter(SHAPE)
@@ -293,7 +293,7 @@ def measure_limit(store: Path, seconds: int) -> dict[str, float]:
 
 def limit(store: Path, seconds: int) -> dict[str, float]:
     """Images a second through the same sessions, by batch size, in a process that does nothing else."""
-    from models_store.runtime import EnsembleSession
+    from models_store.graphs.runtime import EnsembleSession
     from models_store.store import Store
 
     version = Store(store).resolve(NAME)

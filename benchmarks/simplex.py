@@ -24,7 +24,7 @@ from benchmarks.comparison import measure as compare
 from models_store.store import Store, Version
 from training import espro, independent
 from training.geometry import coefficients, volume
-from training.probing import Kept, Probe, Subset, open_probe
+from training.measurement.probing import Kept, Probe, Subset, open_probe
 
 SEEDS = (0, 1, 2, 3)
 CHOSEN_ON = 0

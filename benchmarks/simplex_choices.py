@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.comparison import Arm, measure, table
 from models_store.store import Store, Version
 from training import espro, independent, swag
-from training.probing import Kept
+from training.measurement.probing import Kept
 
 RESULTS = Path(__file__).parent / "results"
 SEED, B = 100, 30

@@ -26,7 +26,7 @@ from benchmarks.comparison import Arm, measure, spent, table
 from benchmarks.corruptions import LEFT_OUT, SEVERITIES, corrupted
 from models_store.store import Store, Version
 from training import espro, independent, swag
-from training.probing import Kept
+from training.measurement.probing import Kept
 
 SEEDS = (0, 1, 2)
 SIMPLEX: dict[str, Any] = {"vertices": 1, "samples": 25, "bank": 0}

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.comparison import spent
-from models_store.runtime import EnsembleSession
+from models_store.graphs.runtime import EnsembleSession
 from models_store.store import Version
 from models_store.uncertainty import Floats, softmax
 from training import espro, independent

@@ -21,8 +21,9 @@ import torch
 from tabulate import tabulate
 from torch.nn import functional
 
-from training import curve, espro, hardware, networks
-from training.steps import BetweenVertices, OneNetwork
+from training import curve, espro, networks
+from training.optimisation import hardware
+from training.optimisation.steps import BetweenVertices, OneNetwork
 
 SHAPE = (1, 28, 28)
 BLOCKS, PASSES = 75, 10

@@ -18,8 +18,8 @@ from safetensors.numpy import (  # pyright: ignore[reportUnknownVariableType]
 )
 
 from models_store.errors import CorruptionError, MemberError
+from models_store.graphs.onnx_contract import check_template
 from models_store.manifest import MAX_TEMPERATURE, MIN_TEMPERATURE
-from models_store.onnx_contract import check_template
 
 TEMPLATE, VERTICES, POINTS = "template.onnx", "vertices.safetensors", "points.safetensors"
 _STATISTICS = "statistics/"

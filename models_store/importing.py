@@ -17,11 +17,11 @@ import onnx.version_converter
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from models_store import independence, output_kind
 from models_store.errors import MemberError
+from models_store.graphs import independence, output_kind
+from models_store.graphs.onnx_contract import dimensions, domains_in_use, graph_inputs, load, refuse_unknown_domains
+from models_store.graphs.runtime import MemberSession
 from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME, Draft, InputSpec, Member, Origin
-from models_store.onnx_contract import dimensions, domains_in_use, graph_inputs, load, refuse_unknown_domains
-from models_store.runtime import MemberSession
 from models_store.store import Store, Version
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariable
 
 from models_store import files
 from models_store.errors import LineageError
-from models_store.onnx_contract import MAX_MODEL_BYTES
+from models_store.graphs.onnx_contract import MAX_MODEL_BYTES
 from models_store.store import MAX_WEIGHTS_BYTES, Version
 
 Marks = frozenset[bytes]

@@ -30,8 +30,8 @@ from models_store.errors import (
     StoreReadError,
     StoreWriteError,
 )
+from models_store.graphs.onnx_contract import MAX_MODEL_BYTES, check_member
 from models_store.manifest import MAX_BYTES, SCHEMA_VERSION, Draft, Manifest
-from models_store.onnx_contract import MAX_MODEL_BYTES, check_member
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MANIFEST = "manifest.json"

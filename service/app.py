@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from service import bentoml_internals  # isort: skip - before BentoML asks whether it may report
+from service.operations import bentoml_internals  # isort: skip - before BentoML asks whether it may report
 
 import bentoml
 import orjson
@@ -26,14 +26,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models_store.manifest import InputSpec
 from models_store.store import Store
-from service import log_writer, metrics, openapi, verdicts
-from service.access_log import AccessLog
-from service.batching import Answer, Batcher, QueueLimits
-from service.bodies import Asked, read_request
-from service.connections import LEFT
-from service.draws import Keyed
-from service.ensemble import Ensembles
-from service.errors import (
+from service.http import openapi
+from service.http.access_log import AccessLog
+from service.http.bodies import Asked, read_request
+from service.http.connections import LEFT
+from service.http.errors import (
     BadRequestError,
     DeadlineError,
     ForbiddenError,
@@ -44,18 +41,33 @@ from service.errors import (
     ServiceError,
     TooLargeError,
 )
-from service.hosts import Hosts
-from service.images import Encoded, Images, Limits
-from service.intake import Body, Intake
-from service.offload import SMALL_PIXELS, Offload
-from service.opening import Ensemble
-from service.policy import Mode
-from service.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PoolInfo, Status, describe, padded, respond
-from service.session import Rows, Session
-from service.settings import WrongSettingError, settings, share_key
-from service.supervision import Board, Pulse, Watch
-from service.trial import Trials
-from service.verdicts import Verdicts
+from service.http.hosts import Hosts
+from service.http.images import Encoded, Images, Limits
+from service.http.intake import Body, Intake
+from service.http.schemas import (
+    EnsembleInfo,
+    EnsembleList,
+    ErrorBody,
+    Options,
+    PoolInfo,
+    Status,
+    describe,
+    padded,
+    respond,
+)
+from service.inference import verdicts
+from service.inference.batching import Answer, Batcher, QueueLimits
+from service.inference.draws import Keyed
+from service.inference.ensemble import Ensembles
+from service.inference.offload import SMALL_PIXELS, Offload
+from service.inference.opening import Ensemble
+from service.inference.policy import Mode
+from service.inference.session import Rows, Session
+from service.inference.trial import Trials
+from service.inference.verdicts import Verdicts
+from service.operations import log_writer, metrics
+from service.operations.settings import WrongSettingError, settings, share_key
+from service.operations.supervision import Board, Pulse, Watch
 
 INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
 INLINE_ROWS = 32  # the same for what is written and counted

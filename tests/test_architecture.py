@@ -44,12 +44,12 @@ def test_a_file_imports_only_what_its_room_may(file):
 
 def test_only_the_runtime_makes_onnx_runtime_sessions():
     makers = [file.relative_to(ROOT).as_posix() for file in FILES if "InferenceSession(" in file.read_text()]
-    assert makers == ["models_store/runtime.py"]
+    assert makers == ["models_store/graphs/runtime.py"]
 
 
 def test_only_one_place_makes_members():
     users = [f.relative_to(ROOT).as_posix() for f in FILES if "batch_norm.reestimate(" in f.read_text()]
-    assert users == ["training/member.py"]
+    assert users == ["training/members/member.py"]
 
 
 def test_no_room_is_called_utils():
@@ -68,7 +68,7 @@ def error_classes(module, base):
 
 
 def test_every_service_error_has_a_status_of_its_own_and_stands_in_the_tree():
-    from service import errors
+    from service.http import errors
 
     classes = error_classes(errors, errors.ServiceError)
     assert classes

@@ -16,18 +16,18 @@ import numpy as np
 
 from models_store.manifest import Origin
 from models_store.store import Version
-from training import door, walk
+from training import command, pipeline
 from training.config import Config as BaseConfig
 from training.errors import ConfigError
 from training.geometry import coefficients
 from training.geometry.coefficients import Coefficients, Coordinates, Shape
 from training.geometry.vertices import State, combine
-from training.loop import Leg
-from training.publication import Points
+from training.members.publication import Points
+from training.optimisation.loop import Leg
+from training.optimisation.schedules import plain_rate
+from training.optimisation.steps import Span
+from training.pipeline import Plan
 from training.runs import Run
-from training.schedules import plain_rate
-from training.steps import Span
-from training.walk import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +173,8 @@ def _points(config: Config, components: list[list[int]], total: int) -> Points:
 
 def run(config: Config) -> Version:
     """Train, or go on training, and publish."""
-    return walk.run(config, plan)
+    return pipeline.run(config, plan)
 
 
 if __name__ == "__main__":
-    door.main(Config, run, __doc__)
+    command.main(Config, run, __doc__)

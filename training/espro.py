@@ -19,19 +19,19 @@ import torch
 
 from models_store.manifest import Origin
 from models_store.store import Store, Version
-from training import checkpoint, door, walk
+from training import command, pipeline
 from training.config import Config as BaseConfig
 from training.errors import ConfigError
 from training.geometry import coefficients, volume
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, combine
-from training.loop import Leg
-from training.publication import Points
-from training.runs import Run
-from training.schedules import plain_rate, snapshot_rate
-from training.seeds import derive
-from training.steps import Span
-from training.walk import Plan
+from training.members.publication import Points
+from training.optimisation.loop import Leg
+from training.optimisation.schedules import plain_rate, snapshot_rate
+from training.optimisation.seeds import derive
+from training.optimisation.steps import Span
+from training.pipeline import Plan
+from training.runs import Run, checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,8 +299,8 @@ def describe(places: Coordinates, simplexes: Sequence[Sequence[int]]) -> str:
 
 def run(config: Config) -> Version:
     """Train, or go on training, and publish."""
-    return walk.run(config, plan)
+    return pipeline.run(config, plan)
 
 
 if __name__ == "__main__":
-    door.main(Config, run, __doc__)
+    command.main(Config, run, __doc__)

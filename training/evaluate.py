@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from torch.nn import functional
 
+from models_store.graphs.runtime import EnsembleSession, in_batches
 from models_store.manifest import ECE_BINS
-from models_store.runtime import EnsembleSession, in_batches
 from models_store.store import Store, Version
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction, softmax
-from training import data, door, metrics, path_evaluation
+from training import command, data
 from training.config import data_options
 from training.errors import ConfigError
-from training.probing import Subset
+from training.measurement import path_evaluation
+from training.measurement.probing import Subset
+from training.members import metrics
 
 
 @dataclass(frozen=True)
@@ -245,4 +247,4 @@ def plot_reliability(prediction: Prediction, labels: NDArray[np.integer], title:
 
 
 if __name__ == "__main__":
-    door.main(Config, run, __doc__)
+    command.main(Config, run, __doc__)

@@ -14,13 +14,13 @@ from typing import ClassVar, Self
 
 from models_store.manifest import Origin
 from models_store.store import Version
-from training import door, walk
+from training import command, pipeline
 from training.config import Config as BaseConfig
 from training.errors import ConfigError
-from training.loop import Leg
+from training.optimisation.loop import Leg
+from training.optimisation.schedules import fge_collections, fge_rate, plain_rate
+from training.pipeline import Plan
 from training.runs import Run
-from training.schedules import fge_collections, fge_rate, plain_rate
-from training.walk import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,9 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
         files = [run.start_file(f"given-{i}") for i in range(len(config.init))]
         legs = [_cycles(config, cycle, collect, file) for file in files]
         given = [(file, Origin(cycle=0, epoch=0)) for file in files]
-        return Plan(legs, [*given, *walk.collected(run, legs, steps)], note=note)
+        return Plan(legs, [*given, *pipeline.collected(run, legs, steps)], note=note)
     legs = [leg for number in range(config.runs) for leg in _one_run(config, run, steps, number)]
-    return Plan(legs, walk.collected(run, legs, steps), note=note)
+    return Plan(legs, pipeline.collected(run, legs, steps), note=note)
 
 
 def _one_run(config: Config, run: Run, steps: int, number: int) -> list[Leg]:
@@ -149,8 +149,8 @@ def _cycles(config: Config, cycle: int, collect: tuple[int, ...], file: Path, of
 
 def run(config: Config) -> Version:
     """Train, or go on training, and publish."""
-    return walk.run(config, plan)
+    return pipeline.run(config, plan)
 
 
 if __name__ == "__main__":
-    door.main(Config, run, __doc__)
+    command.main(Config, run, __doc__)

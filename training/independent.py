@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from models_store.store import Version
-from training import door, walk
+from training import command, pipeline
 from training.config import Config as BaseConfig
-from training.loop import Leg
+from training.optimisation.loop import Leg
+from training.optimisation.schedules import plain_rate
+from training.pipeline import Plan
 from training.runs import Run
-from training.schedules import plain_rate
-from training.walk import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,13 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
         )
         for number in range(config.runs)
     ]
-    return Plan(legs, walk.collected(run, legs, steps))
+    return Plan(legs, pipeline.collected(run, legs, steps))
 
 
 def run(config: Config) -> Version:
     """Train, or go on training, and publish."""
-    return walk.run(config, plan)
+    return pipeline.run(config, plan)
 
 
 if __name__ == "__main__":
-    door.main(Config, run, __doc__)
+    command.main(Config, run, __doc__)

@@ -15,11 +15,12 @@ import numpy as np
 import tyro
 
 from models_store.store import Store, Version
-from training import checkpoint, door, espro, fge
+from training import command, espro, fge
 from training.errors import ConfigError
-from training.figures import fge_run, plane, simplexes
 from training.geometry import coefficients
-from training.probing import Subset
+from training.measurement.figures import fge_run, plane, simplexes
+from training.measurement.probing import Subset
+from training.runs import checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def run(config: Config) -> dict[str, Any]:
 def _of_ensemble(config: Config, version: Version, subset: Subset, folder: Path) -> dict[str, Any]:
     geometry = version.manifest.geometry
     if version.manifest.method == fge.Config.method:
-        return fge_run.measure(version, config.each_cycle, subset, folder)
+        return fge_run.measure(version, fge.Config, fge.plan, config.each_cycle, subset, folder)
     if version.manifest.method == espro.Config.method:
         return simplexes.measure(version, config.faces, config.grid, config.margin, subset, folder)
     if geometry is None or geometry.shape not in ("bezier", "polychain") or len(geometry.components[0]) != 3:
@@ -105,4 +106,4 @@ def _folder(config: Config, version: Version) -> Path:
 
 
 if __name__ == "__main__":
-    door.main(Config, run, __doc__)
+    command.main(Config, run, __doc__)

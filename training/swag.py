@@ -18,18 +18,18 @@ from torch import nn
 
 from models_store.manifest import Origin
 from models_store.store import Version
-from training import curve, door, walk
+from training import command, curve, pipeline
 from training.config import Config as BaseConfig
 from training.errors import ConfigError
 from training.geometry import coefficients
 from training.geometry.gaussian import Gaussian
 from training.geometry.vertices import combine
-from training.loop import Leg
+from training.optimisation.loop import Leg
+from training.optimisation.schedules import plain_rate
+from training.optimisation.seeds import derive
+from training.optimisation.steps import Span
+from training.pipeline import Plan
 from training.runs import Run, load_weights, save_state
-from training.schedules import plain_rate
-from training.seeds import derive
-from training.steps import Span
-from training.walk import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +172,8 @@ def _names(network: nn.Module) -> list[list[str]]:
 
 def run(config: Config) -> Version:
     """Train, or go on training, and publish."""
-    return walk.run(config, plan)
+    return pipeline.run(config, plan)
 
 
 if __name__ == "__main__":
-    door.main(Config, run, __doc__)
+    command.main(Config, run, __doc__)

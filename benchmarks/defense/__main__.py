@@ -29,8 +29,8 @@ from benchmarks.defense import arms, blackbox, judging, parity, report, whitebox
 from benchmarks.defense.attacks import VERSIONS, attack
 from benchmarks.defense.recipes import ARMS, EPSILON, FASHION, SMOKE, Arm, Size
 from models_store.store import Store
-from training import hardware
-from training.probing import Kept
+from training.measurement.probing import Kept
+from training.optimisation import hardware
 
 RESULTS = Path(__file__).parents[1] / "results"
 FAR = 20 / 255  # HopSkipJump minimises the distance; what counts is what it found within this

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from models_store.store import Store
 from models_store.uncertainty import softmax
-from service import pool
-from service.draws import Keyed
-from service.ensemble import Ensembles
-from service.opening import Ensemble
-from service.policy import Mode, Policy
+from service.inference import pool
+from service.inference.draws import Keyed
+from service.inference.ensemble import Ensembles
+from service.inference.opening import Ensemble
+from service.inference.policy import Mode, Policy
 
 Array = NDArray[np.float64]
 CLASSES = 10

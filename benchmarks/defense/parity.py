@@ -15,7 +15,7 @@ from benchmarks import serving
 from benchmarks.defense import arms, blackbox
 from models_store.store import Store, Version
 from models_store.uncertainty import softmax
-from service import pool
+from service.inference import pool
 
 AWAY = 1e-5  # of probabilities: in another batch, another rounding
 NEVER = 1e12  # seconds, after which the key turns

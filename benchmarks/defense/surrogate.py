@@ -11,7 +11,7 @@ from torch.nn import functional
 from benchmarks.defense.arms import Door
 from training import networks
 from training.data import Data
-from training.export import Normalised
+from training.members.export import Normalised
 
 EPOCHS, BATCH, RATE = 6, 64, 0.05
 SHIFT = 2  # pixels

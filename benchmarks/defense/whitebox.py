@@ -16,7 +16,7 @@ from torch.nn import functional
 from models_store.bank import Bank
 from models_store.store import Version
 from training import networks
-from training.export import Normalised
+from training.members.export import Normalised
 
 Images = NDArray[np.float32]
 Labels = NDArray[np.int64]

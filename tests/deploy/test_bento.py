@@ -90,7 +90,7 @@ def test_an_unpacked_bento_is_not_written_over(built):
 
 
 def test_what_deploys_names_files_and_settings_that_exist():
-    from service.settings import Settings
+    from service.operations.settings import Settings
 
     compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
     service = compose["services"]["modepath"]

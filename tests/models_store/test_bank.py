@@ -5,8 +5,8 @@ from onnx import TensorProto, helper
 
 from models_store.bank import Bank, check_bank
 from models_store.errors import CorruptionError, MemberError
+from models_store.graphs.runtime import MemberSession
 from models_store.manifest import ONNX_OPSET
-from models_store.runtime import MemberSession
 
 
 def template(external=("w", "shift")):

@@ -4,8 +4,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models_store.errors import MemberError
+from models_store.graphs.runtime import EnsembleSession
 from models_store.importing import ImportOptions, import_members
-from models_store.runtime import EnsembleSession
 from models_store.uncertainty import softmax
 from tests.models_store.test_file_kind import HTML, LFS, zipped
 from tests.onnx_members import SHAPE, linear, linear_logits

@@ -12,7 +12,7 @@ from PIL import Image
 from models_store.uncertainty import combine, softmax
 from service import client as module
 from service.client import Answer, AsyncClient, Client, RefusedError
-from service.schemas import PredictResponse, RowPrediction
+from service.http.schemas import PredictResponse, RowPrediction
 from tests.onnx_members import SHAPE, linear, linear_logits, publish
 
 images = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)

@@ -4,8 +4,8 @@ pytest.importorskip("torch", reason="the training extra is not installed")
 
 import torch
 
-from training.augment import Augment
 from training.data import Data, InMemory
+from training.data.augment import Augment
 
 SMALL = {"network": "preresnet8", "network_options": ("width=0.25",), "batch_size": 64, "limit": 640}
 

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models_store.bank import Bank
-from models_store.runtime import MemberSession
+from models_store.graphs.runtime import MemberSession
 from models_store.store import Store
 from models_store.uncertainty import softmax
-from tests.training import test_export
+from tests.training.members import test_export
 from training import curve, data, independent, networks
 from training.curve import Config
 from training.errors import CheckpointError, ConfigError

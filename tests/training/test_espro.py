@@ -10,17 +10,18 @@ from torch import nn
 from torch.nn import functional
 
 from models_store.bank import Bank
-from models_store.runtime import EnsembleSession, MemberSession
+from models_store.graphs.runtime import EnsembleSession, MemberSession
 from models_store.store import Store
 from tests.training import test_curve
 from tests.training.conftest import SMALL
-from training import espro, hardware, independent, networks
+from training import espro, independent, networks
 from training.errors import ConfigError, DivergenceError
 from training.espro import Config, complexes, describe, in_turn, perturbed, star
 from training.geometry import volume
 from training.geometry.vertices import combine, coordinates
-from training.seeds import derive
-from training.steps import BetweenVertices
+from training.optimisation import hardware
+from training.optimisation.seeds import derive
+from training.optimisation.steps import BetweenVertices
 
 GROW = {**SMALL, "vertices": 2, "vertex_epochs": 2, "samples": 3, "bank": 5}
 
@@ -292,7 +293,7 @@ def show(self, shown=steps.BetweenVertices.show):
     shown(self)
 
 steps.BetweenVertices.show = show
-door.main(espro.Config, espro.run, espro.__doc__)
+command.main(espro.Config, espro.run, espro.__doc__)
 """
 
 

@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from models_store.runtime import EnsembleSession
+from models_store.graphs.runtime import EnsembleSession
 from models_store.store import Store
 from models_store.uncertainty import softmax
 from training import data as data_module
 from training import fge, networks
 from training.errors import CheckpointError, ConfigError, DivergenceError
 from training.fge import Config
+from training.optimisation.schedules import fge_rate, plain_rate
 from training.runs import Run
-from training.schedules import fge_rate, plain_rate
 
 
 def plan(steps=10, **options):

@@ -4,12 +4,12 @@ import json
 import numpy as np
 import pytest
 
-from models_store.runtime import EnsembleSession
+from models_store.graphs.runtime import EnsembleSession
 from tests.training.conftest import SMALL
 from training import data, fge, landscape
 from training.errors import ConfigError
-from training.figures.plane import Plane
-from training.metrics import accuracy
+from training.measurement.figures.plane import Plane
+from training.members.metrics import accuracy
 
 
 def test_the_planes_coordinates_are_distances_and_its_points_are_affine():

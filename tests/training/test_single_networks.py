@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from models_store.bank import Bank
-from models_store.runtime import MemberSession
+from models_store.graphs.runtime import MemberSession
 from models_store.store import Store
 from models_store.uncertainty import softmax
-from service.batching import Batcher, QueueLimits
-from service.ensemble import Ensembles
-from service.policy import Policy
+from service.inference.batching import Batcher, QueueLimits
+from service.inference.ensemble import Ensembles
+from service.inference.policy import Policy
 from tests.training.conftest import SMALL
-from training import curve, data, espro, member, networks
+from training import curve, data, espro, networks
 from training.geometry.vertices import combine
+from training.members import member
 
 LIMITS = QueueLimits(batch_rows=16, batch_seconds=10, rows=1000, seconds=60)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.data.import_string import import_string
 from training.errors import NetworkError
-from training.import_string import import_string
 from training.networks import mlp, preresnet, vgg, wide_resnet
 
 Shape = tuple[int, int, int]

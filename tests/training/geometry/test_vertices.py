@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.test_export import Odd
+from tests.training.members.test_export import Odd
 from training.geometry import volume
 from training.geometry.coefficients import curve, distances
 from training.geometry.vertices import Vertices, combine, coordinates

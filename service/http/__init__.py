@@ -1,0 +1,1 @@
+"""HTTP: connections, bodies, images, limits, errors and responses."""

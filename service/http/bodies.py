@@ -1,0 +1,157 @@
+"""From a request's bytes to what it asks: the media types and the JSON fields. Pixels are decoded in images.py."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from models_store.manifest import InputSpec
+from service.http import images
+from service.http.errors import BadRequestError, MediaTypeError
+from service.http.images import Encoded, Images, Limits
+from service.http.large_json import LARGE_BYTES, Shape, cut
+from service.http.schemas import Options, PredictRequest
+
+JSON = "application/json"
+NPY = "application/x-npy"
+ENCODED = ("image/png", "image/jpeg")
+EXAMPLE = '{"inputs": [[[[0.0, ...]]]]}'
+Model = TypeVar("Model", bound=BaseModel)
+Open = Callable[[InputSpec, Limits], Images | Encoded]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request whose fields are right and whose pixels are still to be decoded."""
+
+    options: Options
+    open: Open  # to arrays, or to encoded images that are decoded next
+    encoded: bool = False
+
+
+def read_request(
+    content_type: str, query: Sequence[tuple[str, str]], body: bytes | bytearray, shapes: Sequence[Shape], max_rows: int
+) -> Asked:
+    """Parse a body; for arrays and images the other fields come as query parameters.
+
+    Args:
+        content_type: the header.
+        query: names and values.
+        body: as it came.
+        shapes: (C, H, W) of everything that is served.
+        max_rows: images in one request.
+
+    Raises:
+        TooLargeError: more images than that.
+        MediaTypeError: not a media type we read.
+        BadRequestError: broken JSON, or a field that is unknown, missing, given twice, or wrong.
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == JSON:
+        if query:
+            raise BadRequestError(
+                f"Query parameter {query[0][0]!r} beside a JSON body; its fields go into the body: {EXAMPLE}."
+            )
+        return _read_json(bytes(body), shapes, max_rows)
+    if media_type == NPY:
+        return Asked(_read_query(query), partial(images.from_npy, bytes(body)))
+    if media_type in ENCODED:
+        return Asked(_read_query(query), partial(images.open_encoded, [bytes(body)], "The body"), encoded=True)
+    raise MediaTypeError(
+        f"Content-Type {media_type[:80] or 'none'!r} is not read here; send {JSON}, {NPY} (numpy.save), {' or '.join(ENCODED)}."
+    )
+
+
+def _read_json(body: bytes, shapes: Sequence[Shape], max_rows: int) -> Asked:
+    rows = None
+    if len(body) > LARGE_BYTES:
+        body, rows = cut(body, shapes, max_rows)
+    try:
+        record = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequestError(f"The body is not JSON ({error}); send an object like {EXAMPLE}.") from None
+    if not isinstance(record, dict):
+        raise BadRequestError(
+            f"The body is a JSON {type(cast(object, record)).__name__}; send an object like {EXAMPLE}."
+        )
+    fields = cast(dict[str, Any], record)
+    # orjson keeps the last of two equal keys in silence. In a right request only the keys have colons after them.
+    if body.count(b":") != len(fields):
+        _refuse_duplicates(body)
+    request = _validated(PredictRequest, PredictRequest.model_validate, fields)
+    if (request.inputs is None) == (request.images is None):
+        raise BadRequestError(f'A request has either `inputs` or `images`: {EXAMPLE} or {{"images": [base64, ...]}}.')
+    if request.inputs is not None:
+        _refuse_texts(body, fields)
+        if rows is not None and not request.inputs:
+            return Asked(request, partial(images.from_rows, rows))
+        return Asked(request, partial(images.from_lists, request.inputs))
+    encoded = [_from_base64(text, i) for i, text in enumerate(request.images or ())]
+    return Asked(request, partial(images.open_encoded, encoded, "`images[{}]`"), encoded=True)
+
+
+def _read_query(query: Sequence[tuple[str, str]]) -> Options:
+    fields = dict(query)
+    if len(fields) != len(query):
+        raise BadRequestError(
+            f"A query parameter is given twice: {', '.join(name for name, _ in query)}. Give each once."
+        )
+    return _validated(Options, Options.model_validate_strings, fields)
+
+
+def _validated(model: type[Model], validate: Callable[[Any], Model], record: dict[str, Any]) -> Model:
+    known = ", ".join(model.model_fields)
+    # Before pydantic, which would describe every one of a million unknown fields.
+    if unknown := next((name for name in record if name not in model.model_fields), None):
+        raise BadRequestError(f"Field {unknown[:80]!r} is unknown. The fields of a request are {known}.")
+    try:
+        return validate(record)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:80]
+        raise BadRequestError(f"Field {place!r}: {first['msg']}. The fields of a request are {known}.") from None
+
+
+def _refuse_duplicates(body: bytes) -> None:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(found := dict(pairs)) < len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise BadRequestError(f"Field {twice[:80]!r} is given twice; give each field once.")
+        return found
+
+    try:
+        json.loads(body, object_pairs_hook=unique)
+    except (RecursionError, ValueError):
+        raise BadRequestError(
+            f"The body is nested too deeply to be a request; send an object like {EXAMPLE}."
+        ) from None
+
+
+def _refuse_texts(body: bytes, fields: dict[str, Any]) -> None:
+    # One text among numbers would have numpy make texts of all of them, each as long as the longest; and true is 1 to it.
+    texts = [value for value in fields.values() if isinstance(value, str)]
+    quotes = 2 * (len(fields) + len(texts))
+    words = sum(isinstance(value, bool) for value in fields.values())
+    words += sum(text.count("true") + text.count("false") for text in texts)
+    if body.count(b'"') != quotes or body.count(b"true") + body.count(b"false") != words:
+        raise BadRequestError(
+            "`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1]."
+        )
+
+
+def _from_base64(text: str, index: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadRequestError(
+            f"`images[{index}]` is not base64. Send the bytes of a PNG or JPEG file in base64; addresses are not fetched."
+        ) from None

@@ -1,0 +1,106 @@
+"""Large JSON bodies: bounded before they are parsed, and parsed one image at a time.
+
+A parser holds Python's lock until it is done, and makes an object of every number and every list. So a large body is first
+measured by its brackets, quotes and commas, `inputs` is cut out of it as bytes, and each image becomes an array by itself:
+requests on other connections wait for one image at most.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.http.errors import BadRequestError, TooLargeError
+
+LARGE_BYTES = 64 * 1024  # smaller bodies are parsed at once
+_FIELDS = 32  # brackets, names, texts and commas that the other fields of a request may need, generously
+_INPUTS = re.compile(rb'"inputs"\s*:\s*\[')
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The text of one element of `inputs`."""
+
+    text: bytes
+    lists: int  # how many lists it is made of, itself among them
+
+
+def cut(body: bytes, shapes: Sequence[Shape], max_rows: int) -> tuple[bytes, list[Row] | None]:
+    """Take the elements of `inputs` out of a body.
+
+    Args:
+        body: the whole of it.
+        shapes: (C, H, W) of everything that is served; a body that fits none of them is refused unparsed.
+        max_rows: images in one request.
+
+    Returns:
+        The body with an empty list for `inputs`, and the elements; or the body as it is and None where it has no `inputs`.
+
+    Raises:
+        BadRequestError: it cannot be a request.
+        TooLargeError: more images than a request may have.
+    """
+    if max(body.count(b"["), body.count(b"]")) > _most_lists(len(body), shapes, max_rows) + _FIELDS:
+        raise BadRequestError(
+            "The body has more lists than a request of that size can have. `inputs` is (batch, C, H, W): see /ensembles for the shapes."
+        )
+    if body.count(b'"') > 2 * (max_rows + _FIELDS):
+        raise BadRequestError(
+            f"The body has more texts than {max_rows} encoded images and the other fields of a request need."
+        )
+    found = _INPUTS.search(body)
+    if found is None:
+        _bound_rest(body, max_rows)
+        return body, None
+    start = found.end() - 1
+    codes = np.frombuffer(body, np.uint8, offset=start)
+    at = np.flatnonzero((codes == ord("[")) | (codes == ord("]")))
+    depth = np.cumsum(np.where(codes[at] == ord("["), 1, -1))
+    closed = np.flatnonzero(depth == 0)
+    if not len(closed):
+        raise BadRequestError("The body is not JSON: the list `inputs` is not closed. Was the body cut off?")
+    at, depth = at[: closed[0] + 1], depth[: closed[0] + 1]
+    end = start + int(at[-1]) + 1
+    rest = body[: start + 1] + body[end - 1 :]
+    _bound_rest(rest, max_rows)
+    return rest, _rows(body[start:end], at, depth, max_rows)
+
+
+def _most_lists(size: int, shapes: Sequence[Shape], max_rows: int) -> int:
+    # A number takes two bytes at least, with its comma.
+    return 1 + max((min(max_rows, 1 + size // (2 * c * h * w)) * (1 + c + c * h) for c, h, w in shapes), default=0)
+
+
+def _bound_rest(rest: bytes, max_rows: int) -> None:
+    if rest.count(b",") > max_rows + _FIELDS or rest.count(b"[") + rest.count(b"{") > _FIELDS:
+        raise BadRequestError(
+            f"The body holds more than {max_rows} images and the other fields of a request. Is an array in a field other than `inputs`?"
+        )
+
+
+def _rows(inputs: bytes, at: np.ndarray, depth: np.ndarray, max_rows: int) -> list[Row]:
+    opening = np.diff(depth, prepend=0) > 0
+    starts, ends = np.flatnonzero(opening & (depth == 2)), np.flatnonzero(~opening & (depth == 1))
+    if len(starts) > max_rows:
+        raise TooLargeError(f"{len(starts)} images in one request; at most {max_rows} are taken. Send them in parts.")
+    if b'"' in inputs or b"true" in inputs or b"false" in inputs:
+        raise BadRequestError(
+            "`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1]."
+        )
+    rows: list[Row] = []
+    before = 1
+    for first, last in zip(starts.tolist(), ends.tolist(), strict=True):
+        begin, end = int(at[first]), int(at[last]) + 1
+        if inputs[before:begin].strip() != (b"," if rows else b""):
+            raise BadRequestError(
+                "`inputs` is not a list of images: between two of them stands something else than a comma."
+            )
+        rows.append(Row(inputs[begin:end], (last - first + 1) // 2))
+        before = end
+    if inputs[before:-1].strip():
+        raise BadRequestError("`inputs` is not a list of images; send lists (batch, C, H, W).")
+    return rows

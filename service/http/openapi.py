@@ -1,0 +1,161 @@
+"""GET /docs.json: every route, from the schemas that parse and answer, with the image shapes of what is served now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+
+from models_store.manifest import Manifest
+from service.http.bodies import ENCODED, JSON, NPY
+from service.http.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PredictRequest, PredictResponse, Status
+from service.inference.policy import Mode
+
+_SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
+    (Options, "validation"), (PredictRequest, "validation"),
+    (PredictResponse, "serialization"), (EnsembleInfo, "serialization"), (EnsembleList, "serialization"),
+    (ErrorBody, "serialization"), (Status, "serialization"),
+)  # fmt: skip
+REFUSALS = {
+    400: "malformed or invalid",
+    403: "not open here, by the operator's policy",
+    404: "no such ensemble or address",
+    408: "the body stopped coming",
+    413: "too large",
+    415: "a media type that is not read here",
+    421: "addressed by a name that is not this service's",
+    429: "too much waits already",
+    431: "the request's head is too large",
+    500: "the ensemble or the service is broken",
+    501: "a transfer coding that is not read here",
+    503: "not ready, or too busy",
+    504: "not answered in time",
+}
+
+
+def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *, has_metrics: bool) -> dict[str, Any]:
+    """OpenAPI 3.1. `served` are the ensembles' manifests, `modes` those that some of them open."""
+    schemas = dict(_schemas())
+    for name in ("Options", "PredictRequest"):
+        schemas[name] = _with_modes(schemas[name], modes)
+    schemas["PredictRequest"] = _either(schemas["PredictRequest"], served, max_rows)
+    predict = {
+        "summary": "Classify images",
+        "description": "JSON has all fields in the body. For an array or one encoded image they are query parameters, "
+        "which a JSON request does not take.",
+        "requestBody": {
+            "required": True,
+            "content": {
+                JSON: {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+                NPY: {"schema": _binary("an array (batch, C, H, W) as numpy.save writes it")},
+                **{media_type: {"schema": _binary("the bytes of one image file")} for media_type in ENCODED},
+            },
+        },
+        "responses": _answers("PredictResponse", *REFUSALS),
+        "parameters": [
+            {"name": name, "in": "query", "required": False, "schema": schema}
+            for name, schema in schemas["Options"]["properties"].items()
+        ],
+    }
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths: dict[str, dict[str, Any]] = {
+        "/predict": {"post": predict},
+        "/ensembles": {"get": _get("The ensembles that are served", "EnsembleList")},
+        "/ensembles/{name}": {"get": {**_get("One ensemble", "EnsembleInfo", 404, 503), "parameters": [name]}},
+        "/livez": {"get": _get("Does the process answer", "Status")},
+        "/readyz": {"get": _get("Would a request be answered", "Status", 503)},
+        "/docs.json": {"get": _get("This document", None)},
+    }
+    if has_metrics:
+        text = {"text/plain": {"schema": {"type": "string"}}}
+        paths["/metrics"] = {
+            "get": {
+                "summary": "For Prometheus",
+                "responses": {"200": {"description": "all workers' numbers", "content": text}},
+            }
+        }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "modepath",
+            "version": "1",
+            "description": "Averaged predictions of an ensemble, and how uncertain they are.",
+        },
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+
+
+@cache
+def _schemas() -> dict[str, dict[str, Any]]:
+    _, found = TypeAdapter.json_schemas(
+        [(shape, mode, TypeAdapter(shape)) for shape, mode in _SHAPES], ref_template="#/components/schemas/{model}"
+    )
+    return found["$defs"]
+
+
+def _with_modes(schema: dict[str, Any], modes: Sequence[Mode]) -> dict[str, Any]:
+    mode = {**schema["properties"]["mode"], "anyOf": [{"type": "string", "enum": list(modes)}, {"type": "null"}]}
+    return {**schema, "properties": {**schema["properties"], "mode": mode}}
+
+
+def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -> dict[str, Any]:
+    # A nullable field would say that null is as good as an array.
+    properties = dict(schema["properties"])
+    shapes = list(dict.fromkeys(manifest.input.shape for manifest in served)) or [None]
+    batches = [_batch(shape, max_rows) for shape in shapes]
+    properties["inputs"] = {
+        "description": properties["inputs"]["description"],
+        **(batches[0] if len(batches) == 1 else {"anyOf": batches}),
+    }
+    properties["images"] = {
+        "description": properties["images"]["description"],
+        "type": "array",
+        "minItems": 1,
+        "maxItems": max_rows,
+        "items": {"type": "string", "contentEncoding": "base64", "format": "base64-image"},
+    }
+    properties["ensemble"] = {
+        "description": properties["ensemble"]["description"],
+        "anyOf": [{"type": "string", "enum": [manifest.name for manifest in served]}, {"type": "null"}],
+    }
+    return {
+        **schema,
+        "properties": properties,
+        "oneOf": [{"required": ["inputs"]}, {"required": ["images"]}],
+    }
+
+
+def _batch(shape: tuple[int, int, int] | None, max_rows: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
+    for size in reversed(shape or (None, None, None)):
+        fixed = {} if size is None else {"minItems": size, "maxItems": size}
+        schema = {"type": "array", "items": schema, **(fixed or {"minItems": 1})}
+    return {"type": "array", "items": schema, "minItems": 1, "maxItems": max_rows}
+
+
+def _binary(description: str) -> dict[str, Any]:
+    return {"type": "string", "format": "binary", "description": description}
+
+
+def _get(summary: str, schema: str | None, *refusals: int) -> dict[str, Any]:
+    return {"summary": summary, "responses": _answers(schema, *refusals)}
+
+
+def _answers(schema: str | None, *refusals: int) -> dict[str, Any]:
+    answers = {"200": {"description": "the answer", "content": _content(schema)}}
+    for status in refusals:
+        headers = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+        answers[str(status)] = {
+            "description": REFUSALS[status],
+            "content": _content("ErrorBody"),
+            **({"headers": headers} if status in (429, 503) else {}),
+        }
+    return answers
+
+
+def _content(schema: str | None) -> dict[str, Any]:
+    return {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"} if schema else {"type": "object"}}}

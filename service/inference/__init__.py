@@ -1,0 +1,1 @@
+"""Ensembles that answer: opening, following activations, batching, modes and policies."""

@@ -1,0 +1,369 @@
+"""Rows of many requests run together, fairly, and only as many wait as can be answered in time.
+
+Nobody waits for a batch to fill: a batch is half of the rows that are there, so that while one half runs, the answers
+to the other are written and its next questions read. The tasks of a batch are spread over the worker's threads, and a
+thread that finds none left begins with the next batch: no core waits for another. Requests take turns: a large one runs
+in pieces, and small ones pass between them. How many rows a batch may have follows from how long a row takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models_store.uncertainty import Floats, Prediction
+from service.http.errors import BrokenEnsembleError, QueueFullError, QueueTimeError, ServiceError
+from service.inference.session import Rows, Session
+
+log = logging.getLogger("bentoml.modepath")
+SMOOTHING = 0.2  # weight of the newest batch in the mean time of a row
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """Bounds of one worker's queue and of its batches."""
+
+    batch_rows: int
+    batch_seconds: float
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came out for one request, and where its time went."""
+
+    member_probs: Floats
+    prediction: Prediction
+    queue_seconds: float
+    members_seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One request: its rows, how many of them are in a batch already, and what has come out."""
+
+    session: Session
+    rows: Rows
+    future: asyncio.Future[Answer]
+    arrived: float = field(default_factory=time.perf_counter)
+    began: float = 0.0
+    taken: int = 0
+    answered: int = 0
+    left: bool = False
+    turn_seconds: float = 0.0  # that its next piece will take
+    parts: dict[int, tuple[Floats, Prediction]] = field(default_factory=lambda: {})  # by first row
+
+    def tell(self, outcome: Answer | ServiceError) -> None:
+        """Give the waiting request its outcome, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the service is going down, and its loop is closed
+            self.future.get_loop().call_soon_threadsafe(self._set, outcome)
+
+    def _set(self, outcome: Answer | ServiceError) -> None:
+        if self.future.done():  # its client gave up
+            return
+        if isinstance(outcome, Answer):
+            self.future.set_result(outcome)
+        else:
+            self.future.set_exception(outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some rows of a request."""
+
+    job: _Job
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> Rows:
+        return self.job.rows[self.start : self.stop]
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Pieces of one ensemble that run together, and how far its tasks are."""
+
+    session: Session
+    pieces: list[_Piece]
+    results: list[NDArray[np.float32] | None]  # of each task
+    joined: Rows | None = None
+    begun: int = 0
+    ended: int = 0
+    seconds: float = 0.0  # of all tasks
+    error: Exception | None = None
+
+    def rows(self) -> Rows:
+        """All of them. Not joined before a thread needs them, so that nobody waits for that with the queue locked."""
+        if self.joined is None:
+            self.joined = Rows.joined([piece.rows for piece in self.pieces])
+        return self.joined
+
+    def __len__(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+class Batcher:
+    """The queue of one worker and the threads that empty it."""
+
+    def __init__(self, limits: QueueLimits, threads: int):
+        self._limits = limits
+        self._threads = threads
+        # Guards all that follows.
+        self._changed = threading.Condition()
+        self._waiting: deque[_Job] = deque()
+        self._open: _Batch | None = None  # has tasks that nobody has begun
+        self._rows = 0  # of all requests that are not answered yet
+        self._seconds = 0.0  # until a newcomer's turn
+        self._row_seconds: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
+        self._closed = False
+        self._since: dict[int, float] = {}  # of each thread that works: when it began with what it does
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"batches-{number}", daemon=True).start()
+
+    async def run(self, session: Session, rows: Rows) -> Answer:
+        """Wait for the rows' turn and for their answers.
+
+        Raises:
+            QueueFullError: more rows wait than the limits allow, or than can be answered in time.
+            QueueTimeError: its turn did not come in time.
+            BrokenEnsembleError: a member failed or gave NaN.
+        """
+        job = _Job(session, rows, asyncio.get_running_loop().create_future())
+        with self._changed:
+            self._admit(job)
+            self._queue(job)
+            self._changed.notify_all()
+        try:
+            return await job.future
+        except asyncio.CancelledError:  # its client left, or its time is over
+            self._withdraw(job)
+            raise
+
+    def warm(self, session: Session, row: Rows) -> None:
+        """Run one row and the largest batch, so that no client waits for allocations; learn how long a row takes."""
+        self._run_alone(session, row)  # loads libraries, chooses algorithms: no measure of anything
+        spent = self._run_alone(session, row)
+        with self._changed:
+            self._learn(session, spent)
+            count = self._batch_rows(session)
+        self._run_alone(session, Rows.joined([row] * count))
+
+    def _run_alone(self, session: Session, rows: Rows) -> float:
+        began = time.perf_counter()
+        tasks = session.tasks(len(rows))
+        for task in range(tasks):
+            session.run(task, rows)
+        return (time.perf_counter() - began) / min(self._threads, tasks) / len(rows)
+
+    def longest_seconds(self) -> float:
+        """For how long the thread that has worked longest on one task of a batch has done so."""
+        return time.monotonic() - min(list(self._since.values()), default=time.monotonic())
+
+    def close(self) -> None:
+        """Let the threads end after what they are doing."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def refuse_if_full(self) -> None:
+        """Before a request costs any work: would it wait for too long?
+
+        Raises:
+            QueueFullError: it would.
+        """
+        if self._seconds > self._limits.seconds:
+            raise self._full()
+
+    def _admit(self, job: _Job) -> None:
+        # Whoever finds nobody waiting is taken, whatever its size: its own limits were checked when it was decoded.
+        if self._rows and (self._rows + len(job.rows) > self._limits.rows or self._seconds > self._limits.seconds):
+            raise self._full()
+        self._rows += len(job.rows)
+
+    def _withdraw(self, job: _Job) -> None:
+        """Rows that have not begun never will; those that run are thrown away."""
+        with self._changed:
+            self._leave(job)
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
+
+    def _queue(self, job: _Job, *, first: bool = False) -> None:
+        # Everybody gets a piece in turn, so a newcomer waits for one piece of each of those in front.
+        rows = min(len(job.rows) - job.taken, self._batch_rows(job.session))
+        job.turn_seconds = rows * self._row_seconds.get(job.session, 0.0)
+        self._seconds += job.turn_seconds
+        (self._waiting.appendleft if first else self._waiting.append)(job)
+
+    def _unqueue(self) -> _Job:
+        job = self._waiting.popleft()
+        self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
+        return job
+
+    def _full(self) -> QueueFullError:
+        error = QueueFullError(
+            f"{self._rows} images wait, the next for about {self._seconds:.1f} s; no more are taken. Try again later, or send fewer at a time."
+        )
+        error.retry_after = max(1, round(self._seconds))
+        return error
+
+    def _work(self) -> None:
+        while True:
+            try:
+                if (task := self._next()) is None:
+                    return
+                self._since[threading.get_ident()] = time.monotonic()
+                self._run(*task)
+                del task  # or a thread that waits would keep the last ensemble in memory
+            except Exception:  # a thread that is gone would never come back
+                log.exception("a batch was lost")
+            finally:
+                self._since.pop(threading.get_ident(), None)
+
+    def _run(self, batch: _Batch, number: int) -> None:
+        began = time.perf_counter()
+        try:
+            batch.results[number] = batch.session.run(number, batch.rows())
+        except Exception as error:
+            batch.error = error
+        with self._changed:
+            batch.seconds += time.perf_counter() - began
+            batch.ended += 1
+            ended = batch.ended == len(batch.results)
+        if ended:
+            self._finish(batch)
+
+    def _next(self) -> tuple[_Batch, int] | None:
+        """A task of a batch that nobody has begun."""
+        with self._changed:
+            while not self._closed:
+                if self._open is None:
+                    self._open = self._take()
+                if (batch := self._open) is not None:
+                    number = batch.begun
+                    batch.begun += 1
+                    if batch.begun == len(batch.results):
+                        self._open = None
+                    return batch, number
+                self._changed.wait()
+            return None
+
+    def _take(self) -> _Batch | None:
+        """The next batch, of one ensemble: those in front first, each as many rows as there is room."""
+        now = time.perf_counter()
+        pieces: list[_Piece] = []
+        passed: list[_Job] = []
+        unfinished: list[_Job] = []
+        room = 0
+        while self._waiting and (not pieces or room):
+            job = self._unqueue()
+            if job.future.done():  # its client gave up
+                self._leave(job)
+                continue
+            if not job.taken and now - job.arrived > self._limits.seconds:
+                self._leave(job)
+                job.tell(QueueTimeError(f"It waited for {self._limits.seconds:g} s: too much to do. Try again later."))
+                continue
+            if not pieces:
+                room = min(self._batch_rows(job.session), (self._rows + 1) // 2)
+            elif job.session is not pieces[0].job.session:
+                passed.append(job)
+                continue
+            if not job.taken:
+                job.began = now
+            piece = _Piece(job, job.taken, min(job.taken + room, len(job.rows)))
+            pieces.append(piece)
+            room -= piece.stop - piece.start
+            job.taken = piece.stop
+            if job.taken < len(job.rows):
+                unfinished.append(job)
+        for job in reversed(passed):
+            self._queue(job, first=True)
+        for job in unfinished:
+            self._queue(job)
+        if not pieces:
+            return None
+        session = pieces[0].job.session
+        rows = sum(piece.stop - piece.start for piece in pieces)
+        return _Batch(session, pieces, [None] * session.tasks(rows))
+
+    def _finish(self, batch: _Batch) -> None:
+        try:
+            if batch.error is not None:
+                raise batch.error
+            results = [result for result in batch.results if result is not None]
+            self._deliver(batch.session, batch.pieces, batch.session.joined(results))
+            with self._changed:
+                at_once = min(self._threads, len(batch.results))
+                self._learn(batch.session, batch.seconds / at_once / len(batch))
+        except Exception as error:
+            if len(batch.pieces) == 1:
+                self._fail(batch.pieces[0].job, error)
+                return
+            for piece in batch.pieces:  # one of them must not cost the others their answers
+                try:
+                    rows = piece.rows
+                    results = [batch.session.run(task, rows) for task in range(batch.session.tasks(len(rows)))]
+                    self._deliver(batch.session, [piece], batch.session.joined(results))
+                except Exception as its_own:
+                    self._fail(piece.job, its_own)
+
+    def _deliver(self, session: Session, pieces: list[_Piece], logits: NDArray[np.float32]) -> None:
+        member_probs = session.probs(logits)
+        prediction = session.combine(member_probs)
+        row = 0
+        for piece in pieces:
+            job, stop = piece.job, row + piece.stop - piece.start
+            part = member_probs[:, row:stop], prediction.rows(row, stop)
+            row = stop
+            with self._changed:
+                job.parts[piece.start] = part
+                job.answered += piece.stop - piece.start
+                ended = job.answered == len(job.rows)
+                if ended:
+                    self._leave(job)
+            if ended:
+                job.tell(_answer(job))
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        log.error("a member failed", exc_info=error)
+        self._withdraw(job)
+        job.tell(BrokenEnsembleError(f"A member failed on these images: {type(error).__name__}. The log says more."))
+
+    def _learn(self, session: Session, row_seconds: float) -> None:
+        known = self._row_seconds.get(session, row_seconds)
+        self._row_seconds[session] = known + SMOOTHING * (row_seconds - known)
+
+    def _batch_rows(self, session: Session) -> int:
+        known = self._row_seconds.get(session)
+        fitting = int(self._limits.batch_seconds / known) if known else self._limits.batch_rows
+        return max(1, min(fitting, self._limits.batch_rows))
+
+    def _leave(self, job: _Job) -> None:
+        if job.left:  # several of its pieces may fail
+            return
+        job.left = True
+        self._rows -= len(job.rows)
+
+
+def _answer(job: _Job) -> Answer | ServiceError:
+    parts = [job.parts[start] for start in sorted(job.parts)]
+    if len(parts) == 1:
+        member_probs, prediction = parts[0]
+    else:
+        member_probs = np.concatenate([probs for probs, _ in parts], axis=1)
+        prediction = Prediction.joined([answers for _, answers in parts])
+    if not np.isfinite(prediction.mean_probs).all():
+        return BrokenEnsembleError("The ensemble answers one of these images with NaN; it should not be served.")
+    return Answer(member_probs, prediction, job.began - job.arrived, time.perf_counter() - job.began)

@@ -1,0 +1,177 @@
+"""One ensemble made ready to answer: its sessions are opened, warmed, and their answers checked; alike in a trial and in a worker."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import orjson
+
+from models_store.errors import MemberError
+from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default_threads
+from models_store.manifest import Manifest
+from models_store.store import Version
+from service.http.errors import ForbiddenError
+from service.http.images import Images
+from service.http.schemas import describe, padded, respond
+from service.inference import pool as pools
+from service.inference.batching import Answer
+from service.inference.draws import LEVELS, Draw, Keyed, at_random, quantised
+from service.inference.modes import Average, OneEach
+from service.inference.policy import Mode, Policy
+from service.inference.pool import Pool
+from service.inference.session import Rows, Session
+
+Warm = Callable[[Session, Rows], object]
+log = logging.getLogger("bentoml.modepath")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a version is opened."""
+
+    policy: Policy
+    providers: ProviderChoice
+    threads: int | None  # that run members; None: all that the process may use
+    pool_bytes: int  # memory for single networks
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """One of them, ready to answer in the modes that its policy opens."""
+
+    manifest: Manifest
+    identity: str  # see look.Candidate
+    policy: Policy
+    providers: list[str]
+    sessions: dict[Mode, Session]
+    pool: Pool | None  # of single networks, where a mode needs them
+    draws: dict[Mode, Draw]
+
+    def mode(self, asked: Mode | None) -> Mode:
+        """The mode of a request.
+
+        Raises:
+            ForbiddenError: it is not open.
+        """
+        if asked is None:
+            return self.policy.modes[0]
+        if asked not in self.policy.modes:
+            raise ForbiddenError(
+                f"Mode {asked!r} of {self.manifest.name} is not open here; open: {', '.join(self.policy.modes)}."
+            )
+        return asked
+
+    def rows(self, mode: Mode, images: Images, caller: str = "") -> Rows:
+        """What is run for a request; a network is drawn for each image where each gets one of its own.
+
+        `caller` is who asks, where somebody who can be trusted says so.
+        """
+        if self.pool is None or mode not in self.draws:
+            return Rows(images)
+        asked = f"{self.manifest.name}@{self.manifest.version} {caller}".encode()
+        if mode == "keyed":
+            # The network sees what the key sees: else a question could be varied within its cell, and one network be asked all of it.
+            images = (quantised(images) / np.float32(LEVELS)).astype(np.float32)
+        places = self.draws[mode](images, len(self.pool), asked)
+        return Rows(images, tuple(self.pool[int(place)] for place in places))
+
+
+def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Warm) -> Ensemble:
+    """Make a version ready.
+
+    Args:
+        version: whose files were verified.
+        recipe: how.
+        keyed: draws for the mode of that name.
+        warm: is called with each session and a black image.
+
+    Raises:
+        MemberError: a member is refused, or the answers are not what clients can be given.
+        ProviderError: an execution provider is asked for and missing.
+        CorruptionError: the bank cannot be read.
+    """
+    modes, providers = recipe.policy.modes, list[str]()
+    sessions: dict[Mode, Session] = {}
+    draws: dict[Mode, Draw] = {}
+    pool = None
+    if "average" in modes:
+        members = EnsembleSession(version.folder, version.manifest, recipe.providers, recipe.threads)
+        sessions["average"], providers = Average(members), members.providers
+    alone: list[Mode] = [mode for mode in modes if mode != "average"]
+    if alone:
+        source = pools.source(version, recipe.providers)
+        order = keyed.order(source.count) if keyed and "keyed" in alone else None
+        pool = Pool(source, recipe.pool_bytes, order)
+        providers = pool[0].session.providers
+        if source.count == 1:
+            log.warning("%s has one network: every query is answered by it, whatever its modes", version.name)
+        each = OneEach(recipe.threads or default_threads())
+        for mode in alone:
+            sessions[mode], draws[mode] = each, _draw(mode, keyed)
+        log.info("%s: %d of %d networks ready, %d MiB", version.name, len(pool), source.count, pool.bytes >> 20)
+    ensemble = Ensemble(
+        version.manifest, f"{version.name} {version.digest}", recipe.policy, providers, sessions, pool, draws
+    )
+    _check_listing(ensemble)
+    shape = version.manifest.input.shape
+    black = np.zeros((1, *shape), np.float32)
+    noise = np.random.default_rng(0).random((2, *shape), np.float32)
+    for mode in modes:
+        for images in (black, noise):
+            _check_answer(ensemble, mode, images)
+        warm(sessions[mode], ensemble.rows(mode, black))
+    return ensemble
+
+
+def _draw(mode: Mode, keyed: Keyed | None) -> Draw:
+    if mode == "random":
+        return at_random
+    assert keyed is not None, "`keyed` is opened with a key"
+    return keyed
+
+
+def _check_listing(ensemble: Ensemble) -> None:
+    manifest = ensemble.manifest
+    try:
+        shown = describe(manifest, ensemble.providers, ensemble.policy, None, is_default=False)
+        orjson.dumps(shown.model_dump(mode="json"))
+    except Exception as error:  # pydantic's and orjson's share no base class
+        raise MemberError(
+            f"{manifest.name}@{manifest.version} cannot be shown to clients as JSON ({error}): a class name is likely not valid Unicode. "
+            "Publish it again with other names."
+        ) from None
+
+
+def _check_answer(ensemble: Ensemble, mode: Mode, images: Images) -> None:
+    """Hold an answer against what clients expect of it."""
+    manifest, policy, session = ensemble.manifest, ensemble.policy, ensemble.sessions[mode]
+    rows = ensemble.rows(mode, images)
+    with np.errstate(all="ignore"):  # what comes out is looked at
+        try:
+            logits = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
+        except Exception as error:  # ONNX Runtime's share no base class
+            raise MemberError(
+                f"A member of {manifest.name}@{manifest.version} fails on a plain image: {error}"
+            ) from None
+        expected = (len(manifest.members) if mode == "average" else 1, len(rows), len(manifest.classes))
+        if logits.shape != expected:
+            raise MemberError(
+                f"{manifest.name}@{manifest.version} answers {len(rows)} images with logits of shape {logits.shape} instead of {expected} "
+                "(members, batch, classes). Export its members with a free batch axis, and publish them again."
+            )
+        probs = session.probs(logits)
+        prediction = session.combine(probs)
+    if not np.isfinite(prediction.mean_probs).all():
+        raise MemberError(
+            f"{manifest.name}@{manifest.version} answers a plain image with NaN: weights of a member, or a temperature, are broken. "
+            "Train and publish it again."
+        )
+    points = [network.number for network in rows.networks]
+    shows = mode == "average" and policy.shows_members
+    answer = Answer(probs, prediction, 0.0, 0.0)
+    reply = orjson.dumps(respond(manifest, "0" * 16, mode, answer, policy, members=shows, points=points))
+    if mode != "average":
+        padded(reply, manifest, policy, mode, len(rows))

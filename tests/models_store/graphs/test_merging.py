@@ -1,0 +1,104 @@
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from models_store.graphs import merging
+from models_store.graphs.runtime import EnsembleSession, MemberSession
+from tests.onnx_members import SHAPE, linear, publish
+
+images = np.random.default_rng(0).random((7, *SHAPE), dtype=np.float32)
+
+
+def save(folder, models):
+    files = []
+    for number, model in enumerate(models):
+        files.append(folder / f"{number}.onnx")
+        onnx.save(model, files[-1])
+    return files
+
+
+def test_a_merged_graph_answers_as_its_members_do_to_the_last_bit(tmp_path):
+    files = save(tmp_path, [linear(seed) for seed in range(5)])
+    model = merging.merged(merging.load_to_merge(files))
+    onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
+    found = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"images": images})
+    for file, logits in zip(files, found, strict=True):
+        assert (logits == MemberSession(file, "cpu").logits(images)).all()
+
+
+@pytest.mark.parametrize("members", [1, 2, 5, 7])
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("bound", [0, 2**30])
+def test_merged_or_not_an_ensemble_gives_its_members_in_their_order(store, monkeypatch, members, threads, bound):
+    monkeypatch.setattr(merging, "MERGED_BYTES", bound)
+    version = publish(store, "a", seeds=range(members))
+    session = EnsembleSession(version.folder, version.manifest, "cpu", threads)
+    assert len(session.parts) == (min(members, threads) if bound else members)
+    expected = [MemberSession(version.folder / m.file, "cpu").logits(images) for m in version.manifest.members]
+    assert (session.logits(images) == np.stack(expected)).all()
+
+
+def test_networks_of_every_kind_merge(tmp_path):
+    torch = pytest.importorskip("torch", reason="the training extra is not installed")
+    from torch import nn
+
+    from training.members.export import Normalised, to_onnx
+
+    class Rows(nn.Module):
+        """An LSTM that reads an image row by row."""
+
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.cell(x.flatten(1, 2))[0][:, -1])
+
+    class Tokens(nn.Module):
+        """A transformer over the rows."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x.flatten(1, 2)).mean(dim=1))
+
+    files = []
+    for number, make in enumerate((Rows, Tokens, Rows)):
+        torch.manual_seed(number)
+        files.append(tmp_path / f"{number}.onnx")
+        files[-1].write_bytes(to_onnx(Normalised(make(), (0.5,), (0.5,)), (1, 8, 8)))
+    batch = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
+    model = merging.merged(merging.load_to_merge(files))
+    found = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"images": batch})
+    for file, logits in zip(files, found, strict=True):
+        assert logits == pytest.approx(MemberSession(file, "cpu").logits(batch), abs=1e-6)
+
+
+def test_models_that_onnx_cannot_join_run_one_by_one(tmp_path):
+    from onnx import TensorProto, helper
+
+    plain = linear(0)
+    branching = linear(1)
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["logits_"], ["out"])],
+        "b",
+        [],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+    )
+    branching.graph.node[-1].output[0] = "logits_"
+    condition = helper.make_tensor("always", TensorProto.BOOL, [], [True])
+    branching.graph.initializer.append(condition)
+    branching.graph.node.append(helper.make_node("If", ["always"], ["logits"], then_branch=branch, else_branch=branch))
+    calling = linear(2)
+    calling.functions.append(
+        helper.make_function(
+            "mine", "Twice", ["x"], ["y"], [helper.make_node("Add", ["x", "x"], ["y"])], [helper.make_opsetid("", 18)]
+        )
+    )
+    for other in (branching, calling):
+        files = save(tmp_path, [plain, other])
+        assert merging.load_to_merge(files) is None
+    assert len(merging.load_to_merge(save(tmp_path, [plain, linear(3)]))) == 2

@@ -1,0 +1,186 @@
+import csv
+import dataclasses
+
+import pytest
+import torch
+
+from tests.training.conftest import make_data
+from training import networks
+from training.errors import ConfigError, DivergenceError
+from training.fge import Config
+from training.optimisation import hardware, loop
+from training.optimisation.loop import Leg
+from training.optimisation.seeds import derive
+from training.runs import Run, load_state
+
+
+def train(data, legs_of, folder="one", **options):
+    config = Config(network="mlp", network_options=("hidden=16",), batch_size=16, precision="32", **options)
+    with Run.open(folder, {}, {}, fresh=False) as run:
+        loop.initialise(config.seed)
+        network = networks.build(config.network, 3, data.shape, config.network_kwargs())
+        loop.train(config, hardware.launch(config), run, network, data, legs_of(run))
+        return network, run
+
+
+def plain(iterations, rate=0.05, **more):
+    return lambda run: [Leg("plain", iterations, lambda i: rate, **more)]
+
+
+def test_a_step_is_sgds_step(data):
+    """Against torch's SGD written out: same order, same batches, no augmentation."""
+    config = Config(network="mlp", network_options=("hidden=16",), batch_size=16, precision="32")
+    found, _ = train(data, plain(3))
+    loop.initialise(config.seed)
+    network = networks.build("mlp", 3, data.shape, {"hidden": 16})
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=config.weight_decay)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(derive(0, 1, 0, 0)))
+    for rows in order.split(16)[:3]:
+        optimizer.zero_grad()
+        logits = network((data.train.images[rows] - 0.5) / 0.3)
+        torch.nn.functional.cross_entropy(logits, data.train.labels[rows]).backward()
+        optimizer.step()
+    for a, b in zip(found.parameters(), network.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_it_learns():
+    data = make_data(count=512)
+    network, _ = train(data, plain(32 * 15))
+    with torch.no_grad():
+        right = network.eval()((data.test.images - 0.5) / 0.3).argmax(1) == data.test.labels
+    assert right.float().mean() > 0.8
+
+
+def test_the_rate_is_asked_for_every_iteration_in_order(data):
+    asked = []
+
+    def rate(i):
+        asked.append(i)
+        return 0.01
+
+    train(data, lambda run: [Leg("plain", 6, rate)])
+    # 4 iterations an epoch; once more after each epoch, for its line.
+    assert asked == [1, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_weights_are_collected_after_their_iteration(data):
+    _, run = train(data, plain(6, collect=(2, 6)), "both")
+    stopped, _ = train(data, plain(2), "stopped")
+    collected = load_state(run.vertex_file(0, 0))
+    assert all(torch.equal(collected[k], v) for k, v in stopped.state_dict().items())
+    assert run.vertex_file(0, 1).exists()
+    assert not run.vertex_file(0, 2).exists()
+
+
+def test_the_seed_repeats_a_run_bit_for_bit_and_another_seed_does_not(data):
+    states = [
+        train(data, plain(8), folder, seed=seed)[0].state_dict() for folder, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+def test_a_run_that_is_taken_up_again_is_bit_identical_to_an_undisturbed_one(data):
+    def legs(run):
+        kept = run.start_file("epoch-2")
+        return [
+            Leg("first", 8, lambda i: 0.05, keep=((2, kept),)),
+            Leg("second", 8, lambda i: 0.02, start=kept, collect=(2, 6)),
+        ]
+
+    whole, whole_run = train(data, legs, "whole")
+    stopped = ValueError("killed")
+    calls = 0
+
+    def dying(logits, labels):
+        nonlocal calls
+        calls += 1
+        if calls in (6, 16):  # inside the second epoch; inside the second leg
+            raise stopped
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "loss_of", lambda config: dying)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="killed"):
+                train(data, legs, "parts")
+        parts, parts_run = train(data, legs, "parts")
+    assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
+    for number in (0, 1):
+        a, b = (load_state(r.vertex_file(1, number)) for r in (whole_run, parts_run))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_leg_begins_with_the_weights_and_the_momentum_of_its_start(data):
+    def joined(run):
+        kept = run.start_file("epoch-1")
+        return [Leg("a", 4, lambda i: 0.05, keep=((1, kept),)), Leg("b", 4, lambda i: 0.05, start=kept)]
+
+    def after_detour(run):
+        kept = run.start_file("epoch-1")
+        first = Leg("a", 4, lambda i: 0.05, keep=((1, kept),))
+        return [first, Leg("b", 4, lambda i: 0.05, start=kept)]
+
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            train(data, joined, "j")[0].parameters(), train(data, after_detour, "d")[0].parameters(), strict=True
+        )
+    )
+    kept = load_state(train(data, joined, "j")[1].start_file("epoch-1"))
+    assert any(name.startswith("momentum.") for name in kept)
+
+
+@pytest.mark.parametrize("rate", [1e6, float("nan")])
+def test_a_diverging_loss_is_told(data, rate):
+    with pytest.raises(DivergenceError, match="--lr"):
+        train(data, plain(40, rate))
+
+
+def own_loss(logits, labels):
+    return torch.nn.functional.multi_margin_loss(logits, labels)
+
+
+def test_the_loss_can_be_the_users(data):
+    default, _ = train(data, plain(4), "default")
+    own, _ = train(data, plain(4), "own", loss="tests.training.optimisation.test_loop:own_loss")
+    assert any(not torch.equal(a, b) for a, b in zip(default.parameters(), own.parameters(), strict=True))
+    with pytest.raises(ConfigError, match="no function"):
+        train(data, plain(4), "wrong", loss="tests.training.optimisation.test_loop:__name__")
+
+
+@pytest.mark.parametrize(
+    "option", [{"nesterov": True}, {"label_smoothing": 0.2}, {"weight_decay": 0.1}, {"momentum": 0.5}]
+)
+def test_every_option_of_sgd_reaches_it(data, option):
+    default, _ = train(data, plain(8), "default")
+    changed, _ = train(data, plain(8), "changed", **option)
+    assert any(not torch.equal(a, b) for a, b in zip(default.parameters(), changed.parameters(), strict=True))
+
+
+def test_bf16_and_channels_last_train(data):
+    config = Config(network="preresnet8", batch_size=16, precision="bf16")
+    network = networks.build("preresnet8", 3, data.shape, {"width": 0.25})
+    with Run.open("bf16", {}, {}, fresh=False) as run:
+        loop.train(config, hardware.launch(config), run, network, data, [Leg("plain", 4, lambda i: 0.05)])
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in network.parameters())
+
+
+def test_a_row_an_epoch_is_logged(data):
+    _, run = train(data, plain(12), log="csv")
+    (file,) = run.folder.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert len(rows) == 3
+    assert {"rate", "train_loss", "validation_accuracy", "validation_nll"} <= set(rows[0])
+
+
+def test_tensorboard_is_written(data):
+    _, run = train(data, plain(4), log="tensorboard")
+    assert list(run.folder.rglob("events.out.tfevents*"))
+
+
+def test_an_epoch_is_whole_batches(data):
+    assert loop.iterations_per_epoch(data, 16) == 4
+    assert loop.iterations_per_epoch(data, 60) == 1
+    assert loop.iterations_per_epoch(dataclasses.replace(data, train=data.train.take(torch.arange(5))), 16) == 1

@@ -1,0 +1,330 @@
+"""Data sets by name, split, described, and handed out in batches.
+
+    digits                   1797 scans of 8×8 that scikit-learn ships
+    fashion-mnist            torchvision's folder, or Debian's package dataset-fashion-mnist
+    cifar10, cifar100        torchvision's folder
+    imagefolder:PATH         PATH/train, PATH/val, PATH/test (or less) with a folder a class
+    package.module:factory   the user's own: factory() -> (train, validation, test)
+
+What a split must be, in which forms it may come and what is refused is in contract.py, streaming.py and classes.py.
+The validation split chooses and calibrates; the test split is only ever reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+
+from training.data import classes, image_folder, sources
+from training.data.augment import Augment
+from training.data.contract import Batch, Contract
+from training.data.import_string import import_string
+from training.data.streaming import Streamed, scale
+from training.errors import DataError
+
+SAMPLED = 16  # rows that are read twice, to see whether a data set is random by itself
+READ_AT_ONCE = 256
+FOLDER = "imagefolder:"
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A split as two tensors. uint8 images stand for 0 … 255 and are scaled batch by batch."""
+
+    images: torch.Tensor  # (N, C, H, W), uint8 or float32
+    labels: torch.Tensor  # (N,), int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of every image."""
+        return tuple(self.images.shape[1:])
+
+    def batches(self, order: torch.Tensor, size: int) -> Iterator[Batch]:
+        """Images float32 (batch, C, H, W) in [0, 1] and labels int64 (batch,), in the given order of rows."""
+        for rows in order.to(self.labels.device).split(size):
+            yield scale(self.images[rows]), self.labels[rows]
+
+    def take(self, rows: torch.Tensor) -> InMemory:
+        """The split of these rows only."""
+        return InMemory(self.images[rows], self.labels[rows])
+
+    def to(self, device: torch.device) -> InMemory:
+        """The same on a device."""
+        return InMemory(self.images.to(device), self.labels.to(device))
+
+
+Split = InMemory | Streamed
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, split."""
+
+    train: Split
+    validation: Split
+    test: Split
+    classes: list[str]
+    shape: tuple[int, int, int]  # (C, H, W)
+    mean: tuple[float, ...]  # of the channels, on the train split
+    std: tuple[float, ...]
+    augment: Augment
+    resize: Literal["refuse", "stretch", "crop"]
+    fingerprint: str
+    validation_cut: bool = False  # validation was set aside from the training images; the source has none of its own
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What the command line may say about any data set."""
+
+    dataset: str
+    validation: float = 0.1
+    split_seed: int = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
+    limit: int | None = None  # images of the train split, after validation is set aside
+    in_memory: Literal["auto", "yes", "no"] = "auto"
+    memory_gib: float = 4.0
+    workers: int = 0
+    image_size: int | None = None
+
+
+def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
+    """Find a data set, split it and see that it keeps the contract.
+
+    Raises:
+        DataError: unknown, missing, or malformed.
+        ImportStringError: an import string that leads nowhere.
+    """
+    found = _find(options)
+    for note in found.notes:
+        say(note)
+    parts = [
+        _hold(part, name, options, found.classes)
+        for part, name in zip(found.parts, ("train", "validation", "test"), strict=True)
+    ]
+    train, validation, test = parts
+    if train is None or test is None:
+        raise DataError(f"Data set {options.dataset!r} has no {'train' if train is None else 'test'} split.")
+    given = {"train": train, "validation": validation, "test": test}
+    names = classes.settle(
+        options.dataset, found.classes, {name: split.labels for name, split in given.items() if split is not None}
+    )
+    validation_cut = validation is None
+    if validation is None:
+        train, validation = _split_off(train, options)
+    if options.limit is not None:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.split_seed + 1))
+        train = train.take(order[: options.limit])
+    for name, split in (("train", train), ("validation", validation), ("test", test)):
+        if len(split) == 0:
+            raise DataError(f"The {name} split of {options.dataset!r} is empty.")
+    shapes = {split.shape for split in (train, validation, test)}
+    if len(shapes) > 1:
+        raise DataError(f"The splits of {options.dataset!r} hold images of different shapes: {sorted(shapes)}.")
+    shape = shapes.pop()
+    train, validation, test = (_expecting(split, len(names)) for split in (train, validation, test))
+    if train.labels is not None and (absent := classes.without_images(names, train.labels)):
+        say(
+            f"warning: no training image of {len(absent)} of {len(names)} classes: {classes.listed(absent)}. The networks cannot learn them."
+        )
+    mean, std = options.mean or found.mean, options.std or found.std
+    if mean is None or std is None:
+        measured_mean, measured_std = _measure(train)
+        mean, std = mean or measured_mean, std or measured_std
+        say(f"mean {_numbers(mean)} std {_numbers(std)}, measured on {len(train)} training images")
+    if len(mean) != shape[0] or len(std) != shape[0] or min(std) <= 0:
+        raise DataError(f"mean and std need {shape[0]} numbers, one a channel, std positive; got {mean} and {std}.")
+    return Data(
+        train=train,
+        validation=validation,
+        test=test,
+        classes=names,
+        shape=shape,  # pyright: ignore[reportArgumentType]
+        mean=tuple(mean),
+        std=tuple(std),
+        augment=_augment(options.augment, found.augment, shape),
+        resize=found.resize,
+        fingerprint=_fingerprint(train, validation, test),
+        validation_cut=validation_cut,
+    )
+
+
+def foreign(options: DataOptions, limit: int | None = None) -> tuple[np.ndarray[Any, Any], list[str]]:
+    """Images of a data set whose classes do not matter, float32 (N, C, H, W), at most `limit`; and what to say of them.
+
+    The test split; of a folder of images without splits, every image below it. Files that cannot be read are left out.
+
+    Raises:
+        DataError: unknown, missing, malformed, or without a readable image.
+    """
+    if options.dataset.startswith(FOLDER):
+        path, size = options.dataset.removeprefix(FOLDER), options.image_size or image_folder.SIZE
+        files, notes = image_folder.foreign(path, size)
+        images: list[torch.Tensor] = []
+        unreadable: list[str] = []
+        for row in range(len(files)):
+            if len(images) == limit:
+                break
+            try:
+                images.append(files[row][0])
+            except DataError as error:
+                unreadable.append(str(error))
+        if not images:
+            raise DataError(f"{options.dataset}: none of {len(files)} images can be read. {unreadable[0]}")
+        if unreadable:
+            notes = (*notes, f"warning: {len(unreadable)} files cannot be read and are left out, as {unreadable[0]}")
+        return torch.stack(images).numpy(), list(notes)
+    found = _find(options)
+    split = _hold(found.parts[2], "test", options, found.classes)
+    if split is None:
+        raise DataError(f"Data set {options.dataset!r} has no test split.")
+    return as_arrays(split, limit)[0], list(found.notes)
+
+
+def in_order(split: Split) -> torch.Tensor:
+    """Rows 0, 1, 2, …"""
+    return torch.arange(len(split))
+
+
+def as_arrays(split: Split, limit: int | None = None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The first `limit` images float32 (N, C, H, W) and labels (N,) as numpy arrays."""
+    parts = [
+        (images.cpu().numpy(), labels.cpu().numpy()) for images, labels in split.batches(in_order(split)[:limit], 1024)
+    ]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def on_device(data: Data, device: torch.device) -> Data:
+    """Splits that lie in memory, moved to the device; on a GPU only if they take less than half of what is free."""
+    splits = {"train": data.train, "validation": data.validation}
+    held = {name: split for name, split in splits.items() if isinstance(split, InMemory)}
+    if device.type == "cuda":
+        needed = sum(split.images.nbytes + split.labels.nbytes for split in held.values())
+        if needed > torch.cuda.mem_get_info(device)[0] / 2:
+            return data
+    return replace(data, **{name: split.to(device) for name, split in held.items()})
+
+
+def _find(options: DataOptions) -> sources.Source:
+    name = options.dataset
+    if name.startswith(FOLDER):
+        return image_folder.source(name.removeprefix(FOLDER), options.image_size or image_folder.SIZE)
+    if ":" in name:
+        factory = import_string(name)
+        try:
+            made = factory()
+        except Exception as error:
+            raise DataError(f"Data factory {name!r} failed with {type(error).__name__}: {error}") from error
+        return sources.from_user(name, made)
+    if name in sources.BUILT_IN:
+        return sources.BUILT_IN[name]()
+    raise DataError(
+        f"Unknown data set {name!r}. Known: {', '.join(sources.BUILT_IN)}, imagefolder:PATH, or your own as package.module:factory."
+    )
+
+
+def _hold(part: sources.Part, name: str, options: DataOptions, names: Sequence[str] | None) -> Split | None:
+    """In memory where it fits and reads the same twice, else streamed."""
+    if part is None:
+        return None
+    contract = Contract(f"The {name} split of {options.dataset!r}", names)
+    if isinstance(part, tuple | list) and len(part) and isinstance(part[0], torch.Tensor | np.ndarray):
+        if len(part) != 2:
+            raise DataError(f"{contract.what} has {len(part)} parts; give (images, labels).")
+        return InMemory(*contract.arrays(*part))
+    dataset, size = _map_style(part, contract.what)
+    rows = list(range(min(SAMPLED, size)))
+    sample, _ = contract.read(dataset, rows)
+    again, _ = contract.read(dataset, rows)
+    contract = replace(contract, shape=tuple(sample.shape[1:]), dtype=sample.dtype)
+    fits = sample[0].nbytes * size <= options.memory_gib * 2**30
+    if options.in_memory == "no" or (options.in_memory == "auto" and not (fits and torch.equal(sample, again))):
+        return Streamed(dataset, options.workers, contract, classes.known_labels(dataset, contract))
+    images, labels = torch.empty((size, *sample.shape[1:]), dtype=sample.dtype), torch.empty(size, dtype=torch.int64)
+    for rows in torch.arange(size).split(READ_AT_ONCE):
+        images[rows], labels[rows] = contract.read(dataset, rows.tolist())
+    return InMemory(images, labels)
+
+
+def _map_style(part: Any, what: str) -> tuple[Any, int]:
+    """A data set that is read by row, and its length."""
+    if isinstance(part, DataLoader):
+        plain = isinstance(part.sampler, SequentialSampler | RandomSampler) and part.collate_fn is default_collate
+        if not plain:
+            raise DataError(
+                f"{what} is a DataLoader with a sampler or collate_fn of its own; give its data set instead."
+            )
+        part = part.dataset
+    if isinstance(part, IterableDataset):
+        raise DataError(f"{what} cannot be read by row: it is an IterableDataset. Give a map-style data set.")
+    try:
+        size = len(part)
+    except Exception as error:
+        raise DataError(
+            f"{what} cannot be read: {type(error).__name__}: {error}. Give (images, labels), or a data set with __len__ and __getitem__."
+        ) from error
+    if size == 0:
+        raise DataError(f"{what} is empty.")
+    return part, size
+
+
+def _expecting(split: Split, number: int) -> Split:
+    return split if isinstance(split, InMemory) else replace(split, contract=replace(split.contract, classes=number))
+
+
+def _split_off(train: Split, options: DataOptions) -> tuple[Split, Split]:
+    if not 0 < options.validation < 1:
+        raise DataError(f"--validation is the share set aside, between 0 and 1; got {options.validation}.")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.split_seed))
+    size = max(1, round(len(train) * options.validation))
+    return train.take(order[size:]), train.take(order[:size])
+
+
+def _measure(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    rows = in_order(train)[: 2000 if isinstance(train, Streamed) else None]
+    total = squares = torch.zeros(())
+    count = 0
+    for images, _ in train.batches(rows, 512):
+        wide = images.double()
+        total = total + wide.sum(dim=(0, 2, 3))
+        squares = squares + wide.square().sum(dim=(0, 2, 3))
+        count += images.shape[0] * images.shape[2] * images.shape[3]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    std = torch.where(std < 1e-6, torch.ones_like(std), std)  # a constant channel is left as it is
+    return tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std)
+
+
+def _augment(choice: str, own: Augment, shape: tuple[int, ...]) -> Augment:
+    if choice == "auto":
+        return own
+    return Augment(crop=max(1, shape[1] // 8) if "crop" in choice else 0, flip="flip" in choice)
+
+
+def _fingerprint(*splits: Split) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        rows = in_order(split)[: 64 if isinstance(split, Streamed) else None]
+        digest.update(str(len(split)).encode())
+        if isinstance(split, InMemory):
+            digest.update(split.images.contiguous().numpy().tobytes())
+            digest.update(split.labels.numpy().tobytes())
+        else:
+            for _, labels in split.batches(rows, 64):
+                digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)

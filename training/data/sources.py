@@ -1,0 +1,165 @@
+"""Where data sets come from: the built-in ones, and what a user's factory returns. Folders of images: image_folder.py."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from training.data.augment import Augment
+from training.errors import DataError
+
+# Tensors (images, labels), or a map-style dataset, or None for a split that the source does not have.
+Part = tuple[torch.Tensor, torch.Tensor] | Any | None
+Resize = Literal["refuse", "stretch", "crop"]
+
+NO_AUGMENT = Augment()
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Splits and what the source says of them."""
+
+    parts: tuple[Part, Part, Part]  # train, validation, test
+    classes: Sequence[str] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: Augment = NO_AUGMENT
+    resize: Resize = "refuse"
+    notes: tuple[str, ...] = ()  # for people: what of the source is not used
+
+
+def data_root() -> Path:
+    """$MODEPATH_DATA, or ./data: where torchvision's folders are looked for. Nothing is downloaded."""
+    return Path(os.environ.get("MODEPATH_DATA") or "data")
+
+
+def digits() -> Source:
+    """scikit-learn's digits. A flipped digit is another sign, so there are no flips. One fifth is the test split."""
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    images = torch.from_numpy(bunch.images.astype(np.float32) / 16)[:, None]  # (1797, 1, 8, 8)
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+    test, train = order[:360], order[360:]
+    return Source(
+        parts=((images[train], labels[train]), None, (images[test], labels[test])),
+        classes=[str(digit) for digit in range(10)],
+        augment=Augment(crop=1),
+        resize="stretch",
+    )
+
+
+def fashion_mnist() -> Source:
+    """Fashion-MNIST (Xiao et al. 2017): 60 000 + 10 000 images of 28×28."""
+    for folder in (data_root() / "FashionMNIST" / "raw", DEBIAN_FASHION):
+        if any(folder.glob("train-images-idx3-ubyte*")):
+            train, test = (_idx_pair(folder, prefix) for prefix in ("train", "t10k"))
+            return Source(
+                parts=(train, None, test), classes=FASHION_CLASSES, augment=Augment(crop=2, flip=True), resize="stretch"
+            )
+    raise DataError(
+        f"Fashion-MNIST is neither in {data_root() / 'FashionMNIST'} (torchvision's folder; $MODEPATH_DATA) nor in {DEBIAN_FASHION} "
+        "(Debian: apt install dataset-fashion-mnist)."
+    )
+
+
+def _cifar(classes: int) -> Source:
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
+    try:
+        train, test = (kind(str(data_root()), train=is_train) for is_train in (True, False))
+    except RuntimeError:
+        raise DataError(
+            f"CIFAR-{classes} is not in {data_root()} ($MODEPATH_DATA): put torchvision's folder {kind.base_folder} there. "
+            "Nothing is downloaded by itself."
+        ) from None
+    parts = [
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (train, test)
+    ]
+    return Source((parts[0], None, parts[1]), train.classes, augment=Augment(crop=4, flip=True), resize="stretch")
+
+
+BUILT_IN: dict[str, Callable[[], Source]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "cifar10": lambda: _cifar(10),
+    "cifar100": lambda: _cifar(100),
+}
+
+
+def from_user(name: str, made: Any) -> Source:
+    """What a user's factory returned: (train, validation, test), perhaps with classes, mean, std, augment, resize."""
+    made = _named(made)
+    try:
+        parts = (made.train, made.validation, made.test) if hasattr(made, "train") else tuple(made)
+        train, validation, test = parts
+    except (TypeError, ValueError, AttributeError):
+        raise DataError(
+            f"Data factory {name!r} must return (train, validation, test), or an object with those attributes; "
+            f"it returned {type(made).__name__}."
+        ) from None
+    resize = getattr(made, "resize", "refuse")
+    if resize not in ("refuse", "stretch", "crop"):
+        raise DataError(f"Data factory {name!r}: resize is refuse, stretch or crop; got {resize!r}.")
+    augment = getattr(made, "augment", None) or Augment()
+    if not callable(augment):
+        raise DataError(f"Data factory {name!r}: augment must be callable as augment(images, generator).")
+    classes: Any = getattr(made, "classes", None)
+    if isinstance(classes, str) or not (classes is None or isinstance(classes, Iterable)):
+        raise DataError(f"Data factory {name!r}: classes is a list of names, one for each label; got {classes!r}.")
+    return Source(
+        parts=(train, validation, test),
+        classes=[str(one) for one in (() if classes is None else classes)] or None,
+        mean=_channels(name, "mean", made),
+        std=_channels(name, "std", made),
+        augment=augment,  # pyright: ignore[reportArgumentType]
+        resize=resize,
+    )
+
+
+def _named(made: Any) -> Any:
+    if isinstance(made, dict) and {"train", "test"} <= made.keys():
+        return SimpleNamespace(**{"validation": None, **made})
+    return made
+
+
+def _channels(name: str, what: str, made: Any) -> tuple[float, ...] | None:
+    value = getattr(made, what, None)
+    try:
+        return None if value is None else tuple(map(float, value))
+    except (TypeError, ValueError):
+        raise DataError(
+            f"Data factory {name!r}: {what} is a list of numbers, one for each channel; got {value!r}."
+        ) from None
+
+
+def _idx_pair(folder: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = (_idx(folder, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64))
+
+
+def _idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
+    """An idx file, gzipped or not: two zero bytes, type, number of axes, their lengths big-endian, then the bytes."""
+    try:
+        plain = folder / name
+        raw = plain.read_bytes() if plain.exists() else gzip.decompress((folder / f"{name}.gz").read_bytes())
+        axes = raw[3]
+        shape = np.frombuffer(raw, ">i4", axes, 4)
+        return np.frombuffer(raw, np.uint8, int(shape.prod()), 4 + 4 * axes).reshape(shape).copy()
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{folder / name} is not a whole idx file ({error}); fetch it again.") from None

@@ -1,0 +1,129 @@
+"""Train loss and test error over the plane through three weight sets (Garipov et al. 2018, figure 1)."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models_store.store import Version
+from training.errors import ConfigError
+from training.geometry import volume
+from training.geometry.coefficients import Coefficients, Coordinates
+from training.measurement.probing import Kept, Subset, open_probe
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The plane through three weight sets, with the coordinates of the paper (footnote 1), in units of the weights."""
+
+    corners: NDArray[np.float64]  # (3, 2)
+
+    @classmethod
+    def through(cls, places: Coordinates) -> Plane:
+        """From where the three lie, (3, axes).
+
+        Raises:
+            ConfigError: they lie on one line.
+        """
+        first, second = places[1] - places[0], places[2] - places[0]
+        length = float(np.linalg.norm(first))
+        along = float(second @ first) / length if length > 0 else 0.0
+        across = float(np.linalg.norm(second - along * first / length)) if length > 0 else 0.0
+        if not across > volume.lowest(places):
+            raise ConfigError("The three networks lie on one line, so there is no plane through them.")
+        return cls(np.array([[0, 0], [length, 0], [along, across]]))
+
+    def coefficients(self, places: NDArray[np.float64]) -> Coefficients:
+        """Of points (N, 2) over the three: (N, 3), rows sum to 1."""
+        third = places[:, 1] / self.corners[2, 1]
+        second = (places[:, 0] - third * self.corners[2, 0]) / self.corners[1, 0]
+        return np.stack([1 - second - third, second, third], axis=1)
+
+    def axes(self, grid: int, margin: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """X and y of a grid over the three and beyond."""
+        low, high = self.corners.min(axis=0), self.corners.max(axis=0)
+        room = margin * (high - low)
+        x, y = (np.linspace(low[i] - room[i], high[i] + room[i], grid) for i in range(2))
+        return x, y
+
+
+def measure(
+    of: list[str], version: Version, files: list[Path], path: Coefficients | None, grid: int, margin: float,
+    subset: Subset, folder: Path, stem: str = "plane",
+) -> dict[str, Any]:  # fmt: skip
+    """Measure on a grid, and write STEM.csv, STEM.json and STEM.png into `folder`; returns what the JSON holds.
+
+    Args:
+        of: what the three are called.
+        version: says on which data, and how their network is built.
+        files: the three weight sets.
+        path: points over the three, to be drawn as a line.
+        grid: points on each side.
+        margin: how far the plane goes beyond the three, as a share of their extent.
+        subset: what is measured on.
+        folder: where what was measured is also kept, to go on after a kill.
+        stem: of the files' names.
+
+    Raises:
+        ConfigError: the three lie on one line.
+    """
+    probe, found = open_probe(version, files, subset, lambda line: None)
+    flat = Plane.through(probe.places)
+    x, y = flat.axes(grid, margin)
+    places = np.stack([axis.ravel() for axis in np.meshgrid(x, y)], axis=1)
+    question = {"of": of, "files": version.manifest.files, "subset": dataclasses.asdict(subset)}
+    kept = Kept(folder / f"{stem}.jsonl", question)
+    rows = flat.coefficients(places)
+    values = kept.measure(rows.tolist(), lambda row: probe.at(np.array(row)).record(), stem)
+    with (folder / f"{stem}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["x", "y", "c1", "c2", "c3", *values[0]])
+        writer.writerows(
+            [*place, *row, *value.values()] for place, row, value in zip(places, rows, values, strict=True)
+        )
+    report = {
+        "of": of,
+        "measured_on": subset.describe(found),
+        "x": x.tolist(),
+        "y": y.tolist(),
+        "corners": flat.corners.tolist(),
+        "path": (path @ flat.corners).tolist() if path is not None else None,
+        **{
+            name: np.array([value[name] for value in values]).reshape(len(y), len(x)).tolist()
+            for name in ("train_loss", "test_error")
+        },
+    }
+    (folder / f"{stem}.json").write_text(json.dumps(report) + "\n")
+    plot(report, folder / f"{stem}.png")
+    return report
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Contours of train loss and test error; crosses are the three networks, the line is the path."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    x, y, corners = (np.array(report[name]) for name in ("x", "y", "corners"))
+    for axes, (name, label, scale) in zip(
+        figure.subplots(1, 2),
+        [("train_loss", "train loss (L2 included)", 1), ("test_error", "test error, %", 100)],
+        strict=True,
+    ):
+        values = np.array(report[name]) * scale
+        # Levels close together where the valley is, as the paper draws them.
+        levels = values.min() + (values.max() - values.min()) * np.linspace(0, 1, 16) ** 2.5
+        drawn = axes.contourf(x, y, values, levels=np.unique(levels), cmap="viridis_r")
+        figure.colorbar(drawn, ax=axes, format="%.3g")
+        if report["path"] is not None:
+            axes.plot(*np.array(report["path"]).T, "k--", linewidth=1)
+        axes.plot(*corners.T, "kX", markersize=9)
+        axes.set(title=label, aspect="equal")
+    figure.suptitle(", ".join(report["of"]))
+    figure.savefig(file, dpi=150)

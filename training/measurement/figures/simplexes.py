@@ -1,0 +1,162 @@
+"""Simplexes and complexes (Benton et al. 2021, figures 3 to 6): faces, a view in three dimensions, volume by number of vertices."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models_store.store import Version
+from training.errors import ConfigError
+from training.geometry import volume
+from training.geometry.coefficients import Coordinates
+from training.measurement.figures import plane
+from training.measurement.probing import Kept, Subset, open_probe
+
+
+def measure(
+    version: Version, faces: list[list[int]], grid: int, margin: float, subset: Subset, folder: Path
+) -> dict[str, Any]:
+    """Write face-A-B-C.{csv,json,png} of each face, complex.{json,png}, and volume.{csv,png}; returns what complex.json holds.
+
+    Args:
+        version: of training.espro.
+        faces: three vertices each; none: the first three of the first simplex.
+        grid: points on each side of a face's plane.
+        margin: how far that goes beyond the face, as a share of its extent.
+        subset: what is measured on.
+        folder: where all of it is written.
+
+    Raises:
+        ConfigError: there is no such vertex.
+    """
+    geometry = version.manifest.geometry
+    assert geometry is not None, "a version of training.espro has one"
+    faces = faces or [own[:3] for own in geometry.components if len(own) > 2][:1]
+    if beyond := [vertex for face in faces for vertex in face if vertex >= len(geometry.vertices)]:
+        raise ConfigError(
+            f"{version.name} has {len(geometry.vertices)} vertices, counted from 0; --face names vertex {beyond[0]}."
+        )
+    files = [version.folder / file for file in geometry.vertices]
+    folder.mkdir(parents=True, exist_ok=True)
+    probe, found = open_probe(version, files, subset, lambda line: None)
+    growth = by_vertices(probe.places, geometry.components)
+    with (folder / "volume.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(growth[0]))
+        writer.writeheader()
+        writer.writerows(growth)
+    plot_volume(growth, version.name, folder / "volume.png")
+
+    question = {"files": version.manifest.files, "subset": dataclasses.asdict(subset)}
+    kept = Kept(folder / "complex.jsonl", question)
+    vertices = np.eye(len(files)).tolist()
+    samples = [member.origin.coefficients for member in version.manifest.members if member.origin.coefficients]
+    networks = len(vertices) + len(samples) + grid**2 * len(faces)
+    print(
+        f"{networks} networks are measured; simplexes: {' '.join(','.join(map(str, own)) for own in geometry.components)}"
+    )
+    values = kept.measure([*vertices, *samples], lambda row: probe.at(np.array(row)).record(), "complex")
+    places = np.array([*vertices, *samples]) @ in_three_dimensions(probe.places)
+    report: dict[str, Any] = {
+        "of": version.name,
+        "measured_on": subset.describe(found),
+        "vertices": len(vertices),
+        "simplexes": geometry.components,
+        "places": places.tolist(),
+        "train_loss": [value["train_loss"] for value in values],
+        "test_error": [value["test_error"] for value in values],
+        # JSON has no −∞: a flat complex has no log-volume.
+        "volume": [{k: v if np.isfinite(v) else None for k, v in row.items()} for row in growth],
+    }
+    (folder / "complex.json").write_text(json.dumps(report, allow_nan=False) + "\n")
+    plot_complex(report, folder / "complex.png")
+
+    if not faces:
+        print(f"{version.name} has segments alone: there are no faces to draw")
+    for corners in faces:
+        outline = np.eye(3)[[0, 1, 2, 0]]
+        names = [f"{version.name}, vertex {corner}" for corner in corners]
+        three, stem = [files[corner] for corner in corners], f"face-{'-'.join(map(str, corners))}"
+        if not np.isfinite(volume.log_volume(probe.places[corners])):
+            print(f"{stem} is flat: it is not drawn")
+            continue
+        plane.measure(names, version, three, outline, grid, margin, subset, folder, stem)
+    return report
+
+
+def by_vertices(places: Coordinates, simplexes: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    """Log-volume of the complex as it grew: of the simplexes of the first k + 1 vertices of each, k = 1, 2, …; −inf where all are flat.
+
+    The floor is the volume that the complex had before, with a last vertex that is only just no combination of the others.
+    """
+    rows: list[dict[str, float]] = []
+    floors: dict[tuple[int, ...], float] = {}  # or the volume itself where it is above its floor
+    for k in range(1, max(map(len, simplexes))):
+        grown = sorted({tuple(sorted(own)[: k + 1]) for own in simplexes if len(own) > k})
+        logs = volume.log_volumes(places, grown)
+        below: list[float] = []
+        for own, log in zip(grown, logs.tolist(), strict=True):
+            before = floors.get(own[:-1], 0.0)  # a single vertex has volume 1
+            below.append(before + np.log(volume.lowest(places[list(own)]) / k))
+            floors[own] = log if np.isfinite(log) else below[-1]
+        rows.append(
+            {
+                "dimension": k,
+                "log_volume": float(np.logaddexp.reduce(logs)),
+                "floor": float(np.logaddexp.reduce(below)),
+            }
+        )
+    return rows
+
+
+def in_three_dimensions(places: Coordinates) -> NDArray[np.float64]:
+    """The vertices along their three largest principal axes, (vertices, 3), in units of the weights."""
+    left, lengths, _ = np.linalg.svd(places - places.mean(axis=0), full_matrices=False)
+    found = np.zeros((len(places), 3))
+    found[:, : min(3, len(lengths))] = (left * lengths)[:, :3]
+    return found
+
+
+def plot_complex(report: dict[str, Any], file: Path) -> None:
+    """The complex along its principal axes: vertices are crosses, drawn networks are dots, coloured by train loss."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes: Any = figure.add_subplot(projection="3d")
+    places, losses = np.array(report["places"]), np.array(report["train_loss"])
+    count = report["vertices"]
+    edges = {pair for own in report["simplexes"] for pair in itertools.combinations(sorted(own), 2)}
+    for a, b in sorted(edges):
+        axes.plot(*places[[a, b]].T, color="0.6", linewidth=0.8)
+    scale = {"vmin": losses.min(), "vmax": losses.max(), "cmap": "viridis_r"}
+    axes.scatter(*places[:count].T, c=losses[:count], marker="X", s=90, edgecolors="k", **scale)
+    drawn = axes.scatter(*places[count:].T, c=losses[count:], s=18, **scale)
+    for vertex in range(count):
+        axes.text(*places[vertex], f" {vertex}")
+    figure.colorbar(drawn, ax=axes, label="train loss (L2 included)", shrink=0.7)
+    figure.suptitle(report["of"])
+    figure.savefig(file, dpi=150)
+
+
+def plot_volume(growth: list[dict[str, float]], title: str, file: Path) -> None:
+    """Log-volume by dimension, with the floor below which a height is rounding; flat complexes stand on it as crosses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    k, logs, floors = (np.array([row[name] for row in growth]) for name in ("dimension", "log_volume", "floor"))
+    full = np.isfinite(logs)
+    axes.plot(k[full], logs[full], "o-", label="log-volume (float64)")
+    axes.plot(k, floors, "--", color="0.5", label=f"floor: a last height of {volume.FLAT:.1e} of the weights' norm")
+    axes.plot(k[~full], floors[~full], "x", color="C3", label="flat: −∞")
+    axes.set(xlabel="dimension (vertices beyond the first)", ylabel="log-volume", xticks=k)
+    axes.legend()
+    figure.suptitle(title)
+    figure.savefig(file, dpi=150)

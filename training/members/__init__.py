@@ -1,0 +1,1 @@
+"""From trained weights to published members: batch norm, export, temperature, bank, publication."""

@@ -1,0 +1,251 @@
+"""From collected weights to a published version: the end of every door."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from models_store import manifest
+from models_store.bank import Bank
+from models_store.store import Store, Version
+from models_store.uncertainty import combine, softmax
+from training.config import Config
+from training.data import Data, as_arrays
+from training.errors import ExportError
+from training.geometry.coefficients import Coefficients, Coordinates
+from training.geometry.vertices import State, coordinates
+from training.geometry.vertices import combine as combine_states
+from training.members import activation, bank, batch_norm, member, temperature
+from training.members.activation import Answers
+from training.members.export import Exporter
+from training.members.metrics import score
+from training.runs import Run, load_weights, save_state
+
+LIBRARIES = ("torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy", "lightning-fabric")
+Vertex = tuple[Path, manifest.Origin]  # a weight set in the run's folder
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where on trained vertices the networks lie that are published."""
+
+    shape: str
+    components: list[list[int]]  # the vertices of each curve in order, or of each simplex
+    # Of where the vertices lie, because what is drawn may depend on volumes:
+    members: Callable[[Coordinates], Coefficients]  # (members, vertices): the networks of the average
+    # (points, vertices): the networks that one query each may get; there may be none
+    bank: Callable[[Coordinates], Coefficients]
+    told: Callable[[Coordinates], str] | None = None  # what people are told of the shape
+
+
+def publish(
+    store: Store,
+    config: Config,
+    run: Run,
+    network: nn.Module,
+    data: Data,
+    vertices: Sequence[Vertex],
+    points: Points | None,
+    *,
+    device: torch.device,
+    described: str,
+    seconds: float,
+    epochs_spent: float,
+    exporter: Exporter | None = None,
+    say: Callable[[str], None] = print,
+) -> Version:
+    """Make every point a member, calibrate their average on validation, and publish.
+
+    `vertices` are the weight sets that training left, `points` combinations of them; None: each vertex is a member.
+    `exporter` may have traced the network already.
+
+    Raises:
+        ExportError: a member cannot be exported faithfully; then nothing is published.
+        StoreError: the store cannot be written.
+    """
+    _, labels = as_arrays(data.validation)
+    with store.staging(config.published_name) as staged:
+        (staged / "members").mkdir()
+        (staged / "weights").mkdir()
+        exporter = exporter or Exporter(data.shape)
+        states = [load_weights(file) for file, _ in vertices] if points else []
+        parameters = [name for name, _ in network.named_parameters()]
+        places = coordinates(states, parameters) if points else np.zeros((0, 0))
+        origins: list[manifest.Origin] = []
+        collected: list[np.ndarray] = []
+        for index, (weights, origin) in enumerate(_weights_of_members(vertices, states, points, places)):
+            made = member.make(network, weights, data, config.bn_images, device, exporter)
+            (staged / f"members/{index:03d}.onnx").write_bytes(made.onnx)
+            save_state(staged / f"weights/{index:03d}.safetensors", made.state)
+            origins.append(origin)
+            collected.append(made.validation_logits)
+        logits = np.stack(collected)  # (members, batch, classes)
+        own = [temperature.fit(one[None], labels, np.ones(1)) for one in logits]
+        alone = [Answers.of(one[None], labels, np.ones(1), t) for one, t in zip(logits, own, strict=True)]
+        kept = _choose(staged, config, alone, labels, say)
+        logits, own, origins = logits[kept], [own[i] for i in kept], [origins[i] for i in kept]
+        weights_of = np.full(len(logits), 1 / len(logits))
+        fitted = temperature.estimate(logits, labels, weights_of)
+        shared = fitted.temperature
+        average = score(combine(softmax(logits, shared), weights_of).mean_probs, labels)
+        rows_of_bank = points.bank(places) if points else np.zeros((0, 0))
+        forward = (len(collected) + len(rows_of_bank)) * _settling(network, data, config.bn_images, device)
+        members = [
+            manifest.Member(
+                file=f"members/{index:03d}.onnx",
+                weights=f"weights/{index:03d}.safetensors",
+                origin=origin,
+                weight=float(weights_of[index]),
+                temperature=own[index],
+                validation=score(softmax(logits[index], own[index]), labels),
+            )
+            for index, origin in enumerate(origins)
+        ]
+        draft = manifest.Draft(
+            method=config.method,
+            network=manifest.Network(factory=config.network, kwargs=config.network_kwargs()),
+            input=manifest.InputSpec(shape=data.shape, resize=data.resize),
+            classes=data.classes,
+            members=members,
+            temperature=shared,
+            validation=average,
+            geometry=points and _keep_vertices(staged, states, points),
+            bank=_keep_bank(
+                staged,
+                rows_of_bank,
+                lambda rows: bank.build(run, network, data, states, rows, config.bn_images, device),
+                say,
+            ),
+            provenance=manifest.Provenance(
+                run=run.identity,
+                config={"door": config.method, **config.deciding()},
+                commit=_commit(),
+                libraries=_libraries(),
+                data_fingerprint=data.fingerprint,
+                wall_seconds=round(seconds, 1),
+                epochs_spent=round(epochs_spent, 4),
+                epochs_forward=round(forward, 4),
+                device=described,
+            ),
+        )
+        refused = activation.refusal(
+            Answers.of(logits, labels, weights_of, shared),
+            labels,
+            activation.given_answers(run, network, data, len(config.given()), config.bn_images, device),
+            activation.active_version(store, config.published_name),
+            fingerprint=data.fingerprint,
+            classes=data.classes,
+            validation_cut=data.validation_cut,
+        )
+        activation.keep_decision(run, refused)
+        activate = config.activate and (refused is None or config.activate_anyway)
+        version = store.publish(config.published_name, staged, draft, activate=activate)
+    beside = " beside the given networks'" if config.given() else ""
+    best = max(scores.validation.accuracy for scores in members if scores.validation)
+    settled = f", and {forward:.3g} epochs of forward passes for batch norm" if forward else ""
+    say(
+        f"published {version.name}: {len(members)} member{'s' if len(members) > 1 else ''}, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
+        f"nll {average.nll:.4f}, temperature {fitted}, cost {epochs_spent:.4g} plain epochs{settled}{beside}\n{version.folder}"
+    )
+    if points and points.told:
+        say(points.told(places))
+    if fitted.warning:
+        say(fitted.warning)
+    if refused and activate:
+        say(f"warning: activated because of --activate-anyway, although {refused}")
+    elif refused and config.activate:
+        say(
+            f"NOT ACTIVATED: {refused} It is published, but not served. To serve it all the same, give --activate-anyway, or run: "
+            f"python -m models_store activate {version.manifest.name} {version.manifest.version}"
+        )
+    return version
+
+
+def _choose(
+    staged: Path, config: Config, members: Sequence[Answers], labels: activation.Labels, say: Callable[[str], None]
+) -> list[int]:
+    """Indices of the members that are averaged. The files of the others are removed, and numbers closed up."""
+    left_out = [] if config.keep_all_members else activation.outliers(members, labels)
+    for index in left_out:
+        say(
+            f"left out of the average: member {index} of {len(members)}, far worse on validation than most ({members[index]}). "
+            "--keep-all-members averages it too, in a run of its own."
+        )
+    kept = [index for index in range(len(members)) if index not in left_out]
+    for folder, suffix in (("members", "onnx"), ("weights", "safetensors")):
+        for index in left_out:
+            (staged / folder / f"{index:03d}.{suffix}").unlink()
+        for number, index in enumerate(kept):
+            (staged / folder / f"{index:03d}.{suffix}").rename(staged / folder / f"{number:03d}.{suffix}")
+    return kept
+
+
+def _settling(network: nn.Module, data: Data, bn_images: int, device: torch.device) -> float:
+    """Forward passes that a network's statistics take, in epochs over the train split."""
+    if not batch_norm.statistics(network, next(member.clean_images(data, 2, device))):
+        return 0.0
+    return min(bn_images, len(data.train)) / len(data.train)
+
+
+def _weights_of_members(
+    vertices: Sequence[Vertex], states: Sequence[State], points: Points | None, places: Coordinates
+) -> Iterator[tuple[State, manifest.Origin]]:
+    if points is None:
+        for file, origin in vertices:
+            yield load_weights(file), origin
+        return
+    for coefficients in points.members(places):
+        yield combine_states(states, coefficients), manifest.Origin(coefficients=coefficients.tolist())
+
+
+def _keep_vertices(staged: Path, states: Sequence[State], points: Points) -> manifest.Geometry:
+    for index, state in enumerate(states):
+        save_state(staged / f"vertices/{index:03d}.safetensors", state)
+    return manifest.Geometry(
+        shape=points.shape,
+        vertices=[f"vertices/{index:03d}.safetensors" for index in range(len(states))],
+        components=points.components,
+    )
+
+
+def _keep_bank(
+    staged: Path, rows: Coefficients, build: Callable[[Coefficients], Bank], say: Callable[[str], None]
+) -> manifest.Bank | None:
+    """Where these networks cannot be in a bank, say why and write nothing."""
+    if not len(rows):
+        return None
+    try:
+        built = build(rows)
+    except ExportError as error:
+        say(f"no bank: {error} The members are published without one.")
+        return None
+    built.save(staged / "bank")
+    return manifest.Bank(
+        points=len(built), accuracy_mean=float(built.accuracy.mean()), accuracy_min=float(built.accuracy.min())
+    )
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed without a checkout
+    return found.stdout.strip()
+
+
+def _libraries() -> dict[str, str]:
+    versions: dict[str, str] = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

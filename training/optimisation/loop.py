@@ -1,0 +1,260 @@
+"""The training loop. Every method is a list of legs: so many iterations at such a rate, collecting weights here and there.
+
+An epoch's randomness is a function of (seed, leg, epoch) alone, so a run that goes on from the last finished epoch
+computes what the undisturbed run computes, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from training.config import Config
+from training.data import Data, in_order
+from training.data.import_string import import_string
+from training.errors import ConfigError, DivergenceError
+from training.members import batch_norm, member
+from training.networks import layout
+from training.optimisation.adversary import Adversary
+from training.optimisation.seeds import derive
+from training.optimisation.steps import BetweenVertices, OneNetwork, Span, Steps
+from training.runs import PREFIXED, Progress, Run, load_state, load_weights, save_state
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Log = Callable[[Mapping[str, float], int], None]
+SHOWN_BN_IMAGES = 2048  # for the validation line of a path; members get --bn-images
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stretch of SGD."""
+
+    label: str
+    iterations: int
+    rate: Callable[[int], float]  # of the iteration i = 1 … iterations
+    start: Path | None = None  # weights and momenta to begin from; None: where the previous leg ended
+    collect: tuple[int, ...] = ()  # iterations after which the weights are kept as a vertex
+    keep: tuple[tuple[int, Path], ...] = ()  # (epoch, file): checkpoints that later legs begin from
+    span: Span | None = None  # trained are the free vertices of a path, not a network
+    rate_option: str = "--lr"  # what the user sets the rate with
+    passes: int = 1  # forward and backward passes of an iteration: what it costs in units of a plain one
+
+
+def iterations_per_epoch(data: Data, batch_size: int) -> int:
+    """Whole batches only: a batch of few images would upset batch norm."""
+    return max(1, len(data.train) // batch_size)
+
+
+def initialise(seed: int, number: int = 0) -> None:
+    """Seed what the `number`-th network of a run draws its initial weights from."""
+    _seed_everything(derive(seed, 0, 0, number))
+
+
+def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Data, legs: list[Leg]) -> float:
+    """Train through all legs, from wherever the run stands; vertices go to `run.vertex_file(leg, number)`.
+
+    Returns:
+        Seconds spent in training, over all sessions of the run.
+
+    Raises:
+        DivergenceError: the loss is NaN or infinite.
+    """
+    if config.channels_last:
+        layout.convert(network, torch.channels_last)
+    compiled: nn.Module = torch.compile(network) if config.compile else network  # pyright: ignore[reportAssignmentType]
+    wrapped = fabric.setup_module(compiled)
+    done = run.progress()
+    job = _Job(config, fabric, run, network, wrapped, data, loss_of(config), _logger(config, run))
+    plain: OneNetwork | None = None
+    seconds = done.seconds
+    for index in range(done.leg, len(legs)):
+        leg, first = legs[index], done.epoch if index == done.leg else 0
+        # One optimizer for all plain legs: a leg without a start goes on with the momenta of the one before.
+        plain = None if leg.span else plain or OneNetwork(config, fabric, network)
+        steps = plain or job.between(leg)
+        if index == done.leg and done != Progress():
+            steps.restore(run.load_checkpoint())
+            _say(fabric, f"resuming {leg.label} after epoch {done.epoch}")
+        elif leg.start is not None:
+            steps.restore(load_state(leg.start))
+        seconds = job.run_leg(index, leg, steps, first, seconds)
+    return seconds
+
+
+@dataclass(frozen=True)
+class _Job:
+    config: Config
+    fabric: Fabric
+    run: Run
+    network: nn.Module
+    wrapped: nn.Module
+    data: Data
+    loss: Loss
+    log: Log
+
+    def between(self, leg: Leg) -> BetweenVertices:
+        assert leg.span is not None
+        fixed = [load_weights(file) for file in leg.span.vertices if file is not None]
+        images = next(member.clean_images(self.data, 2, self.fabric.device, layout.of(self.network)))
+        moving = batch_norm.statistics(self.network, images)
+        return BetweenVertices(self.config, self.fabric, self.network, leg.span, fixed, moving)
+
+    def run_leg(self, index: int, leg: Leg, steps: Steps, first: int, seconds: float) -> float:
+        an_epoch = iterations_per_epoch(self.data, self.config.batch_size)
+        epochs = math.ceil(leg.iterations / an_epoch)
+        for epoch in range(first, epochs):
+            began = time.monotonic()
+            loss = self._epoch(index, leg, steps, epoch, an_epoch)
+            steps.show()
+            if leg.span is not None:
+                member.settle(self.network, self.data, SHOWN_BN_IMAGES, self.fabric.device)
+            accuracy, nll = self._validate()
+            seconds += time.monotonic() - began
+            rate = leg.rate(min((epoch + 1) * an_epoch, leg.iterations))
+            _say(
+                self.fabric,
+                f"{leg.label} epoch {epoch + 1}/{epochs}  rate {rate:.2e}  train loss {loss:.4f}  "
+                f"validation accuracy {accuracy:.4f} nll {nll:.4f}  {time.monotonic() - began:.1f} s",
+            )
+            if self.fabric.is_global_zero:
+                row = {
+                    "leg": index,
+                    "rate": rate,
+                    "train_loss": loss,
+                    "validation_accuracy": accuracy,
+                    "validation_nll": nll,
+                }
+                self.log({**row, "seconds": seconds}, sum((index * 10_000, epoch + 1)))
+                self._save(index, leg, steps, epoch + 1, seconds)
+            self.fabric.barrier()  # the next leg may begin from what was just kept
+        return seconds
+
+    def _epoch(self, index: int, leg: Leg, steps: Steps, epoch: int, an_epoch: int) -> float:
+        device, size = self.fabric.device, self.config.batch_size
+        seed = derive(self.config.seed, 1, index, epoch)
+        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))[: an_epoch * size]
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        if world > 1:  # each process takes its share of every batch
+            order = order.view(an_epoch, -1)[:, rank::world].reshape(-1)
+            size = order.numel() // an_epoch
+        generator = torch.Generator().manual_seed(derive(self.config.seed, 2 + rank, index, epoch))
+        _seed_everything(derive(self.config.seed, 1002 + rank, index, epoch))
+        # Points between vertices are the same in all processes: their gradients are averaged.
+        between = np.random.default_rng(derive(self.config.seed, 0, 1 + index, epoch))
+        mean, std = _normaliser(self.data, device)
+        adversary = self._adversary(mean, std)
+        memory_format = layout.of(self.network)
+        total, count, i = torch.zeros((), device=device), 0, 0
+        self.wrapped.train()
+        batches = self.data.train.batches(order, size)
+        bar = tqdm(batches, f"{leg.label} {epoch + 1}", an_epoch, leave=False, disable=None if rank == 0 else True)
+        for step, (images, labels) in enumerate(bar, 1):
+            i = epoch * an_epoch + step
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images = (self.data.augment(images, generator) - mean) / std
+            images = layout.arrange(images, memory_format)
+
+            def loss_here(images: torch.Tensor = images, labels: torch.Tensor = labels) -> torch.Tensor:
+                if adversary is not None:
+                    images = adversary.attack(self.network, self.loss, images, labels, self.fabric.autocast)
+                return self.loss(self.wrapped(images), labels)
+
+            total += steps.take(loss_here, leg.rate(i), between)
+            count += 1
+            if i in leg.collect and self.fabric.is_global_zero:
+                for number, state in enumerate(steps.collected(), leg.collect.index(i)):
+                    save_state(self.run.vertex_file(index, number), state)
+            if i == leg.iterations:
+                break
+        mean_loss = float(total) / count
+        # Checked an epoch at a time: reading it at every step would make a GPU wait.
+        if not math.isfinite(mean_loss):
+            raise DivergenceError(
+                f"The loss became {mean_loss} in epoch {epoch + 1} of {leg.label}, at a rate of {leg.rate(i):.3g}. The rate is likely "
+                f"too high, or the data or loss hold NaN; try {leg.rate_option} a third of what it was. Nothing was published."
+            )
+        return mean_loss
+
+    def _adversary(self, mean: torch.Tensor, std: torch.Tensor) -> Adversary | None:
+        config = self.config
+        if not config.adversarial_epsilon:
+            return None
+        return Adversary(config.adversarial_epsilon, config.adversarial_steps, config.adversarial_share, mean, std)
+
+    @torch.no_grad()
+    def _validate(self) -> tuple[float, float]:
+        device = self.fabric.device
+        mean, std = _normaliser(self.data, device)
+        right, nll = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.wrapped.eval()
+        for images, labels in self.data.validation.batches(in_order(self.data.validation), 512):
+            labels = labels.to(device)
+            images = layout.arrange((images.to(device) - mean) / std, torch.contiguous_format)
+            logits = self.wrapped(images).float()
+            right += (logits.argmax(1) == labels).sum()
+            nll += functional.cross_entropy(logits, labels, reduction="sum")
+        count = len(self.data.validation)
+        return float(right) / count, float(nll) / count
+
+    def _save(self, index: int, leg: Leg, steps: Steps, epoch: int, seconds: float) -> None:
+        state = steps.state()
+        for kept, file in leg.keep:
+            if kept == epoch:
+                save_state(file, state, PREFIXED)
+        self.run.save_checkpoint(state, Progress(index, epoch, seconds))
+
+
+def _normaliser(data: Data, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
+    return mean, std
+
+
+def loss_of(config: Config) -> Loss:
+    """The loss of logits (batch, classes) and labels (batch,).
+
+    Raises:
+        ConfigError: --loss names something that cannot be called.
+        ImportStringError: --loss leads nowhere.
+    """
+    if config.loss is None:
+        return lambda logits, labels: functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    loss: Any = import_string(config.loss)
+    if not callable(loss):
+        raise ConfigError(f"--loss {config.loss} is no function of (logits, labels).")
+    return cast("Loss", loss)
+
+
+def _logger(config: Config, run: Run) -> Log:
+    if config.log == "none":
+        return lambda row, step: None
+    from lightning_fabric.loggers.csv_logs import CSVLogger
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+    if config.log == "tensorboard":
+        return cast("Log", TensorBoardLogger(run.folder, name="tensorboard", version="").log_metrics)
+    sessions = len(list((run.folder / "csv").glob("version_*")))
+    return cast("Log", CSVLogger(run.folder, name="csv", version=sessions, flush_logs_every_n_steps=1).log_metrics)
+
+
+def _seed_everything(seed: int) -> None:
+    # Dropout draws from torch; a user's loss or data set may draw from any of them.
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _say(fabric: Fabric, line: str) -> None:
+    if fabric.is_global_zero:
+        tqdm.write(line)

@@ -1,0 +1,180 @@
+"""The walk that every door takes: data, network, run, legs of training, path points, a published version.
+
+A door says what is its own in a Plan: how to train, and where on the trained weights the members lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from models_store.manifest import Origin
+from models_store.store import Store, Version
+from training import data, networks
+from training.config import Config
+from training.errors import CheckpointError, DivergenceError, ExportError
+from training.geometry.vertices import State
+from training.members import activation, publication
+from training.members.export import Exporter
+from training.members.publication import Points
+from training.optimisation import hardware, loop, trial
+from training.optimisation.loop import Leg
+from training.runs import PREFIXED, NetworkPrint, Run, checkpoint, save_state
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a door makes of its options."""
+
+    legs: list[Leg]
+    vertices: Sequence[tuple[Path, Origin]]  # weight sets that the run has when the legs are done
+    points: Points | None = None  # members between the vertices; None: each vertex is a member
+    note: str | None = None  # for people, before training begins
+    # What makes the vertices from what the legs left, where they did not train them; it is called again after a kill.
+    then: Callable[[nn.Module], None] | None = None
+
+
+def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
+    """Train, or go on training, and publish; a finished run is found and left alone.
+
+    Args:
+        config: the door's options.
+        plan: (options, run, iterations in an epoch) -> Plan. `run.start_file("fresh-0")` … are networks with initial
+            weights of their own, `run.start_file("given-0")` … the weights that `config.given()` names.
+    """
+    store = Store()
+    store.check_writable(config.published_name)
+    fabric = hardware.launch(config)
+    say = print if fabric.is_global_zero else (lambda line: None)
+    found = data.load(config.data_options(), say)
+    loop.initialise(config.seed)
+    network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
+    # The same command goes on with what it began from, whatever has been published under those names since.
+    identity = config.deciding()
+    code = NetworkPrint.of(network, found.shape)
+    references_of_run = None if config.fresh else Run.begun_from(config.method, identity, code)
+    references = references_of_run
+    if references is None:
+        references = [checkpoint.pinned(reference, store) for reference in config.given()]
+    config = config.beginning_from(references)
+    given = [checkpoint.find(reference, store) for reference in references]
+    begin_from = [_state(network, one.file) for one in given]
+    # Networks of another split, or of an unknown one, may have been trained on our validation images.
+    elsewhere = [one for one in given if one.fingerprint != found.fingerprint]
+    if elsewhere and found.validation_cut:
+        say(
+            "warning: the validation images were set aside from the training images just now. If the given network was trained on "
+            "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
+        )
+    if elsewhere and (config.mean is None or config.std is None):
+        say(
+            f"warning: the given network gets images normalised by mean {_numbers(found.mean)} and std {_numbers(found.std)}, those of this data "
+            "set. If it was trained with others, it answers wrongly: give them with --mean and --std."
+        )
+    exporter = Exporter(found.shape)
+    if references_of_run is None:  # a run that was begun has passed
+        trial.check(network, found, exporter)
+    config = trial.fit(config, fabric, network, found, say)
+    depends_on = {"the data set": found.fingerprint, **{str(one.file): _digest(one.file) for one in given}}
+    leader = fabric.is_global_zero
+    with contextlib.ExitStack() as stack:
+        with fabric.rank_zero_first():
+            opened = Run.open(
+                config.method, identity, depends_on, fresh=config.fresh, network=code, given=references, leader=leader
+            )
+            this_run = stack.enter_context(opened)
+            if leader:
+                for index, state in enumerate(begin_from):
+                    _save_start(this_run.start_file(f"given-{index}"), state)
+                for index in range(config.initial_networks()):
+                    loop.initialise(config.seed, index)
+                    fresh = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
+                    _save_start(this_run.start_file(f"fresh-{index}"), fresh.state_dict())
+        name = config.published_name
+        if (done := store.find_run(name, this_run.identity)) is not None:
+            say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
+            if leader and config.activate:
+                _activate_late(store, name, done, activation.activation_refused(this_run), config, say)
+            return store.load(name, done)
+        say(f"run {this_run.folder} on {hardware.describe(fabric)}")
+        placed = data.on_device(found, fabric.device)
+        steps = loop.iterations_per_epoch(found, config.batch_size)
+        planned = plan(config, this_run, steps)
+        if planned.note:
+            say(planned.note)
+        with _kept(this_run):
+            seconds = loop.train(config, fabric, this_run, network, placed, planned.legs)
+            if leader:
+                if planned.then:
+                    planned.then(network)
+                publication.publish(
+                    store, config, this_run, network, placed, planned.vertices, planned.points,
+                    device=fabric.device, described=hardware.describe(fabric), seconds=seconds,
+                    epochs_spent=sum(leg.iterations * leg.passes for leg in planned.legs) / steps * config.passes,
+                    exporter=exporter,
+                )  # fmt: skip
+        fabric.barrier()
+        return store.load(name, store.find_run(name, this_run.identity))
+
+
+def _activate_late(
+    store: Store, name: str, version: int, refused: str | None, config: Config, say: Callable[[str], None]
+) -> None:
+    """What an earlier process was stopped before, or was not allowed to do."""
+    if refused is not None and config.activate_anyway:
+        store.activate(name, version)
+        say(f"warning: {name}@{version} is active now because of --activate-anyway, although {refused}")
+    elif refused is not None:
+        say(f"NOT ACTIVATED: {refused} --activate-anyway serves it.")
+    elif store.finish_activation(name, version):
+        say(f"{name}@{version} is active now: the run was stopped before it had activated it.")
+
+
+@contextlib.contextmanager
+def _kept(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (DivergenceError, ExportError) as error:
+        kept = f"Weights from before the failure are kept in {run.folder}." if run.has_weights() else ""
+        raise type(error)(f"{error} {kept}".strip()) from error
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def collected(run: Run, legs: Sequence[Leg], steps: int) -> list[tuple[Path, Origin]]:
+    """Every weight set that the legs collect, in order, numbered from 1."""
+    found: list[tuple[Path, Origin]] = []
+    spent = 0
+    for index, leg in enumerate(legs):
+        for number, iteration in enumerate(leg.collect):
+            origin = Origin(cycle=len(found) + 1, epoch=(spent + iteration) / steps)
+            found.append((run.vertex_file(index, number), origin))
+        spent += leg.iterations * leg.passes
+    return found
+
+
+def _state(network, file: Path) -> State:
+    checkpoint.load_into(network, file)
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def _save_start(file: Path, state: State) -> None:
+    if not file.exists():  # the run was begun before
+        save_state(file, {f"network.{name}": tensor for name, tensor in state.items()}, PREFIXED)
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
