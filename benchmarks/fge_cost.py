@@ -18,11 +18,12 @@ from tabulate import tabulate
 
 PLAIN = """
 import sys
-from training import data, hardware, loop, networks
+from training import data, networks
+from training.optimisation import hardware, loop
 from training.fge import Config
-from training.loop import Leg
+from training.optimisation.loop import Leg
 from training.runs import Run
-from training.schedules import plain_rate
+from training.optimisation.schedules import plain_rate
 config = Config(dataset=sys.argv[1], network=sys.argv[2], epochs=int(sys.argv[3]))
 fabric = hardware.launch(config)
 found = data.load(config.data_options())

@@ -22,8 +22,10 @@ from tabulate import tabulate
 from torch.nn import functional
 
 from training import curve, espro, networks
+from training.data import Data, InMemory
+from training.data.augment import Augment
 from training.optimisation import hardware
-from training.optimisation.steps import BetweenVertices, OneNetwork
+from training.optimisation.steps import BetweenVertices, OneNetwork, Step, Training
 
 SHAPE = (1, 28, 28)
 BLOCKS, PASSES = 75, 10
@@ -33,13 +35,23 @@ WANTED = {"curve": 1.10, "simplex, 1": 1.10, "simplex, 5": 5.30}  # plain steps
 DRAWS = np.random.default_rng(0)
 
 
+def _data(split: InMemory) -> Data:
+    return Data(
+        train=split, validation=split, test=split, classes=[str(c) for c in range(10)], shape=SHAPE, mean=(0.5,), std=(0.5,),
+        augment=Augment(), resize="refuse", fingerprint="step_cost",
+    )  # fmt: skip
+
+
 def make(kind: str, name: str):
     """A network and how it steps."""
     config = espro.Config(precision="32", device="cpu", points_per_step=PASSES_OF_STEP[kind])
     fabric = hardware.launch(config)
     network = networks.build(name, 10, SHAPE, {}).to(memory_format=torch.channels_last)
+    images = torch.rand(8, *SHAPE)
+    split = InMemory(images, torch.arange(8) % 10)
+    training = Training(config, fabric, network, _data(split))
     if kind == "plain":
-        return network, OneNetwork(config, fabric, network)
+        return network, OneNetwork(training)
     # What lies in the files of the fixed vertices is given here.
     if kind == "curve":
         span = curve.between(curve.Config(), [Path(), Path()])
@@ -47,11 +59,11 @@ def make(kind: str, name: str):
         span = espro.within(config, dict.fromkeys(range(3), Path()), [[0, 1, 2, 3]], 3)
     count = sum(file is not None for file in span.vertices)
     fixed = [{k: v.clone() for k, v in networks.build(name, 10, SHAPE, {}).state_dict().items()} for _ in range(count)]
-    return network, BetweenVertices(config, fabric, network, span, fixed, set())
+    return network, BetweenVertices(training, span, fixed, set())
 
 
 def step(network, steps, images, labels) -> None:
-    steps.take(lambda: functional.cross_entropy(network(images), labels), 0.01, DRAWS)
+    steps.take(lambda: functional.cross_entropy(network(images), labels), Step(1, 0.01, DRAWS, len(images)))
 
 
 def batch(size: int):

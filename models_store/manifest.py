@@ -84,6 +84,7 @@ class Origin(_Record):
         description="1, 2, … in order of collection; 0 is a given network. SWAG: the Gaussian it was drawn from",
     )
     epoch: float | None = Field(default=None, ge=0, description="budget spent when it was collected, in epochs")
+    leg: str | None = Field(default=None, description="the leg of training that it was collected in")
     coefficients: list[float] | None = Field(default=None, description="over the vertices, for path points")
     source: str | None = Field(default=None, description="file name of an imported model")
 

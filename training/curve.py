@@ -25,7 +25,7 @@ from training.geometry.vertices import State, combine
 from training.members.publication import Points
 from training.optimisation.loop import Leg
 from training.optimisation.schedules import plain_rate
-from training.optimisation.steps import Span
+from training.optimisation.steps import Between, Span
 from training.pipeline import Plan
 from training.runs import Run
 
@@ -130,7 +130,8 @@ def _bends(config: Config, steps: int, ends: Sequence[Path], label: str) -> Leg:
         rate=lambda i: plain_rate(i, total, config.curve_lr),
         rate_option="--curve-lr",
         collect=(total,),
-        span=between(config, ends),
+        steps=Between(between(config, ends)),
+        weight_sets=config.interior,
         passes=config.points_per_step,
     )
 

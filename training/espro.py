@@ -29,7 +29,7 @@ from training.members.publication import Points
 from training.optimisation.loop import Leg
 from training.optimisation.schedules import plain_rate, snapshot_rate
 from training.optimisation.seeds import derive
-from training.optimisation.steps import Span
+from training.optimisation.steps import Between, Span
 from training.pipeline import Plan
 from training.runs import Run, checkpoint
 
@@ -218,7 +218,7 @@ def _vertex(
         rate=lambda i: snapshot_rate(i, [total], config.vertex_lr),
         rate_option="--vertex-lr",
         collect=(total,),
-        span=within(config, files, around, vertex),
+        steps=Between(within(config, files, around, vertex)),
         passes=config.points_per_step,
     )
 

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from models_store.manifest import Origin
 from models_store.store import Store, Version
 from training import data, networks
 from training.config import Config
+from training.data import Data
 from training.errors import CheckpointError, DivergenceError, ExportError
 from training.geometry.vertices import State
 from training.members import activation, publication
 from training.members.export import Exporter
-from training.members.publication import Points
+from training.members.publication import Points, Weigh
 from training.optimisation import hardware, loop, trial
 from training.optimisation.loop import Leg
 from training.runs import PREFIXED, NetworkPrint, Run, checkpoint, save_state
@@ -31,15 +33,26 @@ C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What code that runs after the legs may use."""
+
+    network: nn.Module  # its weights may be overwritten
+    data: Data
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a door makes of its options."""
+    """What a method makes of its options."""
 
     legs: list[Leg]
-    vertices: Sequence[tuple[Path, Origin]]  # weight sets that the run has when the legs are done
+    vertices: Sequence[tuple[Path, Origin]]  # files of the weight sets that there are when the legs are done
     points: Points | None = None  # members between the vertices; None: each vertex is a member
-    note: str | None = None  # for people, before training begins
-    # What makes the vertices from what the legs left, where they did not train them; it is called again after a kill.
-    then: Callable[[nn.Module], None] | None = None
+    note: str | None = None  # printed before training begins
+    # Builds vertices from the collected weights where the legs did not train them. It runs again after a crash.
+    build_vertices: Callable[[Trained], None] | None = None
+    # Weights of the members, (members,), from their validation logits (members, batch, classes) and the labels (batch,); None: equal ones.
+    weigh: Weigh | None = None
 
 
 def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
@@ -113,10 +126,10 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         with _kept(this_run):
             seconds = loop.train(config, fabric, this_run, network, placed, planned.legs)
             if leader:
-                if planned.then:
-                    planned.then(network)
+                if planned.build_vertices:
+                    planned.build_vertices(Trained(network, placed, fabric.device))
                 publication.publish(
-                    store, config, this_run, network, placed, planned.vertices, planned.points,
+                    store, config, this_run, network, placed, planned.vertices, planned.points, planned.weigh,
                     device=fabric.device, described=hardware.describe(fabric), seconds=seconds,
                     epochs_spent=sum(leg.iterations * leg.passes for leg in planned.legs) / steps * config.passes,
                     exporter=exporter,
@@ -156,8 +169,9 @@ def collected(run: Run, legs: Sequence[Leg], steps: int) -> list[tuple[Path, Ori
     found: list[tuple[Path, Origin]] = []
     spent = 0
     for index, leg in enumerate(legs):
-        for number, iteration in enumerate(leg.collect):
-            origin = Origin(cycle=len(found) + 1, epoch=(spent + iteration) / steps)
+        for number in range(len(leg.collect) * leg.weight_sets):
+            epoch = (spent + leg.collect[number // leg.weight_sets]) / steps
+            origin = Origin(cycle=len(found) + 1, epoch=epoch, leg=leg.label)
             found.append((run.vertex_file(index, number), origin))
         spent += leg.iterations * leg.passes
     return found

@@ -27,8 +27,8 @@ from training.geometry.vertices import combine
 from training.optimisation.loop import Leg
 from training.optimisation.schedules import plain_rate
 from training.optimisation.seeds import derive
-from training.optimisation.steps import Span
-from training.pipeline import Plan
+from training.optimisation.steps import Between, OneNetwork, Span
+from training.pipeline import Plan, Trained
 from training.runs import Run, load_weights, save_state
 
 
@@ -119,15 +119,15 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
     each = max(1, config.samples)
     samples = [run.sample_file(index) for index in range(each * len(legs))]
 
-    def draw(network: nn.Module) -> None:
-        parameters = _names(network)
+    def draw(trained: Trained) -> None:
+        parameters = _names(trained.network)
         for leg in range(len(legs)):
             own = samples[leg * each : (leg + 1) * each]
             passed = [run.vertex_file(leg, number) for number in range(len(collect))]
             _draw(config, parameters, passed, own, leg, ends)
 
     vertices = [(file, Origin(cycle=1 + index // each)) for index, file in enumerate(samples)]
-    return Plan(legs, vertices, then=draw)
+    return Plan(legs, vertices, build_vertices=draw)
 
 
 def _leg(
@@ -141,7 +141,7 @@ def _leg(
         rate_option="--lr and --swag-lr",
         start=start,
         collect=collect,
-        span=span,
+        steps=OneNetwork if span is None else Between(span),
     )
 
 

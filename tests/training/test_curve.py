@@ -30,7 +30,7 @@ def test_two_ends_of_different_initial_weights_and_the_curve_between_them():
     first, second, bends = planned.legs
     assert (first.start.stem, second.start.stem) == ("fresh-0", "fresh-1")
     assert [leg.iterations for leg in planned.legs] == [30, 30, 40]
-    assert bends.span.vertices == (planned.vertices[0][0], None, None, planned.vertices[-1][0])
+    assert bends.steps.span.vertices == (planned.vertices[0][0], None, None, planned.vertices[-1][0])
     assert planned.points.components == [[0, 1, 2, 3]]
     assert planned.points.members(None).shape == (6, 4)
     assert planned.points.bank(None).shape == (256, 4)
@@ -57,7 +57,7 @@ def test_points_of_a_step_are_uniform_and_cost_what_they_cost():
     (*_, leg) = plan(points_per_step=4).legs
     assert leg.passes == 4
     generator = np.random.default_rng(0)
-    drawn = np.concatenate([leg.span.draw(generator, None) for _ in range(500)])
+    drawn = np.concatenate([leg.steps.span.draw(generator, None) for _ in range(500)])
     # The last coefficient of a quadratic Bezier curve is t².
     assert kstest(np.sqrt(drawn[:, 2]), "uniform").pvalue > 1e-3
 

@@ -13,7 +13,7 @@ from models_store.bank import Bank
 from models_store.graphs.runtime import EnsembleSession, MemberSession
 from models_store.store import Store
 from tests.training import test_curve
-from tests.training.conftest import SMALL
+from tests.training.conftest import SMALL, make_data
 from training import espro, independent, networks
 from training.errors import ConfigError, DivergenceError
 from training.espro import Config, complexes, describe, in_turn, perturbed, star
@@ -21,7 +21,7 @@ from training.geometry import volume
 from training.geometry.vertices import combine, coordinates
 from training.optimisation import hardware
 from training.optimisation.seeds import derive
-from training.optimisation.steps import BetweenVertices
+from training.optimisation.steps import BetweenVertices, Step, Training
 
 GROW = {**SMALL, "vertices": 2, "vertex_epochs": 2, "samples": 3, "bank": 5}
 
@@ -274,10 +274,10 @@ def test_a_step_in_a_flat_simplex_goes_on_without_the_volume():
     span = espro.within(config, [Path()] * 2, [[0, 1, 2]], 2)
     middle = combine(fixed, [0.5, 0.5])
     span = dataclasses.replace(span, begin=lambda others, parameters: [middle])
-    steps = BetweenVertices(config, fabric, network, span, fixed, set())
+    steps = BetweenVertices(Training(config, fabric, network, make_data()), span, fixed, set())
     images, labels = torch.randn(8, 4), torch.arange(8) % 3
     before = {name: tensor.clone() for name, tensor in steps.collected()[0].items()}
-    steps.take(lambda: functional.cross_entropy(network(images), labels), 0.1, np.random.default_rng(0))
+    steps.take(lambda: functional.cross_entropy(network(images), labels), Step(1, 0.1, np.random.default_rng(0), 64))
     for name, tensor in steps.collected()[0].items():
         assert torch.isfinite(tensor).all()
         assert not torch.equal(tensor, before[name])
@@ -285,7 +285,8 @@ def test_a_step_in_a_flat_simplex_goes_on_without_the_volume():
 
 WATCHED = """
 import hashlib, os, pathlib
-from training import door, espro, steps
+from training import command, espro
+from training.optimisation import steps
 
 def show(self, shown=steps.BetweenVertices.show):
     free = b"".join(t.detach().numpy().tobytes() for i in self._vertices.free for t in self._vertices.named_trained(i).values())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from models_store import manifest
@@ -29,6 +30,7 @@ from training.members.metrics import score
 from training.runs import Run, load_weights, save_state
 
 LIBRARIES = ("torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy", "lightning-fabric")
+Weigh = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float64]]  # see pipeline.Plan
 Vertex = tuple[Path, manifest.Origin]  # a weight set in the run's folder
 
 
@@ -53,6 +55,7 @@ def publish(
     data: Data,
     vertices: Sequence[Vertex],
     points: Points | None,
+    weigh: Weigh | None = None,
     *,
     device: torch.device,
     described: str,
@@ -64,7 +67,7 @@ def publish(
     """Make every point a member, calibrate their average on validation, and publish.
 
     `vertices` are the weight sets that training left, `points` combinations of them; None: each vertex is a member.
-    `exporter` may have traced the network already.
+    `weigh` gives the members' weights; `exporter` may have traced the network already.
 
     Raises:
         ExportError: a member cannot be exported faithfully; then nothing is published.
@@ -91,7 +94,7 @@ def publish(
         alone = [Answers.of(one[None], labels, np.ones(1), t) for one, t in zip(logits, own, strict=True)]
         kept = _choose(staged, config, alone, labels, say)
         logits, own, origins = logits[kept], [own[i] for i in kept], [origins[i] for i in kept]
-        weights_of = np.full(len(logits), 1 / len(logits))
+        weights_of = np.full(len(logits), 1 / len(logits)) if weigh is None else weigh(logits, labels)
         fitted = temperature.estimate(logits, labels, weights_of)
         shared = fitted.temperature
         average = score(combine(softmax(logits, shared), weights_of).mean_probs, labels)

@@ -25,12 +25,12 @@ from training.config import Config
 from training.data import Data, in_order
 from training.data.import_string import import_string
 from training.errors import ConfigError, DivergenceError
-from training.members import batch_norm, member
+from training.members import member
 from training.networks import layout
 from training.optimisation.adversary import Adversary
 from training.optimisation.seeds import derive
-from training.optimisation.steps import BetweenVertices, OneNetwork, Span, Steps
-from training.runs import PREFIXED, Progress, Run, load_state, load_weights, save_state
+from training.optimisation.steps import MakeSteps, OneNetwork, Step, Steps, Training
+from training.runs import PREFIXED, Progress, Run, load_start, save_state
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Log = Callable[[Mapping[str, float], int], None]
@@ -44,10 +44,11 @@ class Leg:
     label: str
     iterations: int
     rate: Callable[[int], float]  # of the iteration i = 1 … iterations
-    start: Path | None = None  # weights and momenta to begin from; None: where the previous leg ended
+    start: Path | None = None  # weights to begin from, and momenta where the file has them; None: see Steps.continues
     collect: tuple[int, ...] = ()  # iterations after which the weights are kept as a vertex
     keep: tuple[tuple[int, Path], ...] = ()  # (epoch, file): checkpoints that later legs begin from
-    span: Span | None = None  # trained are the free vertices of a path, not a network
+    steps: MakeSteps = OneNetwork  # what a step does
+    weight_sets: int = 1  # that a collection keeps: as many as the steps train
     rate_option: str = "--lr"  # what the user sets the rate with
     passes: int = 1  # forward and backward passes of an iteration: what it costs in units of a plain one
 
@@ -77,18 +78,19 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
     wrapped = fabric.setup_module(compiled)
     done = run.progress()
     job = _Job(config, fabric, run, network, wrapped, data, loss_of(config), _logger(config, run))
-    plain: OneNetwork | None = None
+    steps: Steps | None = None
     seconds = done.seconds
     for index in range(done.leg, len(legs)):
         leg, first = legs[index], done.epoch if index == done.leg else 0
-        # One optimizer for all plain legs: a leg without a start goes on with the momenta of the one before.
-        plain = None if leg.span else plain or OneNetwork(config, fabric, network)
-        steps = plain or job.between(leg)
+        before, steps = steps, leg.steps(Training(config, fabric, network, data))
         if index == done.leg and done != Progress():
             steps.restore(run.load_checkpoint())
             _say(fabric, f"resuming {leg.label} after epoch {done.epoch}")
         elif leg.start is not None:
-            steps.restore(load_state(leg.start))
+            steps.restore(load_start(leg.start))
+        elif before is not None and steps.continues and type(before) is type(steps):
+            steps.restore(before.state())
+        del before  # its optimizer
         seconds = job.run_leg(index, leg, steps, first, seconds)
     return seconds
 
@@ -104,13 +106,6 @@ class _Job:
     loss: Loss
     log: Log
 
-    def between(self, leg: Leg) -> BetweenVertices:
-        assert leg.span is not None
-        fixed = [load_weights(file) for file in leg.span.vertices if file is not None]
-        images = next(member.clean_images(self.data, 2, self.fabric.device, layout.of(self.network)))
-        moving = batch_norm.statistics(self.network, images)
-        return BetweenVertices(self.config, self.fabric, self.network, leg.span, fixed, moving)
-
     def run_leg(self, index: int, leg: Leg, steps: Steps, first: int, seconds: float) -> float:
         an_epoch = iterations_per_epoch(self.data, self.config.batch_size)
         epochs = math.ceil(leg.iterations / an_epoch)
@@ -118,7 +113,7 @@ class _Job:
             began = time.monotonic()
             loss = self._epoch(index, leg, steps, epoch, an_epoch)
             steps.show()
-            if leg.span is not None:
+            if steps.shows_other_weights:
                 member.settle(self.network, self.data, SHOWN_BN_IMAGES, self.fabric.device)
             accuracy, nll = self._validate()
             seconds += time.monotonic() - began
@@ -171,10 +166,12 @@ class _Job:
                     images = adversary.attack(self.network, self.loss, images, labels, self.fabric.autocast)
                 return self.loss(self.wrapped(images), labels)
 
-            total += steps.take(loss_here, leg.rate(i), between)
+            total += steps.take(loss_here, Step(i, leg.rate(i), between, len(self.data.train)))
             count += 1
             if i in leg.collect and self.fabric.is_global_zero:
-                for number, state in enumerate(steps.collected(), leg.collect.index(i)):
+                states = steps.collected()
+                assert len(states) == leg.weight_sets, "a leg says how many weight sets it trains"
+                for number, state in enumerate(states, leg.collect.index(i) * leg.weight_sets):
                     save_state(self.run.vertex_file(index, number), state)
             if i == leg.iterations:
                 break

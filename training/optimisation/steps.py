@@ -1,11 +1,14 @@
-"""One step of SGD: on a network, or on the free vertices of a path through weight space."""
+"""One step of training: SGD on a network, or on the free vertices of a path through weight space.
+
+A method with another rule brings its own class of Steps, and names what makes it in its legs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -13,8 +16,32 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from training.config import Config
+from training.data import Data
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, Vertices, put_into
+from training.members import batch_norm, member
+from training.networks import layout
+from training.runs import load_weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is told."""
+
+    iteration: int  # of its leg, from 1
+    rate: float  # learning rate
+    generator: np.random.Generator  # draws the same in all processes
+    images: int  # in the train split
+
+
+@dataclass(frozen=True)
+class Training:
+    """What steps are made from."""
+
+    config: Config
+    fabric: Fabric
+    network: nn.Module
+    data: Data
 
 
 @dataclass(frozen=True)
@@ -36,7 +63,12 @@ class Span:
 class Steps(Protocol):
     """How a leg's weights move."""
 
-    def take(self, loss: Callable[[], torch.Tensor], rate: float, generator: np.random.Generator) -> torch.Tensor:
+    # A leg without a start goes on where the leg before it ended, if that took steps of the same class.
+    continues: ClassVar[bool]
+    # What `show` puts into the network has batch-norm statistics of other weights.
+    shows_other_weights: ClassVar[bool]
+
+    def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
         """Descend once; `loss` runs the network on the step's images. Returns the mean loss, detached."""
         ...
 
@@ -57,16 +89,23 @@ class Steps(Protocol):
         ...
 
 
+MakeSteps = Callable[[Training], Steps]
+
+
 class OneNetwork:
     """Plain SGD."""
 
-    def __init__(self, config: Config, fabric: Fabric, network: nn.Module):
-        self._fabric, self._network = fabric, network
-        self._optimizer = _sgd(config, fabric, network.parameters(), config.weight_decay)
+    continues: ClassVar[bool] = True
+    shows_other_weights: ClassVar[bool] = False
 
-    def take(self, loss: Callable[[], torch.Tensor], rate: float, generator: np.random.Generator) -> torch.Tensor:
+    def __init__(self, training: Training):
+        self._fabric, self._network = training.fabric, training.network
+        config = training.config
+        self._optimizer = _sgd(config, training.fabric, training.network.parameters(), config.weight_decay)
+
+    def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
         """See Steps."""
-        _set_rate(self._optimizer, rate)
+        _set_rate(self._optimizer, step.rate)
         found = loss()
         self._optimizer.zero_grad()
         self._fabric.backward(found)
@@ -91,19 +130,29 @@ class OneNetwork:
         return [self._network.state_dict()]
 
 
+@dataclass(frozen=True)
+class Between:
+    """Makes the steps of a leg that trains the free vertices of a span."""
+
+    span: Span
+
+    def __call__(self, training: Training) -> BetweenVertices:
+        """Read the fixed vertices, and find the buffers that are statistics of the weights."""
+        fixed = [load_weights(file) for file in self.span.vertices if file is not None]
+        network = training.network
+        images = next(member.clean_images(training.data, 2, training.fabric.device, layout.of(network)))
+        return BetweenVertices(training, self.span, fixed, batch_norm.statistics(network, images))
+
+
 class BetweenVertices:
     """SGD on free vertices: the loss is the mean over points drawn between all vertices, L2 acts at those points."""
 
-    def __init__(
-        self,
-        config: Config,
-        fabric: Fabric,
-        network: nn.Module,
-        span: Span,
-        fixed: Sequence[State],
-        statistics: set[str],
-    ):
+    continues: ClassVar[bool] = False
+    shows_other_weights: ClassVar[bool] = True
+
+    def __init__(self, training: Training, span: Span, fixed: Sequence[State], statistics: set[str]):
         """`fixed` are the fixed vertices in order; `statistics` as Vertices has them."""
+        config, fabric, network = training.config, training.fabric, training.network
         self._config, self._fabric, self._network, self._span = config, fabric, network, span
         trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         given, begun = iter(fixed), iter(span.begin(fixed, trained))
@@ -114,15 +163,15 @@ class BetweenVertices:
         # L2 acts at the points, so the optimizer must not add its own at the vertices.
         self._optimizer = _sgd(config, fabric, self._vertices.trained(), 0.0)
 
-    def take(self, loss: Callable[[], torch.Tensor], rate: float, generator: np.random.Generator) -> torch.Tensor:
+    def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
         """See Steps."""
-        _set_rate(self._optimizer, rate)
+        _set_rate(self._optimizer, step.rate)
         self._optimizer.zero_grad()
         places = self._vertices.coordinates() if self._span.push else None
         if places is not None and self._fabric.world_size > 1:
             # All processes must draw alike; their devices may round apart.
             places = self._fabric.broadcast(places)
-        points = self._span.draw(generator, places)
+        points = self._span.draw(step.generator, places)
         total = torch.zeros((), device=self._fabric.device)
         for point in points:
             self._vertices.place(point)

@@ -241,6 +241,18 @@ def load_weights(file: Path) -> State:
     return {name.removeprefix("network."): t for name, t in state.items() if name.startswith("network.")}
 
 
+def load_start(file: Path) -> State:
+    """What a leg begins from: weights and momenta by prefixed names; a vertex has weights only, so that momenta begin at 0.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    with _reading(file) as handle:
+        prefixed = (handle.metadata() or {}).items() >= PREFIXED.items()
+    state = load_state(file)
+    return state if prefixed else {f"network.{name}": tensor for name, tensor in state.items()}
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Write a small file, whole or not at all."""
     temporary = file.with_name(f".{file.name}.new")

@@ -56,7 +56,7 @@ def test_the_providers_in_use_are_told(store):
 GROWTH = """
 import numpy as np, psutil
 from onnx import TensorProto, helper, numpy_helper
-from models_store.runtime import MemberSession
+from models_store.graphs.runtime import MemberSession
 
 kernel = numpy_helper.from_array(np.full((64, 1, 3, 3), 0.1, np.float32), "kernel")
 nodes = [

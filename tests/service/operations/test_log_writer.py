@@ -125,7 +125,7 @@ def test_everything_that_a_process_logs_or_prints_goes_through_a_writer():
     code = (
         "import logging, sys\n"
         "logging.basicConfig(stream=sys.stdout)\n"
-        "from service import log_writer\n"
+        "from service.operations import log_writer\n"
         "log_writer.take_over()\n"
         "logging.getLogger('a').warning('logged'); print('printed'); print('to stderr', file=sys.stderr)\n"
         "1 / 0\n"

@@ -96,7 +96,7 @@ def test_a_pulse_stands_still_while_members_work_on_one_batch_without_end(board,
 
 CHILD = """
 import asyncio, subprocess, sys, time
-from service.supervision import Board, Pulse
+from service.operations.supervision import Board, Pulse
 
 if sys.argv[1:] == ["worker"]:
     async def work():

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from tests.training.conftest import make_data
-from training import networks
+from training import curve, networks, pipeline
+from training.curve import between
 from training.errors import ConfigError, DivergenceError
 from training.fge import Config
 from training.optimisation import hardware, loop
 from training.optimisation.loop import Leg
 from training.optimisation.seeds import derive
+from training.optimisation.steps import Between, OneNetwork
 from training.runs import Run, load_state
 
 
@@ -110,6 +112,72 @@ def test_a_run_that_is_taken_up_again_is_bit_identical_to_an_undisturbed_one(dat
     for number in (0, 1):
         a, b = (load_state(r.vertex_file(1, number)) for r in (whole_run, parts_run))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_each_collection_of_each_free_vertex_is_a_file_of_its_own(data):
+    def legs(run):
+        ends = [run.vertex_file(0, 0), run.vertex_file(1, 0)]
+        span = between(curve.Config(bends=2), ends)
+        plain = [Leg(f"end {i}", 2, lambda i: 0.05, start=None, collect=(2,)) for i in range(2)]
+        return [*plain, Leg("bends", 4, lambda i: 0.05, collect=(2, 4), steps=Between(span), weight_sets=2)]
+
+    _, run = train(data, legs)
+    files = [run.vertex_file(2, number) for number in range(4)]
+    assert sorted((run.folder / "vertices").glob("02-*")) == files
+    assert len({file.read_bytes() for file in files}) == 4
+    label, found = zip(*((origin.leg, file) for file, origin in pipeline.collected(run, legs(run), 4)), strict=True)
+    assert label == ("end 0", "end 1", *["bends"] * 4)
+    assert list(found[2:]) == files
+
+
+def test_a_leg_begins_with_the_weights_of_a_collected_vertex_and_without_momentum(data):
+    def legs(run):
+        return [
+            Leg("a", 4, lambda i: 0.05, collect=(4,)),
+            Leg("b", 4, lambda i: 0.05, start=run.vertex_file(0, 0), collect=(1,)),
+        ]
+
+    _, run = train(data, legs)
+    begun, found = (load_state(run.vertex_file(leg, 0)) for leg in (0, 1))
+    network = networks.build("mlp", 3, data.shape, {"hidden": 16})
+    network.load_state_dict(begun)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=Config().weight_decay)
+    rows = torch.randperm(64, generator=torch.Generator().manual_seed(derive(0, 1, 1, 0)))[:16]
+    torch.nn.functional.cross_entropy(
+        network((data.train.images[rows] - 0.5) / 0.3), data.train.labels[rows]
+    ).backward()
+    optimizer.step()
+    for name, tensor in network.state_dict().items():
+        assert torch.allclose(found[name], tensor, atol=1e-6), name
+
+
+def test_a_leg_without_a_start_goes_on_with_weights_and_momentum_of_the_one_before(data):
+    one, _ = train(data, lambda run: [Leg("a", 4, lambda i: 0.05)], "one")
+    handed = []
+
+    class Noting(OneNetwork):
+        def restore(self, state):
+            handed.append({name: tensor.clone() for name, tensor in state.items()})
+            super().restore(state)
+
+    train(data, lambda run: [Leg(name, 4, lambda i: 0.05, steps=Noting) for name in "ab"], "noting")
+    (state,) = handed
+    assert all(torch.equal(state[f"network.{name}"], tensor) for name, tensor in one.state_dict().items())
+    assert any(name.startswith("momentum.") and tensor.abs().sum() > 0 for name, tensor in state.items())
+
+
+def test_a_step_is_told_its_iteration_rate_generator_and_the_number_of_images(data):
+    told = []
+
+    class Telling(OneNetwork):
+        def take(self, loss, step):
+            told.append((step.iteration, step.rate, step.images, step.generator.random()))
+            return super().take(loss, step)
+
+    train(data, lambda run: [Leg("a", 6, lambda i: 0.01 * i, steps=Telling)])
+    assert [(i, images) for i, _, images, _ in told] == [(i, 64) for i in range(1, 7)]
+    assert [rate for _, rate, _, _ in told] == [0.01 * i for i in range(1, 7)]
+    assert len({drawn for *_, drawn in told}) == 6
 
 
 def test_a_leg_begins_with_the_weights_and_the_momentum_of_its_start(data):

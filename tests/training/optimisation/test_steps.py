@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from tests.training.conftest import make_data
 from training.config import Config
 from training.geometry.vertices import combine
 from training.optimisation import hardware
-from training.optimisation.steps import BetweenVertices, Span
+from training.optimisation.steps import BetweenVertices, Span, Step, Training
 
 RATE, DECAY = 0.1, 0.05
 POINTS = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.05, 0.05, 0.9]])
@@ -32,8 +33,9 @@ def test_a_step_descends_the_mean_loss_of_the_drawn_points(points, push):
         shown=points[0],
         push=None if push is None else lambda places: push,
     )
-    steps = BetweenVertices(config, fabric, network, span, fixed, set())
-    told = steps.take(lambda: functional.cross_entropy(network(IMAGES), LABELS), RATE, np.random.default_rng(0))
+    steps = BetweenVertices(Training(config, fabric, network, make_data()), span, fixed, set())
+    step = Step(iteration=1, rate=RATE, generator=np.random.default_rng(0), images=64)
+    told = steps.take(lambda: functional.cross_entropy(network(IMAGES), LABELS), step)
 
     free = {name: tensor.clone().requires_grad_() for name, tensor in begun.items()}
     losses, total = [], torch.zeros(())
