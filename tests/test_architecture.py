@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,49 @@ def test_a_file_imports_only_what_its_room_may(file):
     found = set(imports(file))
     assert found & OURS <= ALLOWED[room]
     assert not found & FORBIDDEN[room]
+
+
+# Each may import those before it; commands may import all of them.
+LAYERS = [
+    "errors",
+    "data",
+    "config",
+    "networks",
+    "geometry",
+    "runs",
+    "members",
+    "optimisation",
+    "measurement",
+    "command",
+    "pipeline",
+]
+TRAINING = [file for file in FILES if file.is_relative_to(ROOT / "training")]
+COMMANDS = {file.stem for file in TRAINING if "command.main(" in file.read_text()}
+
+
+def layers_imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "training":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("training."):
+            yield node.module.split(".")[1]
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_inside_training_point_downwards_only(file):
+    unit = file.relative_to(ROOT / "training").parts[0].removesuffix(".py")
+    if unit == "__init__":
+        return
+    allowed = set(LAYERS) | {"curve"} if unit in COMMANDS else set(LAYERS[: LAYERS.index(unit) + 1])
+    if unit == "landscape":
+        allowed |= COMMANDS  # it draws what they trained
+    assert set(layers_imported(file)) <= allowed
+
+
+def test_no_folder_has_more_than_14_modules():
+    modules = [file for file in FILES if file.name != "__init__.py"]
+    counts = Counter(str(file.parent.relative_to(ROOT)) for file in modules)
+    assert {folder: count for folder, count in counts.items() if count > 14} == {}
 
 
 def test_only_the_runtime_makes_onnx_runtime_sessions():

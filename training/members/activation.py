@@ -30,7 +30,7 @@ from models_store.errors import StoreError
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
 from training.data import Data, as_arrays
-from training.geometry.vertices import put_into
+from training.geometry.vertices import State, put_into
 from training.members import member, temperature
 from training.members.export import Normalised, torch_logits
 from training.runs import Run, load_weights, write_whole
@@ -150,16 +150,19 @@ def given_answers(
         bn_images: as for member.make.
         device: where torch runs.
     """
+    files = [run.start_file(f"given-{index}") for index in range(count)]
+    found = [answers(network, load_weights(file), data, bn_images, device) for file in files]
+    return [one for one in found if one is not None]
+
+
+def answers(network: nn.Module, weights: State, data: Data, bn_images: int, device: torch.device) -> Answers | None:
+    """What these weights say of the validation images, with batch norm re-estimated as a member's is; None if that is not finite."""
     images, labels = as_arrays(data.validation)
-    found: list[Answers] = []
-    for index in range(count):
-        put_into(network, load_weights(run.start_file(f"given-{index}")))
-        served = Normalised(network, data.mean, data.std).to(device)
-        member.settle(network, data, bn_images, device)
-        logits = torch_logits(served, images, device)
-        if np.isfinite(logits).all():
-            found.append(Answers.of(logits[None], labels, np.ones(1)))
-    return found
+    put_into(network, weights)
+    served = Normalised(network, data.mean, data.std).to(device)
+    member.settle(network, data, bn_images, device)
+    logits = torch_logits(served, images, device)
+    return Answers.of(logits[None], labels, np.ones(1)) if np.isfinite(logits).all() else None
 
 
 def keep_decision(run: Run, reason: str | None) -> None:
