@@ -19,6 +19,7 @@ OPTIONS = {
     "fge": "--epochs 12 --members 3",
     "independent": "--epochs 4 --runs 2",
     "snapshot": "--epochs 4 --cycles 2 --runs 2",
+    "csgmcmc": "--epochs 6 --cycles 2 --samples 2 --runs 2",
     "curve": "--epochs 6 --end-epochs 2 --bends 2 --bank 40 --members 3",
     "espro": "--epochs 4 --vertices 2 --vertex-epochs 2 --points-per-step 2 --samples 3 --bank 40",
     "swag": "--epochs 8 --runs 2 --samples 3",
