@@ -23,6 +23,7 @@ OPTIONS = {
     "curve": "--epochs 6 --end-epochs 2 --bends 2 --bank 40 --members 3",
     "espro": "--epochs 4 --vertices 2 --vertex-epochs 2 --points-per-step 2 --samples 3 --bank 40",
     "swag": "--epochs 8 --runs 2 --samples 3",
+    "soup": "--epochs 4 --last 3 --rates 0.1 0.05",
 }
 METHODS = sorted(f.stem for f in (ROOT / "training").glob("*.py") if "pipeline.run(config, plan)" in f.read_text())
 
