@@ -62,7 +62,7 @@ ARMS = [
 
 def main() -> None:
     seeds = SEEDS[: int(sys.argv[sys.argv.index("--seeds") + 1])] if "--seeds" in sys.argv else SEEDS
-    Store().check_writable()
+    Store().check_writable("benchmark")
     kept = Kept(LINES, {"common": COMMON, "arms": [arm.method for arm in ARMS]})
     found = kept.measure(seeds, lambda seed: measure(ARMS, seed), "seeds")
     text = ["# Ensembles at equal cost", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]

@@ -54,7 +54,7 @@ ARMS = [
 
 
 def main() -> None:
-    Store().check_writable()
+    Store().check_writable("benchmark")
     kept = Kept(RESULTS / "curve_distribution.jsonl", {"common": COMMON, "arms": [arm.method for arm in ARMS]})
     found = kept.measure(SEEDS, lambda seed: measure(ARMS, seed), "seeds")
     text = ["# A distribution over curves", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]

@@ -167,7 +167,7 @@ def text_of(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     seeds = SEEDS[: int(sys.argv[sys.argv.index("--seeds") + 1])] if "--seeds" in sys.argv else SEEDS
-    Store().check_writable()
+    Store().check_writable("benchmark")
     kept = Kept(LINES, {"common": COMMON, "grow": GROW, "join": JOIN})
     text = text_of(kept.measure(seeds, measure, "seeds"))
     (RESULTS / "simplex.md").write_text(text)

@@ -58,7 +58,7 @@ ARMS = [
 
 
 def main() -> None:
-    Store().check_writable()
+    Store().check_writable("benchmark")
     kept = Kept(RESULTS / "simplex_choices.jsonl", {"common": COMMON, "choices": CHOICES, "swag": SWAG_CHOICES})
     named = {arm.method: arm for arm in ARMS}
     found = kept.measure(list(named), lambda name: measure([named[name]], SEED), "arms")

@@ -100,7 +100,7 @@ def _of_several(cost: float, budget: int) -> bool:
 def main() -> None:
     size = LARGE if "--large" in sys.argv else SMALL
     seeds = SEEDS[: int(sys.argv[sys.argv.index("--seeds") + 1])] if "--seeds" in sys.argv else SEEDS
-    Store().check_writable()
+    Store().check_writable("benchmark")
     stem = "simplex_ensembles" + ("_large" if size is LARGE else "")
     recipe = {"size": dataclasses.asdict(size), "simplex": SIMPLEX, "gaussian": GAUSSIAN, "left out": LEFT_OUT}
     kept = Kept(RESULTS / f"{stem}.jsonl", recipe)

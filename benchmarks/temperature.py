@@ -220,7 +220,7 @@ def before_and_after(case: str, seed: int, one: Held) -> list[list[str]]:
 
 
 def main() -> None:
-    Store().check_writable()
+    Store().check_writable("benchmark")
     found = {(case, seed): held(case, seed) for seed in (*CHOICE, *CONFIRMATION) for case in CASES}
     headers = ["ensemble", "estimate", "T: median (range)", "worse than T = 1", "mean difference of NLL", "largest"]
     text = ["# Temperatures from small validation splits", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]

@@ -115,7 +115,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         if (done := store.find_run(name, this_run.identity)) is not None:
             say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
             if leader and config.activate:
-                _activate_late(store, name, done, activation.activation_refused(this_run), config, say)
+                _activate_late(store, name, done, this_run, config, say)
             return store.load(name, done)
         say(f"run {this_run.folder} on {hardware.describe(fabric)}")
         placed = data.on_device(found, fabric.device)
@@ -138,12 +138,12 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         return store.load(name, store.find_run(name, this_run.identity))
 
 
-def _activate_late(
-    store: Store, name: str, version: int, refused: str | None, config: Config, say: Callable[[str], None]
-) -> None:
+def _activate_late(store: Store, name: str, version: int, run: Run, config: Config, say: Callable[[str], None]) -> None:
     """What an earlier process was stopped before, or was not allowed to do."""
+    refused = activation.activation_refused(run)
     if refused is not None and config.activate_anyway:
         store.activate(name, version)
+        activation.keep_decision(run, refused, anyway=True)
         say(f"warning: {name}@{version} is active now because of --activate-anyway, although {refused}")
     elif refused is not None:
         say(f"NOT ACTIVATED: {refused} --activate-anyway serves it.")

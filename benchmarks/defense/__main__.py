@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="attack this training seed's networks alone, and stop")
     options = parser.parse_args()
     size = SMOKE if options.smoke else FASHION
-    Store().check_writable()
+    Store().check_writable("benchmark")
     hardware.keep_memory()
     by_label = {arm.label: arm for arm in ARMS}
     where = (RESULTS if size is FASHION else Path("evaluation")) / "defense"

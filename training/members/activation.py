@@ -165,13 +165,19 @@ def answers(network: nn.Module, weights: State, data: Data, bn_images: int, devi
     return Answers.of(logits[None], labels, np.ones(1)) if np.isfinite(logits).all() else None
 
 
-def keep_decision(run: Run, reason: str | None) -> None:
-    """Remember why this run's version must not be activated unasked, or that it may be. Call it before publishing."""
-    write_whole(_file(run), json.dumps({"refused": reason}).encode())
+def keep_decision(run: Run, reason: str | None, *, anyway: bool = False) -> None:
+    """Remember why this run's version must not be activated, or that it may be. Call it before publishing.
+
+    Args:
+        run: where it is kept.
+        reason: against activation; None: there is none.
+        anyway: it is activated all the same, because the user says so.
+    """
+    write_whole(_file(run), json.dumps({"refused": None if anyway else reason}).encode())
 
 
 def activation_refused(run: Run) -> str | None:
-    """Why the version that this run published must not be activated unasked; None where it may be, or nothing was decided."""
+    """Why the version that this run published was not activated; None where it was, or nothing was decided."""
     try:
         return json.loads(_file(run).read_text())["refused"]
     except FileNotFoundError:

@@ -147,8 +147,8 @@ def publish(
             classes=data.classes,
             validation_cut=data.validation_cut,
         )
-        activation.keep_decision(run, refused)
         activate = config.activate and (refused is None or config.activate_anyway)
+        activation.keep_decision(run, refused, anyway=activate)
         version = store.publish(config.published_name, staged, draft, activate=activate)
     beside = " beside the given networks'" if config.given() else ""
     best = max(scores.validation.accuracy for scores in members if scores.validation)
