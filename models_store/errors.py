@@ -1,5 +1,6 @@
 """What can go wrong in the store.
 
+ModepathError              the root of all errors, here, in training and in the service
 StoreError
 ├── InvalidNameError       a name or version that cannot be a folder of the store
 ├── EnsembleNotFoundError  nothing of that name (or version) is published
@@ -14,7 +15,11 @@ DecodeError                an image file that cannot become an array
 """
 
 
-class StoreError(Exception):
+class ModepathError(Exception):
+    """Anything that went wrong for a reason that the message gives, with its likely cause and what to do."""
+
+
+class StoreError(ModepathError):
     """Anything wrong with the store or what lies in it. The message says what, why, and what to do."""
 
 
@@ -50,9 +55,9 @@ class StoreWriteError(StoreError):
     """The store cannot be written: permissions, a full disk, or one that fails. The message says what was published."""
 
 
-class ProviderError(Exception):
+class ProviderError(ModepathError):
     """An execution provider that was asked for and is not available."""
 
 
-class DecodeError(Exception):
+class DecodeError(ModepathError):
     """An image file that cannot become an array. The message begins in lower case: who catches it says which image."""

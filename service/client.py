@@ -23,11 +23,13 @@ import numpy as np
 import tenacity
 from numpy.typing import ArrayLike, NDArray
 
+from models_store.errors import ModepathError
+
 BUSY = (429, 503)
 Images = ArrayLike | Sequence[bytes]
 
 
-class RefusedError(Exception):
+class RefusedError(ModepathError):
     """The service answered with an error. `.status` is its HTTP status; the message is the service's own."""
 
     def __init__(self, status: int, message: str, retry_after: float | None = None):

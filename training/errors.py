@@ -11,8 +11,10 @@ TrainingError
 └── ExportError      ONNX export failed, or the exported member answers differently
 """
 
+from models_store.errors import ModepathError
 
-class TrainingError(Exception):
+
+class TrainingError(ModepathError):
     """Anything that stops a training for a reason the user can mend."""
 
 

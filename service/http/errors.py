@@ -22,8 +22,10 @@ ServiceError
 
 from __future__ import annotations
 
+from models_store.errors import ModepathError
 
-class ServiceError(Exception):
+
+class ServiceError(ModepathError):
     """Refused, with a status and a message that says what was wrong, the likely cause, and what to do."""
 
     status: int = 500

@@ -165,7 +165,7 @@ class Ensembles:
     def _refuse_unknown(self, name: str, served: _Served) -> None:
         answering = ", ".join(served.open()) or "none"
         with self._changed:
-            if self._busy():
+            if self._busy() or self._is_on_its_way(name):
                 raise NotReadyError(
                     f"No ensemble {name[:80]!r} is served yet, but some are being loaded; ask again in a moment. Served: {answering}."
                 )
@@ -310,6 +310,13 @@ class Ensembles:
         tasks = (key for key, task in self._tasks.items() if self._holds_up(task))
         due = ((candidate.identity, serve) for candidate, serve in self._due())
         return any(key not in self._refused for key in itertools.chain(tasks, due))  # what failed before may fail again
+
+    def _is_on_its_way(self, name: str) -> bool:
+        """Is it being brought in, however long that takes, or about to be?"""
+        candidate = self._look.active.get(name)
+        if candidate is None or (candidate.identity, True) in self._refused:
+            return False
+        return (candidate.identity, True) in self._tasks or self._is_due(candidate, serve=True)
 
     def _bring_in(self, candidate: Candidate, serve: bool) -> None:
         """In a thread of its own, without the lock."""

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import psutil  # comes with bentoml
 
 from models_store import lineage
-from models_store.errors import CorruptionError, ProviderError, StoreError
+from models_store.errors import CorruptionError, ModepathError, ProviderError, StoreError
 from models_store.graphs.runtime import default_threads
 from models_store.store import Store, Version
 from service.inference.batching import Batcher, QueueLimits
@@ -39,7 +39,7 @@ from service.operations.memory import available_bytes
 WATCH_SECONDS = 0.05
 START_SECONDS = 60.0  # for the process that forks to import its libraries, once
 NICENESS = 5  # requests come first
-BOOT = "import sys; sys.path[:] = sys.argv[2:]; from service.trial import serve_trials; serve_trials(int(sys.argv[1]))"
+BOOT = "import sys; sys.path[:] = sys.argv[2:]; from service.inference.trial import serve_trials; serve_trials(int(sys.argv[1]))"
 PARENT_DEATH = 1  # of prctl: PR_SET_PDEATHSIG
 NOT_SERVED = "is not served, and what was served before goes on"
 NOT_COMPARED = "cannot be compared with other ensembles (where a policy defends it, others do not answer until it is restored from a copy, or its folder removed)"
@@ -66,7 +66,7 @@ class Trial(Protocol):
         ...
 
 
-class TrialError(Exception):
+class TrialError(ModepathError):
     """Why a version cannot be opened; the message says it all, so that the log needs no traceback."""
 
     def __init__(self, kind: str, why: str):

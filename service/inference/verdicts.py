@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from models_store.errors import ModepathError
+
 FOLDER = "MODEPATH_VERDICTS_FOLDER"
 FIRST_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds
 COSTLY = 10.0  # times what a failed trial took, it is not repeated
@@ -55,7 +57,7 @@ def refusal(before: Refusal | None, why: str, token: str | None, spent: float) -
     return Refusal(why, token, pause, time.monotonic() + pause)
 
 
-class RefusedError(Exception):
+class RefusedError(ModepathError):
     """It was tried, by this worker or another, and is not to be tried again now."""
 
     def __init__(self, refusal: Refusal):

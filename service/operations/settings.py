@@ -15,7 +15,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from models_store.errors import StoreError
+from models_store.errors import ModepathError, StoreError
 from models_store.graphs.runtime import ProviderChoice, available_cores
 from models_store.store import Store, default_root
 from service.inference.policy import Policy
@@ -23,7 +23,7 @@ from service.inference.policy import Policy
 KEY_BYTES = 16
 
 
-class WrongSettingError(Exception):
+class WrongSettingError(ModepathError):
     """A setting is not what it may be; the message names all such."""
 
 

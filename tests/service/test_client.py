@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import io
+import threading
+import time
 
 import httpx
 import numpy as np
@@ -81,7 +83,10 @@ GOOD = {
 def scripted(monkeypatch):
     """A client whose transport follows a script, and the pauses it made."""
     pauses = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    here, sleep = threading.get_ident(), time.sleep
+    monkeypatch.setattr(
+        "tenacity.nap.time.sleep", lambda s: pauses.append(s) if threading.get_ident() == here else sleep(s)
+    )
 
     def make(*script, attempts=5):
         steps = list(script)

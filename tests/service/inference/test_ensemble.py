@@ -9,6 +9,7 @@ import pytest
 
 from models_store.errors import StoreError
 from service.http.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
+from service.inference import ensemble as ensemble_module
 from service.inference.ensemble import Ensembles
 from service.inference.policy import Policy
 from service.inference.trial import Direct
@@ -65,6 +66,31 @@ def test_a_new_activation_is_picked_up(store):
     publish(store, "a")
     ensembles.refresh()
     assert ensembles.get("a").manifest.version == 2
+
+
+def test_an_ensemble_that_takes_long_to_be_brought_in_is_not_ready_instead_of_unknown(store, monkeypatch):
+    monkeypatch.setattr(ensemble_module, "OVERTAKEN_SECONDS", 0.0)
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Direct):
+        def opens(self, candidate, recipe):
+            if candidate.name == "slow":
+                begun.set()
+                assert go_on.wait(20)
+
+    publish(store, "slow")
+    publish(store, "a")
+    ensembles = Ensembles(store, "cpu", "a", trial=Slow(store))
+    following = threading.Thread(target=ensembles.refresh)
+    following.start()
+    assert begun.wait(20)
+    with pytest.raises(NotReadyError, match="being loaded"):
+        ensembles.get("slow")
+    go_on.set()
+    following.join(20)
+    assert ensembles.get("slow").manifest.name == "slow"
+    with pytest.raises(UnknownEnsembleError):
+        ensembles.get("nobody")
 
 
 def test_a_version_that_was_rolled_back_while_it_was_brought_in_does_not_go_live(store):
@@ -471,8 +497,10 @@ def test_an_ensemble_is_open_as_soon_as_it_is_ready_whatever_another_does(store)
         ensembles.wait(30)
         assert ensembles.get(None).manifest.name == "quick"
         assert ensembles.why_not_ready() is None
-        with pytest.raises(UnknownEnsembleError):
+        with pytest.raises(NotReadyError, match="being loaded"):
             ensembles.get("slow")
+        with pytest.raises(UnknownEnsembleError):
+            ensembles.get("nobody")
         go_on.set()
         assert eventually(lambda: [one.manifest.name for one in ensembles.all()] == ["quick", "slow"])
         publish(store, "quick", seeds=(7,))

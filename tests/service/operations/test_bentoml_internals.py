@@ -64,7 +64,7 @@ def in_a_process(code, **environment):
 TRACKS = """
 from bentoml._internal.utils.analytics.usage_stats import do_not_track
 do_not_track()  # as BentoML's command does, before it imports a service
-import os, service.bentoml_internals, models_store
+import os, service.operations.bentoml_internals, models_store
 print(do_not_track(), os.environ["ORT_DISABLE_TELEMETRY"])
 """
 

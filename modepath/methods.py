@@ -1,0 +1,205 @@
+"""Training and evaluation with modules and data sets as objects. torch is imported when one of these functions is called.
+
+Each function trains, or goes on training, and publishes into the store ($MODELS_STORE). The same call again resumes a run that was killed,
+and finds a finished one. `network` is a function make(num_classes, input_shape) -> nn.Module, a module, which is initialised anew for
+each network that begins, or a name such as "preresnet8" or "torchvision:resnet18". `data` is (train, validation, test), each a data set of
+pairs (image, label) or (images, labels), a function that returns them, or a name such as "digits" or "imagefolder:photos".
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Unpack
+
+from models_store.store import Store
+from modepath import objects
+from modepath import options as options_
+from modepath.ensemble import Ensemble, of_version
+from modepath.own import own_packages
+
+Loss = str | Callable[..., Any] | None
+
+
+def fge(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.FgeOptions]) -> Ensemble:
+    """Fast geometric ensembling: several networks within one training budget (Garipov et al. 2018).
+
+    Args:
+        network: see the module.
+        data: see the module.
+        name: to publish under.
+        loss: of (logits, labels), in place of the cross-entropy.
+        options: those of `python -m training.fge --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    return _train("fge", network, data, name, loss, options)
+
+
+def independent(
+    *, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.IndependentOptions]
+) -> Ensemble:
+    """A deep ensemble: independent trainings (Lakshminarayanan et al. 2017).
+
+    Args:
+        network: see the module.
+        data: see the module.
+        name: to publish under.
+        loss: of (logits, labels), in place of the cross-entropy.
+        options: those of `python -m training.independent --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    return _train("independent", network, data, name, loss, options)
+
+
+def snapshot(
+    *, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.SnapshotOptions]
+) -> Ensemble:
+    """Snapshot ensembles: a member at the end of each cosine cycle (Huang et al. 2017).
+
+    Args:
+        network: see the module.
+        data: see the module.
+        name: to publish under.
+        loss: of (logits, labels), in place of the cross-entropy.
+        options: those of `python -m training.snapshot --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    return _train("snapshot", network, data, name, loss, options)
+
+
+def curve(
+    *, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.CurveOptions]
+) -> Ensemble:
+    """A curve of low loss between two networks, and networks along it (Garipov et al. 2018).
+
+    Args:
+        network: see the module.
+        data: see the module.
+        name: to publish under.
+        loss: of (logits, labels), in place of the cross-entropy.
+        options: those of `python -m training.curve --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    return _train("curve", network, data, name, loss, options)
+
+
+def espro(
+    *, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.EsproOptions]
+) -> Ensemble:
+    """Simplexes of low loss around networks, and networks drawn from them (Benton et al. 2021).
+
+    Args:
+        network: see the module.
+        data: see the module.
+        name: to publish under.
+        loss: of (logits, labels), in place of the cross-entropy.
+        options: those of `python -m training.espro --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    return _train("espro", network, data, name, loss, options)
+
+
+def swag(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.SwagOptions]) -> Ensemble:
+    """A Gaussian around the weights of one training, and networks drawn from it (Maddox et al. 2019).
+
+    Args:
+        network: see the module.
+        data: see the module.
+        name: to publish under.
+        loss: of (logits, labels), in place of the cross-entropy.
+        options: those of `python -m training.swag --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    return _train("swag", network, data, name, loss, options)
+
+
+def csgmcmc(
+    *, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.CsgmcmcOptions]
+) -> Ensemble:
+    """Cyclical stochastic gradient MCMC: samples of the posterior in each cycle (Zhang et al. 2020).
+
+    Args:
+        network: see the module.
+        data: see the module.
+        name: to publish under.
+        loss: of (logits, labels), in place of the cross-entropy.
+        options: those of `python -m training.csgmcmc --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    return _train("csgmcmc", network, data, name, loss, options)
+
+
+def soup(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.SoupOptions]) -> Ensemble:
+    """A greedy soup: one network, the average of weights that are better together (Wortsman et al. 2022).
+
+    Args:
+        network: see the module.
+        data: see the module.
+        name: to publish under.
+        loss: of (logits, labels), in place of the cross-entropy.
+        options: those of `python -m training.soup --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    return _train("soup", network, data, name, loss, options)
+
+
+def evaluate(name: str, *, data: Any = None, **options: Any) -> dict[str, Any]:
+    """Measure a published ensemble: scores, error detection, calibration. Prints and writes what it returns.
+
+    Args:
+        name: NAME or NAME@VERSION.
+        data: the images to measure on, a data set of pairs or (images, labels); or a name, whose test split is used. Default: the test split of
+            the data that it was trained on.
+        options: those of `python -m training.evaluate --help`.
+
+    Raises:
+        ModepathError: the message says what was wrong, the likely cause, and what to do.
+    """
+    with own_packages():
+        command = importlib.import_module("training.evaluate")
+        dataset = data
+        if data is not None and not isinstance(data, str):
+            classes = Store().resolve(name).manifest.classes
+            dataset = objects.data_name({"train": data, "validation": data, "test": data, "classes": classes}, "test")
+        return command.run(command.Config(name=name, dataset=dataset, **options))
+
+
+def _train(method: str, network: Any, data: Any, name: str, loss: Loss, options: Any) -> Ensemble:
+    with own_packages():
+        command = importlib.import_module(f"training.{method}")
+        given = dict(options)
+        if "init" in given:
+            given["init"] = _files(given["init"], several=method != "soup")
+        config = command.Config(
+            name=name,
+            network=objects.network_name(network),
+            dataset=objects.data_name(data),
+            loss=objects.loss_name(loss),
+            **given,
+        )
+        return of_version(command.run(config))
+
+
+def _files(init: Any, *, several: bool) -> Path | tuple[Path, ...] | None:
+    if not several:
+        return None if init is None else objects.weights_file(init)
+    if isinstance(init, list | tuple):
+        return tuple(objects.weights_file(one) for one in init)
+    return (objects.weights_file(init),)

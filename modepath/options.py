@@ -1,0 +1,128 @@
+"""The options of each method, for editors and type checkers. A test compares them with the options of the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+Weights = str | Path | Mapping[str, Any]  # a file, or a state dict
+
+
+class Options(TypedDict, total=False):
+    """Options that all methods share: those of `python -m training.METHOD --help`."""
+
+    network_options: tuple[str, ...]
+    epochs: int
+    runs: int
+    seed: int
+    batch_size: int
+    lr: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    label_smoothing: float
+    adversarial_epsilon: float
+    adversarial_steps: int
+    adversarial_share: float
+    validation: float
+    split_seed: int
+    limit: int | None
+    augment: Literal["auto", "none", "crop", "flip", "crop-flip"]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    image_size: int | None
+    in_memory: Literal["auto", "yes", "no"]
+    memory_gib: float
+    workers: int
+    bn_images: int
+    keep_all_members: bool
+    device: Literal["auto", "cpu", "cuda"]
+    devices: int
+    precision: Literal["auto", "32", "bf16"]
+    channels_last: bool
+    compile: bool
+    log: Literal["none", "csv", "tensorboard"]
+    fresh: bool
+    activate: bool
+    activate_anyway: bool
+
+
+class FgeOptions(Options, total=False):
+    """Options of `python -m training.fge` in addition."""
+
+    pretrain: float
+    alpha_1: float
+    alpha_2: float
+    members: int
+    cycle: float | None
+    starts: tuple[int, ...]
+    init: Weights | Sequence[Weights]
+
+
+class IndependentOptions(Options, total=False):
+    """Options of `python -m training.independent` in addition."""
+
+
+class SnapshotOptions(Options, total=False):
+    """Options of `python -m training.snapshot` in addition."""
+
+    cycles: int
+    members: int | None
+
+
+class CurveOptions(Options, total=False):
+    """Options of `python -m training.curve` in addition."""
+
+    endpoints: tuple[str, ...]
+    end_epochs: int | None
+    shape: Literal["bezier", "polychain", "segment"]
+    bends: int
+    curve_lr: float
+    points_per_step: int
+    members: int
+    bank: int
+
+
+class EsproOptions(Options, total=False):
+    """Options of `python -m training.espro` in addition."""
+
+    base: tuple[str, ...]
+    vertices: int | None
+    connect: tuple[str, ...]
+    vertex_epochs: int
+    vertex_lr: float
+    points_per_step: int
+    volume_weight: float
+    perturbation: float
+    samples: int
+    bank: int
+
+
+class SwagOptions(Options, total=False):
+    """Options of `python -m training.swag` in addition."""
+
+    start: float
+    swag_lr: float
+    every: float
+    rank: int
+    samples: int
+    init: Weights | Sequence[Weights]
+    endpoints: tuple[str, ...]
+
+
+class CsgmcmcOptions(Options, total=False):
+    """Options of `python -m training.csgmcmc` in addition."""
+
+    cycles: int
+    samples: int
+    sampling: float
+    posterior_temperature: float
+
+
+class SoupOptions(Options, total=False):
+    """Options of `python -m training.soup` in addition."""
+
+    init: Weights | None
+    rates: tuple[float, ...]
+    last: int
