@@ -120,7 +120,7 @@ def random_direction() -> str:
     rows = []
     for row in rows_of[:6]:
         step = row - rows_of[0]
-        distance = float(np.linalg.norm(step @ probe.places))
+        distance = float(np.linalg.norm(step @ probe.positions))
         curved, straight = probe.at(row), line.at(np.array([1 - distance, distance]))
         rows.append(
             [f"{distance:.2f}", *(f"{100 * v:.2f}" for v in (curved.test_error, probe.error_of_mean(end, curved), straight.test_error, probe.error_of_mean(end, straight)))]
@@ -138,8 +138,8 @@ def widths() -> str:
         probe, _ = open_probe(joined, files, SUBSET, lambda line: None)
         t = np.linspace(0, 1, 61)
         points = coefficients.curve("bezier", t, 1)
-        lengths = coefficients.chords(points, probe.places)
-        straight = coefficients.chords(points[[0, -1]], probe.places)[0]
+        lengths = coefficients.chords(points, probe.positions)
+        straight = coefficients.chords(points[[0, -1]], probe.positions)[0]
         errors = [probe.at(row).test_error for row in points[::10]]
         rows.append(
             [

@@ -44,7 +44,7 @@ def main() -> None:
     probe, splits = open_probe(version, files, Subset(train=2000, bn=2048), lambda line: None)
     steps = iterations_per_epoch(splits, config.batch_size)
     kept = Kept(WORK / "drawn.jsonl", {"files": version.manifest.files})
-    growth = by_vertices(probe.places, geometry.components)
+    growth = by_vertices(probe.positions, geometry.components)
     WORK.mkdir(parents=True, exist_ok=True)
     plot_volume(growth, "two modes of preresnet8, joined through k vertices", WORK / "volume.png")
     ends = kept.measure(np.eye(len(files))[:2].tolist(), lambda at: probe.at(np.array(at)).record(), "modes")
@@ -52,12 +52,12 @@ def main() -> None:
     rows, low, high = [], [], []
     for k, row in enumerate(growth, 1):
         grown = [own[: k + 1] for own in geometry.components]
-        generator, shares = np.random.default_rng(k), volume.shares(probe.places, grown)
+        generator, shares = np.random.default_rng(k), volume.shares(probe.positions, grown)
         drawn = coefficients.uniform_over(generator, DRAWN, grown, shares, len(files))
         found = kept.measure(drawn.tolist(), lambda at: probe.at(np.array(at)).record(), f"{k} connectors")
         newest = grown[0][-1]
-        height = min(volume.heights(probe.places[own])[-1] for own in grown)
-        nearest = coefficients.distances(probe.places)[newest, :newest].min()
+        height = min(volume.heights(probe.positions[own])[-1] for own in grown)
+        nearest = coefficients.distances(probe.positions)[newest, :newest].min()
         errors = [one["test_error"] for one in found]
         weight = config.volume_weight * 6 / ((k + 1) * (k + 2))
         free = np.sqrt(weight * config.vertex_lr * VERTEX_EPOCHS * steps / (1 - config.momentum))

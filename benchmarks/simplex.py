@@ -74,7 +74,7 @@ def measure(seed: int) -> dict[str, Any]:
         assert geometry is not None
         files = [version.folder / file for file in geometry.vertices]
         probe, _ = open_probe(version, files, Subset(train=TRAIN_IMAGES[name]), lambda line: None)
-        shares = volume.shares(probe.places, geometry.components)
+        shares = volume.shares(probe.positions, geometry.components)
         drawn = coefficients.uniform_over(np.random.default_rng(seed), DRAWN, geometry.components, shares, len(files))
         kept = Kept(
             WORK / f"{name}-{seed}.jsonl", {"files": version.manifest.files, "train images": TRAIN_IMAGES[name]}
@@ -92,9 +92,9 @@ def measure(seed: int) -> dict[str, Any]:
             "test_error": [one["test_error"] for one in networks],
             "corner_test_error": [one["test_error"] for one in corners],
             "disagreement": disagreement(networks),
-            "edges": [coefficients.distances(probe.places)[pair] for pair in pairs],
-            "distance_from_zero": float(np.linalg.norm(probe.places[0])),
-            "log_volume": volume.log_complex(probe.places, geometry.components),
+            "edges": [coefficients.distances(probe.positions)[pair] for pair in pairs],
+            "distance_from_zero": float(np.linalg.norm(probe.positions[0])),
+            "log_volume": volume.log_complex(probe.positions, geometry.components),
         }
         if name == "simplex":
             found[name]["train_accuracy"] = [one["train_accuracy"] for one in networks]

@@ -1,1 +1,1 @@
-"""The job side: from data to a published ensemble. Every door is a Config and a run(config): python -m training.<door>."""
+"""Training: from data to a published ensemble. Every command is a Config and a function run(config): python -m training.COMMAND."""

@@ -1,4 +1,4 @@
-"""How a door is opened: the command line becomes a Config, and an error becomes one line and exit code 2."""
+"""From the command line to a Config, and from an error to one line and exit code 2."""
 
 from __future__ import annotations
 

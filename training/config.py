@@ -1,4 +1,4 @@
-"""What every door's configuration shares. A door's own Config adds its fields to this one."""
+"""Options shared by all methods. A method's Config adds its own."""
 
 from __future__ import annotations
 
@@ -15,88 +15,88 @@ from training.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options that all doors have. The same options again resume a run, or find it finished."""
+    """Options shared by all methods. The same options again resume a run, or find it finished."""
 
     method: ClassVar[str]
-    # Fields that change nothing of what is computed; they stay out of the run's hash.
+    # Options that do not change the result; they are left out of the hash of the run.
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"log", "fresh", "activate", "activate_anyway", "workers"})
 
-    # Fields that came after runs had been made without them: where they are off they stay out, so that those runs are still found.
+    # Options added later. At their default they are left out of the hash of the run, so that older runs can still be resumed.
     LATER: ClassVar[frozenset[str]] = frozenset(
         {"adversarial_epsilon", "adversarial_steps", "adversarial_share", "keep_all_members"}
     )
 
     name: str | None = None
-    """Name to publish under (default: DATASET-METHOD)."""
+    """Name to publish the ensemble under (default: DATASET-METHOD)."""
     dataset: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, imagefolder:PATH, or package.module:factory."""
+    """Data set: digits, fashion-mnist, cifar10, cifar100, imagefolder:PATH, package.module:factory or path/to/file.py:factory."""
     network: str = "preresnet8"
-    """mlp, vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME, or package.module:factory."""
+    """Network: mlp, vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME, package.module:factory or path/to/file.py:factory."""
     network_options: tuple[str, ...] = ()
-    """Arguments of the network's factory, as width=0.5 bottleneck=True."""
+    """Arguments passed to the network's factory, for example width=0.5 bottleneck=True."""
     epochs: int = 40
-    """The budget B of a run, in epochs over the training split."""
+    """Budget of one run, in epochs over the training split."""
     runs: int = 1
-    """Independent runs, each from a fresh network: k of them cost kB."""
+    """Number of independent runs, each from new initial weights and each with the whole budget."""
     seed: int = 0
-    """Decides initial weights, order, augmentation, dropout. A CPU run is bit-reproducible."""
+    """Seed of the initial weights, the order of images, augmentation and dropout. A run on a CPU is reproducible to the bit."""
 
     batch_size: int = 128
-    """Images in a step, over all devices together."""
+    """Number of images per step, over all devices together."""
     lr: float = 0.1
-    """Initial rate of the plain schedule: constant to B/2, linear to 1 % at 0.9 B, then flat."""
+    """Initial learning rate of the plain schedule: constant to half of the budget, then linear to 1 % at 0.9 of it, then constant."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     nesterov: bool = False
-    """Nesterov's momentum."""
+    """Use Nesterov's momentum."""
     weight_decay: float = 3e-4
-    """L2, on all parameters."""
+    """Factor of the L2 penalty on all parameters."""
     label_smoothing: float = 0.0
-    """Of the cross-entropy."""
+    """Label smoothing of the cross-entropy, from 0 to 1."""
     loss: str | None = None
-    """Another loss as package.module:function(logits, labels) -> scalar."""
+    """Loss that replaces the cross-entropy: package.module:function of (logits, labels), which returns a scalar."""
     adversarial_epsilon: float = 0.0
-    """Adversarial training: descend on the worst images within this distance of each pixel, in [0, 1]; 0: off."""
+    """Adversarial training: the network is trained on the worst images within this distance of each pixel, in [0, 1]. 0 switches it off."""
     adversarial_steps: int = 7
-    """Steps in which they are looked for; each costs a forward and a backward pass."""
+    """Steps of the search for adversarial images. Each costs one forward and one backward pass."""
     adversarial_share: float = 1.0
-    """Of each batch; the other images stay as they are."""
+    """Share of each batch that is replaced by adversarial images."""
 
     validation: float = 0.1
-    """Share of the training images set aside where the data set has no validation split."""
+    """Share of the training images set aside for validation if the data set has no validation split."""
     split_seed: int = 0
-    """Decides which images those are."""
+    """Seed of the choice of the images set aside for validation."""
     limit: int | None = None
     """Train on this many images only."""
     augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
-    """Random crop and flip; auto is what the data set asks for."""
+    """Random crop and flip of training images; auto uses what suits the data set."""
     mean: tuple[float, ...] | None = None
-    """Of each channel, in [0, 1]. Needed with --init of a network trained elsewhere (default: measured on train)."""
+    """Mean of each channel, in [0, 1], used to normalise images (default: measured on the training split). Give it with --init if the network was trained elsewhere."""
     std: tuple[float, ...] | None = None
-    """Of each channel."""
+    """Standard deviation of each channel, used to normalise images (default: measured on the training split)."""
     image_size: int | None = None
-    """Side of the images of an imagefolder (default 224)."""
+    """Side length of the images of an imagefolder, in pixels (default: 224)."""
     in_memory: Literal["auto", "yes", "no"] = "auto"
-    """Keep the data set in memory (on the GPU, if half of it is enough); auto: where it fits and is not random by itself."""
+    """Keep the data set in memory (on the GPU if it takes at most half of it); auto does so if it fits and is not random by itself."""
     memory_gib: float = 4.0
-    """What `auto` may take for a split."""
+    """Memory that a split may take if --in-memory is auto, in GiB."""
     workers: int = 0
-    """Processes that read a streamed data set."""
+    """Number of processes that read a streamed data set."""
     bn_images: int = 8192
-    """Clean training images on which each member's batch-norm statistics are re-estimated."""
+    """Number of training images, without augmentation, on which batch-norm statistics are re-estimated for each member."""
     keep_all_members: bool = False
-    """Average every member. Without it, members that are far worse on validation than most are left out, and named."""
+    """Average every member. Otherwise members that are far worse on validation than most are left out and named."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    """Device to train on."""
     devices: int = 1
-    """How many of them (data parallel)."""
+    """Number of devices to train on, with data parallelism."""
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """bf16 is autocast with float32 weights; auto: where the hardware computes in it. Members are always float32."""
+    """Precision of training: bf16 is autocast with float32 weights; auto uses it if the hardware computes in it. Published members are float32."""
     channels_last: bool = True
-    """Memory layout of convolutions; faster on CPUs and GPUs alike."""
+    """Lay convolutions out with channels last, which is faster on most hardware."""
     compile: bool = False
-    """torch.compile the network (needs a C++ compiler on a CPU)."""
+    """Compile the network with torch.compile (on a CPU this needs a C++ compiler)."""
 
     log: Literal["none", "csv", "tensorboard"] = "none"
     """Also write rate, losses and scores, an epoch a row, into the run's folder."""

@@ -37,21 +37,21 @@ class Config(BaseConfig):
     method: ClassVar[str] = "curve"
 
     endpoints: tuple[str, ...] = ()
-    """Two given networks: checkpoint files, or members of published ensembles, NAME[@VERSION]/INDEX. Without them two are trained."""
+    """The two ends of the curve: checkpoint files, or members of published ensembles as NAME[@VERSION]/INDEX. Without them two networks are trained."""
     end_epochs: int | None = None
-    """Epochs of each end that is trained here (default: --epochs); --epochs are those of the curve."""
+    """Epochs for each end that is trained here (default: --epochs, which is the budget of the curve itself)."""
     shape: Shape = "bezier"
-    """A segment is not trained: it shows what lies between."""
+    """Shape of the curve. A segment is not trained; it shows what lies between the ends."""
     bends: int = 1
-    """Interior vertices."""
+    """Number of trained vertices between the ends."""
     curve_lr: float = 0.03
-    """Initial rate of the curve's own plain schedule (the paper: 0.3 of --lr, which is that of the ends; on small budgets all of it did better)."""
+    """Initial learning rate of the curve's plain schedule (the paper: 0.3 of --lr; with small budgets, all of it was better)."""
     points_per_step: int = 1
-    """Points of the curve in one step, each on the whole batch; so many times the cost."""
+    """Number of points of the curve in one step, each on the whole batch. A step costs as many passes."""
     members: int = 6
-    """Equally spaced points of the curve, ends included, whose predictions are averaged."""
+    """Number of members: equally spaced points of the curve, ends included, whose predictions are averaged."""
     bank: int = 256
-    """Equally spaced points in the bank; 0: no bank."""
+    """Number of equally spaced points in the bank, for the modes random and keyed. 0: no bank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

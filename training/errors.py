@@ -1,4 +1,4 @@
-"""What can go wrong in training. Every door prints the message on one line and exits with code 2.
+"""What can go wrong in training. Every command prints the message on one line and exits with code 2.
 
 TrainingError
 ├── ConfigError      options that cannot be carried out

@@ -41,27 +41,27 @@ class Config(BaseConfig):
     method: ClassVar[str] = "espro"
 
     base: tuple[str, ...] = ()
-    """The modes: published ensembles (NAME: all its members; NAME/INDEX: one) or checkpoint files. Without them each of --runs trains one."""
+    """The networks to grow simplexes around: published ensembles (NAME for all members, NAME/INDEX for one) or checkpoint files. Without them each of --runs trains one."""
     vertices: int | None = None
-    """Vertices that grow at each mode (default 3); --connect names its own."""
+    """Number of vertices that grow around each network (default: 3). With --connect, the simplexes name their vertices."""
     connect: tuple[str, ...] = ()
-    """Join the modes: simplexes as lists of vertices, as 0,2,3 1,2,3. Modes are counted first, from 0; further numbers are connecting vertices."""
+    """Simplexes that join the networks, as lists of vertices, for example 0,2,3 1,2,3. The networks are counted first, from 0; further numbers are new vertices."""
     vertex_epochs: int = 10
-    """Epochs in which each new vertex is trained; each costs --points-per-step plain ones."""
+    """Epochs for each new vertex. Each epoch costs --points-per-step plain epochs."""
     vertex_lr: float = 0.05
-    """Initial rate of a new vertex; it falls along a cosine."""
+    """Initial learning rate of a new vertex; it falls along a cosine."""
     points_per_step: int = 1
-    """Networks drawn from the complex in one step, each on the whole batch. At equal cost more steps were better than more networks a step."""
+    """Number of networks drawn from the simplexes in one step, each on the whole batch. At equal cost, more steps were better than more networks per step."""
     volume_weight: float = 0.1
-    """λ, in nats of loss for each e-fold of volume, of a vertex in segments; in simplexes of k + 1 vertices it is 6 λ / ((k + 1)(k + 2)), because a
-    network drawn there is less of each vertex. One that no loss holds back rises to √(λ · --vertex-lr · iterations / (1 − momentum)) over the others; one that
-    is held back is by itself about 1.5 λ nats worse. Four times λ: twice the distance."""
+    """Weight λ of the log-volume term, in nats of loss for each e-fold of volume. Simplexes of k + 1 vertices use 6 λ / ((k + 1)(k + 2)), so that all
+    vertices trade loss for distance equally. A vertex that the loss does not hold back rises to a height where the L2 penalty balances the term.
+    Quadrupling λ doubles the distance; a vertex loses about 1.5 λ nats."""
     perturbation: float = 0.01
-    """A new vertex starts at the mean of the others, and so far from it, as a share of each tensor's norm."""
+    """Distance from the mean of the other vertices at which a new vertex starts, as a share of each tensor's norm."""
     samples: int = 25
-    """Networks whose predictions are averaged, for each simplex; of a complex they are drawn from all of it together."""
+    """Number of members drawn from each simplex, whose predictions are averaged. From joined simplexes they are drawn together."""
     bank: int = 256
-    """Networks in the bank, drawn from all simplexes; 0: no bank."""
+    """Number of networks in the bank, drawn from all simplexes, for the modes random and keyed. 0: no bank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,13 +238,13 @@ def within(config: Config, files: Mapping[int, Path], around: Sequence[Sequence[
         mean = combine(others, np.full(len(others), 1 / len(others)))
         return [perturbed(mean, parameters, config.perturbation, generator)]
 
-    def draw(generator: np.random.Generator, places: Coordinates | None) -> Coefficients:
-        assert places is not None
-        shares = volume.shares(places, simplexes)
+    def draw(generator: np.random.Generator, positions: Coordinates | None) -> Coefficients:
+        assert positions is not None
+        shares = volume.shares(positions, simplexes)
         return coefficients.uniform_over(generator, config.points_per_step, simplexes, shares, len(order))
 
-    def push(places: Coordinates) -> Coefficients:
-        return -weight * volume.gradient(places, simplexes, order[vertex])[None]
+    def push(positions: Coordinates) -> Coefficients:
+        return -weight * volume.gradient(positions, simplexes, order[vertex])[None]
 
     centre = np.zeros(len(order))
     centre[simplexes[0]] = 1 / len(simplexes[0])
@@ -261,10 +261,10 @@ def perturbed(state: State, parameters: Collection[str], length: float, generato
 
 
 def _points(config: Config, joined: list[list[list[int]]], total: int) -> Points:
-    def draw(stream: int, counts: Sequence[int], places: Coordinates) -> Coefficients:
+    def draw(stream: int, counts: Sequence[int], positions: Coordinates) -> Coefficients:
         generator = np.random.default_rng(derive(config.seed, 7, 1, stream))
         rows = [
-            coefficients.uniform_over(generator, count, simplexes, volume.shares(places, simplexes), total)
+            coefficients.uniform_over(generator, count, simplexes, volume.shares(positions, simplexes), total)
             for count, simplexes in zip(counts, joined, strict=True)
         ]
         return np.concatenate(rows)
@@ -273,24 +273,24 @@ def _points(config: Config, joined: list[list[list[int]]], total: int) -> Points
     return Points(
         shape="complex" if config.connect else "simplex",
         components=[simplex for simplexes in joined for simplex in simplexes],
-        members=lambda places: draw(0, [config.samples * len(simplexes) for simplexes in joined], places),
-        bank=lambda places: draw(1, of_bank, places),
-        told=lambda places: describe(places, [simplex for simplexes in joined for simplex in simplexes]),
+        members=lambda positions: draw(0, [config.samples * len(simplexes) for simplexes in joined], positions),
+        bank=lambda positions: draw(1, of_bank, positions),
+        summary=lambda positions: describe(positions, [simplex for simplexes in joined for simplex in simplexes]),
     )
 
 
-def describe(places: Coordinates, simplexes: Sequence[Sequence[int]]) -> str:
+def describe(positions: Coordinates, simplexes: Sequence[Sequence[int]]) -> str:
     """Volume and edges of each simplex, for people."""
     lines: list[str] = []
     for number, own in enumerate(map(list, simplexes), 1):
-        edges = coefficients.distances(places[own])[np.triu_indices(len(own), 1)]
-        log_volume = volume.log_volume(places[own])
+        edges = coefficients.distances(positions[own])[np.triu_indices(len(own), 1)]
+        log_volume = volume.log_volume(positions[own])
         lines.append(
             f"simplex {number}, vertices {', '.join(map(str, own))}: log-volume {log_volume:.3f}, edges {edges.min():.3g} … {edges.max():.3g}"
             + (
                 ""
                 if np.isfinite(log_volume)
-                else f"; flat: a vertex is a combination of the others but for rounding (height under {volume.lowest(places[own]):.1g}). "
+                else f"; flat: a vertex is a combination of the others but for rounding (height under {volume.lowest(positions[own]):.1g}). "
                 "Raise --volume-weight or --perturbation, or grow fewer vertices."
             )
         )

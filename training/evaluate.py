@@ -38,51 +38,35 @@ class Config:
     """What to evaluate."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """NAME or NAME@VERSION."""
+    """Ensemble to measure: NAME or NAME@VERSION."""
     dataset: str | None = None
-    """Whose test split (default: the one it was trained on)."""
+    """Data set whose test split is used (default: the one it was trained on)."""
     ood: str | None = None
     """A foreign data set, whose images are made to fit and should look uncertain: its test split, or all images in a folder
     (imagefolder:PATH, with or without class folders)."""
     limit: int | None = None
-    """Only so many test images; said in the output."""
+    """Number of test images to use (default: all); the output states it."""
     output: Path | None = None
     """Folder for report.md, report.json and reliability.png (default: evaluation/NAME-VERSION)."""
 
     path: bool = False
-    """Measure points along a curve: path.md, path.json and path.png. Goes on where it was killed."""
+    """Measure points along a curve instead, and write path.md, path.json and path.png. The same command resumes."""
     points: int = 61
-    """How many, equally spaced."""
+    """With --path: number of equally spaced points."""
     component: int = 0
-    """Which curve, where --runs made several."""
+    """With --path: which curve, from 0, if --runs made several."""
     train_images: int | None = None
-    """Train loss and error on so many training images only; said in the output."""
+    """With --path: number of training images for train loss and error; the output states it."""
     bn_images: int = 8192
-    """Clean training images on which batch norm is re-estimated at every point."""
+    """With --path: number of training images, without augmentation, on which batch norm is re-estimated at every point."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate, print, write; returns what report.json holds."""
     version = Store().resolve(config.name)
     if config.path:
-        if config.dataset or config.ood:
-            raise ConfigError("--path measures on the data of the training; leave --dataset and --ood out.")
-        if config.points < 2:
-            raise ConfigError(f"--points {config.points}: at least the two ends.")
-        subset = Subset(config.train_images, config.limit, config.bn_images)
-        return path_evaluation.evaluate(version, config.points, config.component, subset, _folder(config, version))
-    kept = version.manifest.provenance.config
-    if config.dataset is None and "dataset" not in kept:
-        raise ConfigError(f"{version.name} does not say what it was trained on; name the data set with --dataset.")
-    options = data_options({**kept, **({"dataset": config.dataset} if config.dataset else {})})
-    found = data.load(options, lambda line: None)
-    shape = version.manifest.input.shape
-    if found.shape != shape or len(found.classes) != len(version.manifest.classes):
-        raise ConfigError(
-            f"{version.name} takes images {shape} of {len(version.manifest.classes)} classes; {options.dataset!r} has {found.shape} of "
-            f"{len(found.classes)}. Evaluate on the data it was made for, and give others with --ood."
-        )
-    _check_classes(version.name, version.manifest.classes, options.dataset, found.classes)
+        return _along_path(config, version)
+    found, options = _data_of(config, version)
     session = EnsembleSession(version.folder, version.manifest)
     images, labels = data.as_arrays(found.test, config.limit)
     logits = in_batches(session, images)
@@ -101,22 +85,7 @@ def run(config: Config) -> dict[str, Any]:
         "error_detection_auroc": _auroc(average, average.label != labels),
     }
     if config.ood is not None:
-        foreign_options = dataclasses.replace(options, dataset=config.ood, mean=None, std=None, limit=None)
-        foreign, notes = data.foreign(foreign_options, config.limit)
-        for note in notes:
-            print(note)
-        foreign = fit_images(foreign, shape)
-        outside = session.combine(softmax(in_batches(session, foreign), version.manifest.temperature))
-        report["ood"] = config.ood
-        report["ood_images"] = len(foreign)
-        report["ood_notes"] = notes
-        report["ood_auroc"] = {
-            name: metrics.auroc(
-                sign * np.concatenate([getattr(average, name), getattr(outside, name)]),
-                np.repeat([False, True], [len(labels), len(foreign)]),
-            )
-            for name, sign in UNCERTAINTY_MEASURES.items()
-        }
+        report |= _foreign(config, config.ood, version, options, session, average)
     folder = _folder(config, version)
     folder.mkdir(parents=True, exist_ok=True)
     text = as_markdown(report)
@@ -126,6 +95,66 @@ def run(config: Config) -> dict[str, Any]:
     print(text)
     print(f"written to {folder}")
     return report
+
+
+def _along_path(config: Config, version: Version) -> dict[str, Any]:
+    if config.dataset or config.ood:
+        raise ConfigError("--path measures on the data of the training; leave --dataset and --ood out.")
+    if config.points < 2:
+        raise ConfigError(f"--points {config.points}: at least the two ends.")
+    subset = Subset(config.train_images, config.limit, config.bn_images)
+    return path_evaluation.evaluate(version, config.points, config.component, subset, _folder(config, version))
+
+
+def _data_of(config: Config, version: Version) -> tuple[data.Data, data.DataOptions]:
+    """The data set to measure on.
+
+    Raises:
+        ConfigError: it is unknown, or the ensemble was not made for such images or classes.
+    """
+    kept = version.manifest.provenance.config
+    if config.dataset is None and "dataset" not in kept:
+        raise ConfigError(f"{version.name} does not say what it was trained on; name the data set with --dataset.")
+    options = data_options({**kept, **({"dataset": config.dataset} if config.dataset else {})})
+    found = data.load(options, lambda line: None)
+    shape = version.manifest.input.shape
+    if found.shape != shape or len(found.classes) != len(version.manifest.classes):
+        raise ConfigError(
+            f"{version.name} takes images {shape} of {len(version.manifest.classes)} classes; {options.dataset!r} has {found.shape} of "
+            f"{len(found.classes)}. Evaluate on the data it was made for, and give others with --ood."
+        )
+    _check_classes(version.name, version.manifest.classes, options.dataset, found.classes)
+    return found, options
+
+
+def _foreign(
+    config: Config,
+    name: str,
+    version: Version,
+    options: data.DataOptions,
+    session: EnsembleSession,
+    average: Prediction,
+) -> dict[str, Any]:
+    """How well each measure of uncertainty tells foreign images from those of the test split."""
+    foreign, notes = data.foreign(
+        dataclasses.replace(options, dataset=name, mean=None, std=None, limit=None), config.limit
+    )
+    for note in notes:
+        print(note)
+    foreign = fit_images(foreign, version.manifest.input.shape)
+    outside = session.combine(softmax(in_batches(session, foreign), version.manifest.temperature))
+    is_foreign = np.repeat([False, True], [len(average.label), len(foreign)])
+    return {
+        "ood": name,
+        "ood_images": len(foreign),
+        "ood_notes": notes,
+        "ood_auroc": {
+            measure: metrics.auroc(
+                sign * np.concatenate([getattr(average, measure), getattr(outside, measure)]), is_foreign
+            )
+            for measure, sign in UNCERTAINTY_MEASURES.items()
+        },
+    }
 
 
 def _check_classes(name: str, own: Sequence[str], dataset: str, given: Sequence[str]) -> None:

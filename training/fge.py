@@ -30,19 +30,19 @@ class Config(BaseConfig):
     method: ClassVar[str] = "fge"
 
     pretrain: float = 0.8
-    """Share of the budget for the plain schedule of the whole budget, cut there."""
+    """Share of the budget for pre-training, which follows the plain schedule of the whole budget and stops there."""
     alpha_1: float = 0.05
-    """The cycles' largest rate."""
+    """Largest learning rate of a cycle."""
     alpha_2: float = 5e-4
-    """The cycles' smallest rate; members are collected exactly there."""
+    """Smallest learning rate of a cycle. Members are collected where it is reached."""
     members: int = 6
-    """How many to collect after each start; their cycles fill the rest of the budget. --cycle overrides it."""
+    """Number of members collected after each start. Their cycles fill the rest of the budget; --cycle overrides it."""
     cycle: float | None = None
-    """Length of a cycle, in epochs (the paper: 2 to 4 at a budget of 200)."""
+    """Length of a cycle in epochs (the paper: 2 to 4 with a budget of 200)."""
     starts: tuple[int, ...] = ()
-    """Epochs of the pre-training whose checkpoints each start a share of the cycles (default: its last)."""
+    """Epochs of the pre-training whose checkpoints each start an equal share of the cycles (default: the last one)."""
     init: tuple[Path, ...] = ()
-    """Your own pretrained weights: the whole budget is cycles, and each given network is a member too."""
+    """Your own trained weights. The whole budget is then spent on cycles, and each given network becomes a member too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

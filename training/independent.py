@@ -24,7 +24,7 @@ class Config(BaseConfig):
     method: ClassVar[str] = "independent"
 
     runs: int = 5
-    """How many networks; each costs the budget."""
+    """Number of networks. Each costs the whole budget."""
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:

@@ -30,19 +30,19 @@ class Config:
     of: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A published ensemble of curves, simplexes or FGE, NAME[@VERSION]; or three networks, NAME[@VERSION]/INDEX each, of one architecture."""
     grid: int = 21
-    """Points on each side of a plane."""
+    """Number of points on each side of a plane."""
     margin: float = 0.25
-    """How far a plane goes beyond its three networks, as a share of their extent."""
+    """How far a plane extends beyond its three networks, as a share of their extent."""
     train_images: int | None = 5000
-    """Train loss on so many training images; said in the output."""
+    """Number of training images on which the loss is measured; the output states it."""
     test_images: int | None = None
-    """Test error on so many test images."""
+    """Number of test images on which the error is measured (default: all); the output states it."""
     bn_images: int = 2048
-    """Clean training images on which batch norm is re-estimated at every point."""
+    """Number of training images, without augmentation, on which batch norm is re-estimated at every point."""
     each_cycle: int = 10
-    """FGE: how often a cycle is looked at."""
+    """FGE: number of measurements in each cycle."""
     face: tuple[str, ...] = ()
-    """Simplexes: faces as their three vertices, 0,1,2 0,1,3 (default: the first three vertices of the first simplex)."""
+    """Simplexes: faces to draw, each as its three vertices, for example 0,1,2 0,1,3 (default: the first three vertices of the first simplex)."""
     output: Path | None = None
     """Folder for the tables and figures (default: evaluation/NAME-VERSION)."""
 

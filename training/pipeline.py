@@ -1,6 +1,6 @@
-"""The walk that every door takes: data, network, run, legs of training, path points, a published version.
+"""The pipeline shared by all methods: data, network, run, legs of training, points between weights, a published version.
 
-A door says what is its own in a Plan: how to train, and where on the trained weights the members lie.
+A method describes its own part in a Plan: how to train, and which points of the trained weights become members.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from models_store.manifest import Origin
@@ -24,10 +25,11 @@ from training.errors import CheckpointError, DivergenceError, ExportError
 from training.geometry.vertices import State
 from training.members import activation, publication
 from training.members.export import Exporter
-from training.members.publication import Points, Weigh
+from training.members.publication import Cost, Job, Points, Weigh
 from training.optimisation import hardware, loop, trial
 from training.optimisation.loop import Leg
 from training.runs import PREFIXED, NetworkPrint, Run, checkpoint, save_state
+from training.runs.checkpoint import Given
 
 C = TypeVar("C", bound=Config)
 
@@ -59,7 +61,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     """Train, or go on training, and publish; a finished run is found and left alone.
 
     Args:
-        config: the door's options.
+        config: the method's options.
         plan: (options, run, iterations in an epoch) -> Plan. `run.start_file("fresh-0")` … are networks with initial
             weights of their own, `run.start_file("given-0")` … the weights that `config.given()` names.
     """
@@ -68,74 +70,99 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     fabric = hardware.launch(config)
     say = print if fabric.is_global_zero else (lambda line: None)
     found = data.load(config.data_options(), say)
-    loop.initialise(config.seed)
-    network = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
+    network = _initialised(config, found)
     # The same command goes on with what it began from, whatever has been published under those names since.
-    identity = config.deciding()
-    code = NetworkPrint.of(network, found.shape)
-    references_of_run = None if config.fresh else Run.begun_from(config.method, identity, code)
-    references = references_of_run
+    identity, code = config.deciding(), NetworkPrint.of(network, found.shape)
+    begun_from = None if config.fresh else Run.begun_from(config.method, identity, code)
+    references = begun_from
     if references is None:
         references = [checkpoint.pinned(reference, store) for reference in config.given()]
     config = config.beginning_from(references)
     given = [checkpoint.find(reference, store) for reference in references]
-    begin_from = [_state(network, one.file) for one in given]
-    # Networks of another split, or of an unknown one, may have been trained on our validation images.
-    elsewhere = [one for one in given if one.fingerprint != found.fingerprint]
-    if elsewhere and found.validation_cut:
-        say(
-            "warning: the validation images were set aside from the training images just now. If the given network was trained on "
-            "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
-        )
-    if elsewhere and (config.mean is None or config.std is None):
-        say(
-            f"warning: the given network gets images normalised by mean {_numbers(found.mean)} and std {_numbers(found.std)}, those of this data "
-            "set. If it was trained with others, it answers wrongly: give them with --mean and --std."
-        )
+    starts = [_state(network, one.file) for one in given]
+    _warn_of(given, found, config, say)
     exporter = Exporter(found.shape)
-    if references_of_run is None:  # a run that was begun has passed
+    if begun_from is None:  # a run that was begun has passed
         trial.check(network, found, exporter)
     config = trial.fit(config, fabric, network, found, say)
     depends_on = {"the data set": found.fingerprint, **{str(one.file): _digest(one.file) for one in given}}
     leader = fabric.is_global_zero
     with contextlib.ExitStack() as stack:
         with fabric.rank_zero_first():
-            opened = Run.open(
-                config.method, identity, depends_on, fresh=config.fresh, network=code, given=references, leader=leader
+            this_run = stack.enter_context(
+                Run.open(
+                    config.method,
+                    identity,
+                    depends_on,
+                    fresh=config.fresh,
+                    network=code,
+                    given=references,
+                    leader=leader,
+                )
             )
-            this_run = stack.enter_context(opened)
             if leader:
-                for index, state in enumerate(begin_from):
-                    _save_start(this_run.start_file(f"given-{index}"), state)
-                for index in range(config.initial_networks()):
-                    loop.initialise(config.seed, index)
-                    fresh = networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
-                    _save_start(this_run.start_file(f"fresh-{index}"), fresh.state_dict())
-        name = config.published_name
-        if (done := store.find_run(name, this_run.identity)) is not None:
-            say(f"already finished: this run published {name}@{done}. Nothing to do; --fresh trains anew.")
+                _write_starts(config, found, this_run, starts)
+        if (done := store.find_run(config.published_name, this_run.identity)) is not None:
+            say(
+                f"already finished: this run published {config.published_name}@{done}. Nothing to do; --fresh trains anew."
+            )
             if leader and config.activate:
-                _activate_late(store, name, done, this_run, config, say)
-            return store.load(name, done)
-        say(f"run {this_run.folder} on {hardware.describe(fabric)}")
-        placed = data.on_device(found, fabric.device)
-        steps = loop.iterations_per_epoch(found, config.batch_size)
-        planned = plan(config, this_run, steps)
-        if planned.note:
-            say(planned.note)
-        with _kept(this_run):
-            seconds = loop.train(config, fabric, this_run, network, placed, planned.legs)
-            if leader:
-                if planned.build_vertices:
-                    planned.build_vertices(Trained(network, placed, fabric.device))
-                publication.publish(
-                    store, config, this_run, network, placed, planned.vertices, planned.points, planned.weigh,
-                    device=fabric.device, described=hardware.describe(fabric), seconds=seconds,
-                    epochs_spent=sum(leg.iterations * leg.passes for leg in planned.legs) / steps * config.passes,
-                    exporter=exporter,
-                )  # fmt: skip
-        fabric.barrier()
-        return store.load(name, store.find_run(name, this_run.identity))
+                _activate_late(store, config.published_name, done, this_run, config, say)
+        else:
+            say(f"run {this_run.folder} on {hardware.describe(fabric)}")
+            _train_and_publish(config, plan, store, fabric, this_run, network, found, exporter, say)
+            done = store.find_run(config.published_name, this_run.identity)
+        return store.load(config.published_name, done)
+
+
+def _train_and_publish(
+    config: C, plan: Callable[[C, Run, int], Plan], store: Store, fabric: Fabric, run: Run, network: nn.Module, found: Data,
+    exporter: Exporter, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    placed = data.on_device(found, fabric.device)
+    steps_per_epoch = loop.iterations_per_epoch(found, config.batch_size)
+    planned = plan(config, run, steps_per_epoch)
+    if planned.note:
+        say(planned.note)
+    with _kept(run):
+        seconds = loop.train(config, fabric, run, network, placed, planned.legs)
+        if fabric.is_global_zero:
+            if planned.build_vertices:
+                planned.build_vertices(Trained(network, placed, fabric.device))
+            passes = sum(leg.iterations * leg.passes for leg in planned.legs)
+            job = Job(store, config, run, network, placed, fabric.device, exporter)
+            cost = Cost(seconds, passes / steps_per_epoch * config.passes, hardware.describe(fabric))
+            publication.publish(job, planned.vertices, planned.points, planned.weigh, cost)
+    fabric.barrier()
+
+
+def _initialised(config: Config, found: Data, number: int = 0) -> nn.Module:
+    """The `number`-th network of a run, with initial weights of its own."""
+    loop.initialise(config.seed, number)
+    return networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
+
+
+def _write_starts(config: Config, found: Data, run: Run, given: Sequence[State]) -> None:
+    for index, state in enumerate(given):
+        _save_start(run.start_file(f"given-{index}"), state)
+    for index in range(config.initial_networks()):
+        _save_start(run.start_file(f"fresh-{index}"), _initialised(config, found, index).state_dict())
+
+
+def _warn_of(given: Sequence[Given], found: Data, config: Config, say: Callable[[str], None]) -> None:
+    # Networks of another split, or of an unknown one, may have been trained on our validation images.
+    if all(one.fingerprint == found.fingerprint for one in given):
+        return
+    if found.validation_cut:
+        say(
+            "warning: the validation images were set aside from the training images just now. If the given network was trained on "
+            "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
+        )
+    if config.mean is None or config.std is None:
+        say(
+            f"warning: the given network gets images normalised by mean {_numbers(found.mean)} and std {_numbers(found.std)}, those of this data "
+            "set. If it was trained with others, it answers wrongly: give them with --mean and --std."
+        )
 
 
 def _activate_late(store: Store, name: str, version: int, run: Run, config: Config, say: Callable[[str], None]) -> None:

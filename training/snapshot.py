@@ -22,9 +22,9 @@ class Config(BaseConfig):
     method: ClassVar[str] = "snapshot"
 
     cycles: int = 5
-    """Equal parts of the budget; the rate starts each at --lr and falls to nearly 0 (the paper: 5 or 6)."""
+    """Number of cycles: equal parts of the budget. The learning rate starts each cycle at --lr and falls to nearly 0 (the paper: 5 or 6)."""
     members: int | None = None
-    """Only the last so many snapshots of a run become members (default: all)."""
+    """Number of last snapshots of a run that become members (default: all)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,19 +39,19 @@ class Config(BaseConfig):
     method: ClassVar[str] = "swag"
 
     start: float = 0.75
-    """Share of the budget after which weights are collected; until then the rate falls to --swag-lr. With --init it is 0."""
+    """Share of the budget after which weights are collected; until then the learning rate falls to --swag-lr. With --init it is 0."""
     swag_lr: float = 0.01
-    """The constant rate at which they are collected."""
+    """Constant learning rate while weights are collected."""
     every: float = 1.0
-    """Epochs from one collection to the next."""
+    """Epochs between two collections."""
     rank: int = 20
-    """Columns of the low-rank part: the last so many collections."""
+    """Rank of the low-rank part of the covariance: the number of last collections that it uses."""
     samples: int = 30
-    """Networks drawn from each Gaussian, whose predictions are averaged; 0: its mean alone (SWA, Izmailov et al. 2018)."""
+    """Number of members drawn from each Gaussian, whose predictions are averaged. 0: the mean of the weights alone (SWA, Izmailov et al. 2018)."""
     init: tuple[Path, ...] = ()
-    """Your own pretrained weights, a Gaussian around each: the whole budget is spent at the constant rate."""
+    """Your own trained weights: one Gaussian around each, with the whole budget at the constant learning rate."""
     endpoints: tuple[str, ...] = ()
-    """Two networks, as training.curve has them: the Gaussian is over the bend of a Bezier curve between them."""
+    """Two networks, as in training.curve: the Gaussian is over the bend of a Bezier curve between them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ MAX_FIELD = 200  # characters
 class AccessLog:
     """Middleware: writes a line when the answer is complete, or when its client is gone.
 
-    What an endpoint puts under scope["told"] stands in the line too.
+    What an endpoint puts under scope["log_fields"] is written to the line, too.
     """
 
     def __init__(self, inner: ASGIApp):
@@ -29,8 +29,8 @@ class AccessLog:
             await self._inner(scope, receive, send)
             return
         started = time.perf_counter()
-        told: dict[str, Any] = {}
-        scope["told"] = told
+        fields: dict[str, Any] = {}
+        scope["log_fields"] = fields
         status = 0
         sent = 0
 
@@ -51,7 +51,7 @@ class AccessLog:
                 "status": status,
                 "seconds": round(time.perf_counter() - started, 6),
                 "bytes": sent,
-                **told,
+                **fields,
             }
             short = {name: value[:MAX_FIELD] if isinstance(value, str) else value for name, value in line.items()}
             # JSON keeps a client's line breaks out of the log.

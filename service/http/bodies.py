@@ -84,7 +84,7 @@ def _read_json(body: bytes, shapes: Sequence[Shape], max_rows: int) -> Asked:
             f"The body is a JSON {type(cast(object, record)).__name__}; send an object like {EXAMPLE}."
         )
     fields = cast(dict[str, Any], record)
-    # orjson keeps the last of two equal keys in silence. In a right request only the keys have colons after them.
+    # orjson keeps the last of duplicate keys without a word. In a valid request every colon follows a key, so that counting colons finds duplicates.
     if body.count(b":") != len(fields):
         _refuse_duplicates(body)
     request = _validated(PredictRequest, PredictRequest.model_validate, fields)

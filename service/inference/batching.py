@@ -273,7 +273,11 @@ class Batcher:
                 continue
             if not job.taken and now - job.arrived > self._limits.seconds:
                 self._leave(job)
-                job.tell(QueueTimeError(f"It waited for {self._limits.seconds:g} s: too much to do. Try again later."))
+                job.tell(
+                    QueueTimeError(
+                        f"The request waited {self._limits.seconds:g} s for its turn; the service is overloaded. Try again later."
+                    )
+                )
                 continue
             if not pieces:
                 room = min(self._batch_rows(job.session), (self._rows + 1) // 2)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from service.http.images import Images
 
 Choice = NDArray[np.int64]  # (batch,): an index of a network for each row
-LEVELS = 255  # of a pixel: what an 8-bit file can tell apart is another question
+LEVELS = 255  # pixels are rounded to 8 bits before they are hashed, so that invisible changes select no other network
 
 
 class Draw(Protocol):

@@ -41,7 +41,7 @@ class Policy(BaseModel):
 
     @property
     def defended(self) -> bool:
-        """Is each query answered by another network, and by nothing else?"""
+        """True if `average` is closed, so that every answer comes from one network that is drawn for its query."""
         return "average" not in self.modes
 
     @property
@@ -55,7 +55,7 @@ class Policy(BaseModel):
         return self.digits("average") == "exact" and self.members is not False
 
     def hides(self, mode: Mode) -> bool:
-        """Is there more in the histograms of what was answered than the answers show? One query moves a sum by its own value."""
+        """True if histograms of each row would show more than the answers do: the change of a sum over one request is that request's value."""
         exact = self.digits(mode) == "exact" and (mode != "average" or self.shows_uncertainty)
         return self.defended or not exact
 

@@ -35,10 +35,10 @@ class Settings(BaseSettings):
     store: Path = Field(default_factory=default_root, validation_alias=AliasChoices("MODELS_STORE"))
     default: str | None = Field(default=None, description="ensemble that answers when none is named")
     providers: ProviderChoice = Field(default="auto", description="auto, cpu or cuda")
-    poll_seconds: float = Field(default=0.5, gt=0, description="how often a new activation is looked for")
+    poll_seconds: float = Field(default=0.5, gt=0, description="seconds between two looks for a new activation")
 
     load_seconds: float = Field(
-        default=120, gt=0, description="that a version may take to become ready, in the process that tries it"
+        default=120, gt=0, description="seconds in which a new version must become ready, in the process that tries it"
     )
     load_bytes: int | None = Field(
         default=None,
@@ -58,19 +58,21 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(
         default=None, gt=0, lt=65536, description="give /metrics a listener of its own; the public one then has none"
     )
-    metrics_host: str = Field(default="127.0.0.1", description="where that listener listens")
-    access_log: bool = Field(default=False, description="one JSON line a request on stdout")
+    metrics_host: str = Field(default="127.0.0.1", description="address of that listener")
+    access_log: bool = Field(default=False, description="write one JSON line per request to standard output")
     trusted_proxies: str = Field(
         default="",
         validation_alias=AliasChoices("MODEPATH_TRUSTED_PROXIES", "FORWARDED_ALLOW_IPS"),
         description="addresses or networks, comma-separated, whose X-Forwarded-For names the client in the access log",
     )
 
-    workers: int = Field(default_factory=lambda: workers_for(available_cores()), gt=0, description="processes")
+    workers: int = Field(
+        default_factory=lambda: workers_for(available_cores()), gt=0, description="number of worker processes"
+    )
     threads: int = Field(
         default_factory=lambda data: max(1, available_cores() // data["workers"]),
         gt=0,
-        description="threads of a worker that run members",
+        description="number of threads in each worker that run members",
     )
 
     policies: dict[str, Policy] = Field(
@@ -80,24 +82,32 @@ class Settings(BaseSettings):
     pool_bytes: int = Field(
         default=2**30, gt=0, description="memory for single networks of one ensemble, in each worker"
     )
-    key: SecretStr | None = Field(default=None, description="of `keyed`; default: a new one at each start")
-    key_file: Path | None = Field(default=None, description="a file that holds it")
-    key_seconds: float = Field(default=3600, gt=0, description="after which it turns")
-    key_rows: int | None = Field(default=None, gt=0, description="after so many rows, too; each worker counts its own")
+    key: SecretStr | None = Field(default=None, description="key of mode `keyed`; default: a new one at each start")
+    key_file: Path | None = Field(default=None, description="file that holds the key of mode `keyed`")
+    key_seconds: float = Field(default=3600, gt=0, description="seconds after which the key of mode `keyed` turns")
+    key_rows: int | None = Field(
+        default=None,
+        gt=0,
+        description="rows after which the key of mode `keyed` turns as well; each worker counts its own",
+    )
 
     caller_header: str | None = Field(
         default=None,
-        description="in which an authenticating proxy names the caller, overwriting what clients send: `keyed` then draws for each caller apart",
+        description="header with the caller's identity, set by an authenticating proxy that overwrites client values; `keyed` then draws separately for each caller",
     )
 
     head_bytes: int = Field(default=32 * 1024, gt=0, description="request line and headers of a request; beyond: 431")
     head_seconds: float = Field(
         default=10, gt=0, description="until the head of a request is complete; beyond, its connection is closed"
     )
-    max_body_bytes: int = Field(default=16 * 2**20, gt=0)
-    max_rows: int = Field(default=1024, gt=0, description="images in one request")
-    max_pixels: int = Field(default=2**24, gt=0, description="pixels of the encoded images of one request")
-    max_numbers: int = Field(default=2**21, gt=0, description="probabilities in one answer")
+    max_body_bytes: int = Field(default=16 * 2**20, gt=0, description="largest size of a body; beyond: 413")
+    max_rows: int = Field(default=1024, gt=0, description="largest number of images in one request; beyond: 413")
+    max_pixels: int = Field(
+        default=2**24, gt=0, description="largest number of pixels of the encoded images of one request; beyond: 413"
+    )
+    max_numbers: int = Field(
+        default=2**21, gt=0, description="largest number of probabilities in one answer; beyond: 413"
+    )
     timeout: float = Field(default=60, gt=0, description="seconds from a request's headers to its answer; beyond: 504")
     stall_seconds: float = Field(
         default=5, gt=0, description="how long 64 KiB of a body may take (then 408), and 64 KiB of an answer to be read"
@@ -114,13 +124,13 @@ class Settings(BaseSettings):
         description="how long requests may still take when the service is to end",
     )
 
-    batch_rows: int = Field(default=64, gt=0, description="rows that run together, at most")
-    batch_seconds: float = Field(default=0.05, gt=0, description="how long a batch should take, at most")
-    queue_rows: int = Field(default=4096, gt=0, description="rows that may wait; beyond: 429")
+    batch_rows: int = Field(default=64, gt=0, description="largest number of rows that run together")
+    batch_seconds: float = Field(default=0.05, gt=0, description="seconds that a batch should take at most")
+    queue_rows: int = Field(default=4096, gt=0, description="largest number of rows that may wait; beyond: 429")
     queue_pixels: int = Field(
         default=2**25, gt=0, description="pixels of large encoded images that may wait to be decoded; beyond: 429"
     )
-    queue_seconds: float = Field(default=2, gt=0, description="how long a request may wait; beyond: 429 or 503")
+    queue_seconds: float = Field(default=2, gt=0, description="seconds that a request may wait; beyond: 429 or 503")
     held_bytes: int = Field(
         default=256 * 2**20,
         gt=0,

@@ -1,9 +1,15 @@
 """The command `modepath`, from a folder of the user's own."""
 
+import contextlib
 import csv
 import io
+import os
+import signal
+import subprocess
 import sys
+import time
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +17,7 @@ from PIL import Image
 from models_store.store import Store
 from tests.modepath.test_api import LAYOUTS, THEIRS, folder, run  # noqa: F401
 from tests.onnx_members import publish
+from tests.service.conftest import free_port
 
 MODEPATH = (sys.executable, "-m", "modepath")
 
@@ -77,3 +84,25 @@ def test_it_trains_beside_modules_of_the_user_with_the_names_of_ours(folder, nam
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "published x@1" in done.stdout
+
+
+def test_it_serves_from_any_folder_beside_a_module_called_service(pictures):
+    pytest.importorskip("bentoml", reason="the service extra is not installed")
+    (pictures / "service.py").write_text("raise RuntimeError('not this one')")
+    port = free_port()
+    environment = {**os.environ, "MODELS_STORE": "store", "BENTOML_HOME": str(pictures / "home")}
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen([*MODEPATH, "serve", "--port", str(port)], cwd=pictures, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(f"http://127.0.0.1:{port}/ensembles")
+                if answer.json().get("ensembles"):
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert [one["name"] for one in answer.json()["ensembles"]] == ["animals"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)

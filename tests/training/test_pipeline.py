@@ -1,3 +1,4 @@
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -6,10 +7,12 @@ import torch
 from onnx import load_from_string, numpy_helper
 
 from models_store import lineage
+from models_store.graphs.runtime import EnsembleSession
 from models_store.importing import ImportOptions, import_members
 from models_store.store import Store
+from models_store.uncertainty import softmax
 from tests.training.conftest import SMALL
-from training import independent
+from training import independent, pipeline
 
 
 def run(capsys, **options):
@@ -66,3 +69,24 @@ def test_copies_of_trained_members_are_related_however_they_are_rounded_and_netw
         copy = import_members(Store(), "copy", [tmp_path / "copy.onnx"], ImportOptions())
         assert lineage.related(known, lineage.marks(copy))
         assert not lineage.related(apart, lineage.marks(copy))
+
+
+def test_a_method_may_weigh_its_members_by_their_validation_answers(capsys):
+    """Each member's weight is its share of right answers, and the published average uses it."""
+    seen = []
+
+    def weigh(logits, labels):
+        right = (logits.argmax(axis=2) == labels).sum(axis=1) + 1.0
+        seen.append(right / right.sum())
+        return seen[-1]
+
+    def plan(config, this_run, steps):
+        return dataclasses.replace(independent.plan(config, this_run, steps), weigh=weigh)
+
+    options = {**SMALL, "epochs": 1, "runs": 2, "limit": 128, "bn_images": 64, "keep_all_members": True}
+    version = pipeline.run(independent.Config(name="weighed", **options), plan)
+    assert [member.weight for member in version.manifest.members] == pytest.approx(seen[0].tolist())
+    session = EnsembleSession(version.folder, version.manifest)
+    images = np.random.default_rng(0).random((3, 1, 8, 8), np.float32)
+    probs = softmax(session.logits(images), version.manifest.temperature)
+    assert session.combine(probs).mean_probs == pytest.approx(np.einsum("k,kbc->bc", seen[0], probs))

@@ -55,19 +55,19 @@ def over_all(own: Coefficients, vertices: tuple[int, ...], total: int) -> Coeffi
     return wide
 
 
-def chords(points: Coefficients, places: Coordinates) -> NDArray[np.float64]:
+def chords(points: Coefficients, positions: Coordinates) -> NDArray[np.float64]:
     """Distances between successive points, in the units of the weights: (points − 1,).
 
     Args:
         points: (points, vertices), in the order in which the path passes them.
-        places: of the vertices.
+        positions: of the vertices.
     """
-    return np.linalg.norm(np.diff(points, axis=0) @ places, axis=1)
+    return np.linalg.norm(np.diff(points, axis=0) @ positions, axis=1)
 
 
-def distances(places: Coordinates) -> NDArray[np.float64]:
+def distances(positions: Coordinates) -> NDArray[np.float64]:
     """Between each two vertices: (vertices, vertices)."""
-    return np.linalg.norm(places[:, None] - places[None], axis=2)
+    return np.linalg.norm(positions[:, None] - positions[None], axis=2)
 
 
 def mean_over_t(t: NDArray[np.float64], values: NDArray[np.float64]) -> float:

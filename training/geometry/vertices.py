@@ -174,10 +174,10 @@ class Vertices:
         if not np.isfinite(self._products).all():
             return np.full((count, count), np.nan)
         values, axes = np.linalg.eigh(self._products[1:, 1:])
-        places = np.zeros((count, count))
-        places[1:, :-1] = axes * np.sqrt(np.maximum(values, 0))
-        places[:, -1] = np.sqrt(self._products[0, 0])
-        return places
+        positions = np.zeros((count, count))
+        positions[1:, :-1] = axes * np.sqrt(np.maximum(values, 0))
+        positions[:, -1] = np.sqrt(self._products[0, 0])
+        return positions
 
     @torch.no_grad()
     def add_to_gradient(self, index: int, coefficients: NDArray[np.float64]) -> None:

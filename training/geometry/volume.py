@@ -24,31 +24,31 @@ Simplexes = Sequence[Sequence[int]]  # indices of each one's vertices
 FLAT = 2.0**-22
 
 
-def log_volume(places: Coordinates) -> float:
+def log_volume(positions: Coordinates) -> float:
     """Log of the volume of the simplex that all vertices span; −inf where it is flat. A single vertex: 0."""
-    over = heights(places)
-    if (over <= lowest(places)).any():
+    over = heights(positions)
+    if (over <= lowest(positions)).any():
         return -math.inf
-    return float(np.log(over).sum()) - math.lgamma(len(places))
+    return float(np.log(over).sum()) - math.lgamma(len(positions))
 
 
-def lowest(places: Coordinates) -> float:
+def lowest(positions: Coordinates) -> float:
     """The height up to which a vertex counts as a combination of the others."""
-    return FLAT * float(np.linalg.norm(places, axis=1).max())
+    return FLAT * float(np.linalg.norm(positions, axis=1).max())
 
 
-def log_volumes(places: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
+def log_volumes(positions: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
     """Log-volume of each simplex."""
-    return np.array([log_volume(places[own]) for own in map(list, simplexes)])
+    return np.array([log_volume(positions[own]) for own in map(list, simplexes)])
 
 
-def shares(places: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
+def shares(positions: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
     """The probability of each simplex when a point is drawn uniformly from a complex: its share of the volume.
 
     Simplexes of different dimension have no common measure: each dimension gets its share of the simplexes, and divides it by volume.
     Where all simplexes of a dimension are flat, they share alike.
     """
-    logs = log_volumes(places, simplexes)
+    logs = log_volumes(positions, simplexes)
     dimensions = np.array([len(own) for own in simplexes])
     found = np.zeros(len(logs))
     for dimension in set(dimensions.tolist()):
@@ -59,12 +59,12 @@ def shares(places: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
     return found
 
 
-def log_complex(places: Coordinates, simplexes: Simplexes) -> float:
+def log_complex(positions: Coordinates, simplexes: Simplexes) -> float:
     """Log of the complex's volume, the sum of its simplexes' volumes.
 
     Of simplexes of several dimensions, the mean over the simplexes of the log for their dimension.
     """
-    logs = log_volumes(places, simplexes)
+    logs = log_volumes(positions, simplexes)
     dimensions = np.array([len(own) for own in simplexes])
     total = 0.0
     for dimension in set(dimensions.tolist()):
@@ -73,18 +73,18 @@ def log_complex(places: Coordinates, simplexes: Simplexes) -> float:
     return total
 
 
-def gradient(places: Coordinates, simplexes: Simplexes, vertex: int) -> Coefficients:
+def gradient(positions: Coordinates, simplexes: Simplexes, vertex: int) -> Coefficients:
     """∂ log_complex / ∂w_vertex = Σ_v c_v w_v: the coefficients, (vertices,). They sum to 0.
 
     Flat simplexes have no gradient; they count as nothing.
     """
-    found = np.zeros(len(places))
-    for own, share in zip(map(list, simplexes), shares(places, simplexes), strict=True):
-        if vertex not in own or not math.isfinite(log_volume(places[own])):
+    found = np.zeros(len(positions))
+    for own, share in zip(map(list, simplexes), shares(positions, simplexes), strict=True):
+        if vertex not in own or not math.isfinite(log_volume(positions[own])):
             continue
         # With `vertex` as the last: ∂ log V / ∂w = Σ_j (G⁻¹)_kj e_j, over the edges e_j = w_j − w_0, and G = RᵀR.
         ordered = [v for v in own if v != vertex] + [vertex]
-        factor: Any = np.linalg.qr((places[ordered[1:]] - places[ordered[0]]).T, mode="r")
+        factor: Any = np.linalg.qr((positions[ordered[1:]] - positions[ordered[0]]).T, mode="r")
         one = np.zeros(len(ordered) - 1)
         one[-1] = 1
         inverse = np.linalg.solve(factor, np.linalg.solve(factor.T, one))
@@ -93,9 +93,9 @@ def gradient(places: Coordinates, simplexes: Simplexes, vertex: int) -> Coeffici
     return found
 
 
-def heights(places: Coordinates) -> NDArray[np.float64]:
+def heights(positions: Coordinates) -> NDArray[np.float64]:
     """How far each vertex but the first stands from the plane through those before it: (k,), in units of the weights."""
-    edges = (places[1:] - places[0]).T
+    edges = (positions[1:] - positions[0]).T
     if edges.shape[0] < edges.shape[1]:  # more edges than dimensions
         edges = np.pad(edges, ((0, edges.shape[1] - edges.shape[0]), (0, 0)))
     return np.abs(np.diag(np.linalg.qr(edges, mode="r")))

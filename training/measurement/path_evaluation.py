@@ -63,10 +63,10 @@ def evaluate(
         "t": t.tolist(),
         "ways": {},
     }
-    distance = coefficients.chords(straight[[0, -1]], probe.places)[0]
+    distance = coefficients.chords(straight[[0, -1]], probe.positions)[0]
     for name, rows in ways.items():
         values = kept.measure(rows.tolist(), ask, name)
-        lengths = coefficients.chords(rows, probe.places)
+        lengths = coefficients.chords(rows, probe.positions)
         series = {column: np.array([value[column] for value in values]) for column in values[0]}
         report["ways"][name] = {
             "length_ratio": float(lengths.sum() / distance) if distance else None,

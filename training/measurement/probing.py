@@ -78,7 +78,7 @@ class Probe:
         self._weight_decay, self._subset, self._device = weight_decay, subset, device
         layout.prefer_channels_last(network, next(member.clean_images(data, 2, device)))
         parameters = [name for name, _ in network.named_parameters()]
-        self.places = coordinates(vertices, parameters)
+        self.positions = coordinates(vertices, parameters)
 
     def at(self, coefficients: NDArray[np.float64]) -> Measured:
         """The network Σ_v c_v w_v, with the statistics that belong to it."""
@@ -91,7 +91,7 @@ class Probe:
         train_probs, test_probs = softmax(train), softmax(test)
         train_nll = metrics.nll(train_probs, train_labels)
         return Measured(
-            train_loss=train_nll + self._weight_decay / 2 * float(np.sum((coefficients @ self.places) ** 2)),
+            train_loss=train_nll + self._weight_decay / 2 * float(np.sum((coefficients @ self.positions) ** 2)),
             train_nll=train_nll,
             train_error=1 - metrics.accuracy(train_probs, train_labels),
             test_error=1 - metrics.accuracy(test_probs, labels),
@@ -170,15 +170,15 @@ class Kept:
         self._found = {json.dumps(line["at"]): line["found"] for line in lines[1:]}
 
     def measure(
-        self, places: Sequence[Any], ask: Callable[[Any], dict[str, float]], what: str
+        self, questions: Sequence[Any], ask: Callable[[Any], dict[str, float]], what: str
     ) -> list[dict[str, float]]:
-        """What `ask` says of each place; places that were asked before are not asked again."""
-        for place in tqdm(places, what, leave=False, disable=None):
-            if (key := json.dumps(place)) not in self._found:
-                self._found[key] = ask(place)
+        """What `ask` says of each question; questions that were asked before are not asked again."""
+        for question in tqdm(questions, what, leave=False, disable=None):
+            if (key := json.dumps(question)) not in self._found:
+                self._found[key] = ask(question)
                 with self._file.open("a") as out:
-                    out.write(json.dumps({"at": place, "found": self._found[key]}) + "\n")
-        return [self._found[json.dumps(place)] for place in places]
+                    out.write(json.dumps({"at": question, "found": self._found[key]}) + "\n")
+        return [self._found[json.dumps(question)] for question in questions]
 
 
 def _whole_lines(file: Path) -> list[dict[str, Any]]:

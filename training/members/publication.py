@@ -1,4 +1,4 @@
-"""From collected weights to a published version: the end of every door."""
+"""From collected weights to a published version: the last step of every method."""
 
 from __future__ import annotations
 
@@ -44,121 +44,109 @@ class Points:
     members: Callable[[Coordinates], Coefficients]  # (members, vertices): the networks of the average
     # (points, vertices): the networks that one query each may get; there may be none
     bank: Callable[[Coordinates], Coefficients]
-    told: Callable[[Coordinates], str] | None = None  # what people are told of the shape
+    summary: Callable[[Coordinates], str] | None = None  # printed after publishing
 
 
-def publish(
-    store: Store,
-    config: Config,
-    run: Run,
-    network: nn.Module,
-    data: Data,
-    vertices: Sequence[Vertex],
-    points: Points | None,
-    weigh: Weigh | None = None,
-    *,
-    device: torch.device,
-    described: str,
-    seconds: float,
-    epochs_spent: float,
-    exporter: Exporter | None = None,
-    say: Callable[[str], None] = print,
-) -> Version:
+@dataclass(frozen=True)
+class Job:
+    """What is published, and where to."""
+
+    store: Store
+    config: Config
+    run: Run
+    network: nn.Module  # its weights are overwritten
+    data: Data
+    device: torch.device
+    exporter: Exporter  # it may have traced the network already
+    say: Callable[[str], None] = print
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the training cost."""
+
+    seconds: float
+    epochs: float  # in plain epochs
+    device: str  # what it ran on, in words
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The networks that are averaged; their files are in the staging folder."""
+
+    logits: NDArray[np.float32]  # (members, batch, classes), of the validation images
+    temperatures: list[float]  # of each alone
+    origins: list[manifest.Origin]
+    made: int  # those left out of the average included
+
+
+def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: Weigh | None, cost: Cost) -> Version:
     """Make every point a member, calibrate their average on validation, and publish.
 
-    `vertices` are the weight sets that training left, `points` combinations of them; None: each vertex is a member.
-    `weigh` gives the members' weights; `exporter` may have traced the network already.
+    Args:
+        job: what is published, and where to.
+        vertices: the weight sets that training left.
+        points: combinations of them that become members; None: each vertex does.
+        weigh: gives the members' weights; None: equal ones.
+        cost: of the training.
 
     Raises:
         ExportError: a member cannot be exported faithfully; then nothing is published.
         StoreError: the store cannot be written.
     """
+    config, data, say = job.config, job.data, job.say
     _, labels = as_arrays(data.validation)
-    with store.staging(config.published_name) as staged:
-        (staged / "members").mkdir()
-        (staged / "weights").mkdir()
-        exporter = exporter or Exporter(data.shape)
+    with job.store.staging(config.published_name) as staged:
         states = [load_weights(file) for file, _ in vertices] if points else []
-        parameters = [name for name, _ in network.named_parameters()]
-        places = coordinates(states, parameters) if points else np.zeros((0, 0))
-        origins: list[manifest.Origin] = []
-        collected: list[np.ndarray] = []
-        for index, (weights, origin) in enumerate(_weights_of_members(vertices, states, points, places)):
-            made = member.make(network, weights, data, config.bn_images, device, exporter)
-            (staged / f"members/{index:03d}.onnx").write_bytes(made.onnx)
-            save_state(staged / f"weights/{index:03d}.safetensors", made.state)
-            origins.append(origin)
-            collected.append(made.validation_logits)
-        logits = np.stack(collected)  # (members, batch, classes)
-        own = [temperature.fit(one[None], labels, np.ones(1)) for one in logits]
-        alone = [Answers.of(one[None], labels, np.ones(1), t) for one, t in zip(logits, own, strict=True)]
-        kept = _choose(staged, config, alone, labels, say)
-        logits, own, origins = logits[kept], [own[i] for i in kept], [origins[i] for i in kept]
-        weights_of = np.full(len(logits), 1 / len(logits)) if weigh is None else weigh(logits, labels)
-        fitted = temperature.estimate(logits, labels, weights_of)
-        shared = fitted.temperature
-        average = score(combine(softmax(logits, shared), weights_of).mean_probs, labels)
-        rows_of_bank = points.bank(places) if points else np.zeros((0, 0))
-        forward = (len(collected) + len(rows_of_bank)) * _settling(network, data, config.bn_images, device)
-        members = [
-            manifest.Member(
-                file=f"members/{index:03d}.onnx",
-                weights=f"weights/{index:03d}.safetensors",
-                origin=origin,
-                weight=float(weights_of[index]),
-                temperature=own[index],
-                validation=score(softmax(logits[index], own[index]), labels),
-            )
-            for index, origin in enumerate(origins)
-        ]
+        parameters = [name for name, _ in job.network.named_parameters()]
+        positions = coordinates(states, parameters) if points else np.zeros((0, 0))
+        members = _make_members(job, staged, _weights_of_members(vertices, states, points, positions), labels)
+        weights = (
+            np.full(len(members.logits), 1 / len(members.logits)) if weigh is None else weigh(members.logits, labels)
+        )
+        fitted = temperature.estimate(members.logits, labels, weights)
+        average = score(combine(softmax(members.logits, fitted.temperature), weights).mean_probs, labels)
+        rows = points.bank(positions) if points else np.zeros((0, 0))
+        records = _records(members, weights, labels)
+        forward = (members.made + len(rows)) * _settling(job.network, data, config.bn_images, job.device)
         draft = manifest.Draft(
             method=config.method,
             network=manifest.Network(factory=config.network, kwargs=config.network_kwargs()),
             input=manifest.InputSpec(shape=data.shape, resize=data.resize),
             classes=data.classes,
-            members=members,
-            temperature=shared,
+            members=records,
+            temperature=fitted.temperature,
             validation=average,
             geometry=points and _keep_vertices(staged, states, points),
             bank=_keep_bank(
                 staged,
-                rows_of_bank,
-                lambda rows: bank.build(run, network, data, states, rows, config.bn_images, device),
+                rows,
+                lambda rows: bank.build(job.run, job.network, data, states, rows, config.bn_images, job.device),
                 say,
             ),
-            provenance=manifest.Provenance(
-                run=run.identity,
-                config={"door": config.method, **config.deciding()},
-                commit=_commit(),
-                libraries=_libraries(),
-                data_fingerprint=data.fingerprint,
-                wall_seconds=round(seconds, 1),
-                epochs_spent=round(epochs_spent, 4),
-                epochs_forward=round(forward, 4),
-                device=described,
-            ),
+            provenance=_provenance(job, cost, forward),
         )
         refused = activation.refusal(
-            Answers.of(logits, labels, weights_of, shared),
+            Answers.of(members.logits, labels, weights, fitted.temperature),
             labels,
-            activation.given_answers(run, network, data, len(config.given()), config.bn_images, device),
-            activation.active_version(store, config.published_name),
+            activation.given_answers(job.run, job.network, data, len(config.given()), config.bn_images, job.device),
+            activation.active_version(job.store, config.published_name),
             fingerprint=data.fingerprint,
             classes=data.classes,
             validation_cut=data.validation_cut,
         )
         activate = config.activate and (refused is None or config.activate_anyway)
-        activation.keep_decision(run, refused, anyway=activate)
-        version = store.publish(config.published_name, staged, draft, activate=activate)
-    beside = " beside the given networks'" if config.given() else ""
-    best = max(scores.validation.accuracy for scores in members if scores.validation)
+        activation.keep_decision(job.run, refused, anyway=activate)
+        version = job.store.publish(config.published_name, staged, draft, activate=activate)
+    beside = " in addition to the given networks'" if config.given() else ""
+    best = max(one.validation.accuracy for one in records if one.validation)
     settled = f", and {forward:.3g} epochs of forward passes for batch norm" if forward else ""
     say(
-        f"published {version.name}: {len(members)} member{'s' if len(members) > 1 else ''}, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
-        f"nll {average.nll:.4f}, temperature {fitted}, cost {epochs_spent:.4g} plain epochs{settled}{beside}\n{version.folder}"
+        f"published {version.name}: {len(records)} member{'s' if len(records) > 1 else ''}, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
+        f"nll {average.nll:.4f}, temperature {fitted}, cost {cost.epochs:.4g} plain epochs{settled}{beside}\n{version.folder}"
     )
-    if points and points.told:
-        say(points.told(places))
+    if points and points.summary:
+        say(points.summary(positions))
     if fitted.warning:
         say(fitted.warning)
     if refused and activate:
@@ -169,6 +157,55 @@ def publish(
             f"python -m models_store activate {version.manifest.name} {version.manifest.version}"
         )
     return version
+
+
+def _make_members(
+    job: Job, staged: Path, weights: Iterator[tuple[State, manifest.Origin]], labels: activation.Labels
+) -> _Members:
+    """Export each, and leave out of the average those that are far worse than most."""
+    (staged / "members").mkdir()
+    (staged / "weights").mkdir()
+    origins: list[manifest.Origin] = []
+    collected: list[np.ndarray] = []
+    for index, (state, origin) in enumerate(weights):
+        made = member.make(job.network, state, job.data, job.config.bn_images, job.device, job.exporter)
+        (staged / f"members/{index:03d}.onnx").write_bytes(made.onnx)
+        save_state(staged / f"weights/{index:03d}.safetensors", made.state)
+        origins.append(origin)
+        collected.append(made.validation_logits)
+    logits = np.stack(collected)
+    own = [temperature.fit(one[None], labels, np.ones(1)) for one in logits]
+    alone = [Answers.of(one[None], labels, np.ones(1), t) for one, t in zip(logits, own, strict=True)]
+    kept = _choose(staged, job.config, alone, labels, job.say)
+    return _Members(logits[kept], [own[i] for i in kept], [origins[i] for i in kept], len(collected))
+
+
+def _records(members: _Members, weights: NDArray[np.float64], labels: activation.Labels) -> list[manifest.Member]:
+    return [
+        manifest.Member(
+            file=f"members/{index:03d}.onnx",
+            weights=f"weights/{index:03d}.safetensors",
+            origin=origin,
+            weight=float(weights[index]),
+            temperature=members.temperatures[index],
+            validation=score(softmax(members.logits[index], members.temperatures[index]), labels),
+        )
+        for index, origin in enumerate(members.origins)
+    ]
+
+
+def _provenance(job: Job, cost: Cost, forward: float) -> manifest.Provenance:
+    return manifest.Provenance(
+        run=job.run.identity,
+        config={"door": job.config.method, **job.config.deciding()},
+        commit=_commit(),
+        libraries=_libraries(),
+        data_fingerprint=job.data.fingerprint,
+        wall_seconds=round(cost.seconds, 1),
+        epochs_spent=round(cost.epochs, 4),
+        epochs_forward=round(forward, 4),
+        device=cost.device,
+    )
 
 
 def _choose(
@@ -198,13 +235,13 @@ def _settling(network: nn.Module, data: Data, bn_images: int, device: torch.devi
 
 
 def _weights_of_members(
-    vertices: Sequence[Vertex], states: Sequence[State], points: Points | None, places: Coordinates
+    vertices: Sequence[Vertex], states: Sequence[State], points: Points | None, positions: Coordinates
 ) -> Iterator[tuple[State, manifest.Origin]]:
     if points is None:
         for file, origin in vertices:
             yield load_weights(file), origin
         return
-    for coefficients in points.members(places):
+    for coefficients in points.members(positions):
         yield combine_states(states, coefficients), manifest.Origin(coefficients=coefficients.tolist())
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-STEP = 2.5  # steps of this share of the distance could cross it so many times over, as the paper's do
+STEP = 2.5  # total length of the attack's steps, in units of epsilon, as in the paper
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lightning_fabric.plugins import Precision
 from training.config import Config
 from training.errors import ConfigError
 
-# Of glibc's malloc.h: from how many bytes on memory is asked of the system; how much may lie unused before it is given back; how much is asked for beyond need.
+# glibc's mallopt(): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD.
 _MALLOC = {-3: 2**25, -1: 2**31 - 1, -2: 2**26}
 
 
@@ -45,7 +45,7 @@ def launch(config: Config) -> Fabric:
 
 
 def keep_memory() -> None:
-    """Let the process keep what tensors free: glibc gives it back at every step, and to fault it in again took a third of a step's time."""
+    """Stop glibc from returning freed tensor memory to the system after every step; faulting it in again took a third of a step's time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # another C library has none
         for option, value in _MALLOC.items():

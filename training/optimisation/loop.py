@@ -229,7 +229,7 @@ def loss_of(config: Config) -> Loss:
         return lambda logits, labels: functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     loss: Any = import_string(config.loss)
     if not callable(loss):
-        raise ConfigError(f"--loss {config.loss} is no function of (logits, labels).")
+        raise ConfigError(f"--loss {config.loss} must be a function of (logits, labels).")
     return cast("Loss", loss)
 
 

@@ -55,8 +55,7 @@ class Span:
         [np.random.Generator, Coordinates | None], Coefficients
     ]  # the points of one step, (points, vertices)
     shown: np.ndarray  # (vertices,): the point whose validation scores are printed
-    # A term of the loss that depends on how the vertices lie to each other: its gradient at each free vertex, (free, vertices).
-    # Where there is one, `draw` is told how they lie, too.
+    # Gradient of a geometric term of the loss at each free vertex, (free, vertices). If there is one, `draw` gets the vertices' coordinates, too.
     push: Callable[[Coordinates], Coefficients] | None = None
 
 
@@ -167,11 +166,11 @@ class BetweenVertices:
         """See Steps."""
         _set_rate(self._optimizer, step.rate)
         self._optimizer.zero_grad()
-        places = self._vertices.coordinates() if self._span.push else None
-        if places is not None and self._fabric.world_size > 1:
+        positions = self._vertices.coordinates() if self._span.push else None
+        if positions is not None and self._fabric.world_size > 1:
             # All processes must draw alike; their devices may round apart.
-            places = self._fabric.broadcast(places)
-        points = self._span.draw(step.generator, places)
+            positions = self._fabric.broadcast(positions)
+        points = self._span.draw(step.generator, positions)
         total = torch.zeros((), device=self._fabric.device)
         for point in points:
             self._vertices.place(point)
@@ -179,8 +178,8 @@ class BetweenVertices:
             self._fabric.backward(found)
             self._vertices.pull_back(point, self._config.weight_decay, 1 / len(points))
             total += found.detach()
-        if self._span.push and places is not None:
-            for index, row in zip(self._vertices.free, self._span.push(places), strict=True):
+        if self._span.push and positions is not None:
+            for index, row in zip(self._vertices.free, self._span.push(positions), strict=True):
                 self._vertices.add_to_gradient(index, row)
         self._optimizer.step()
         return total / len(points)

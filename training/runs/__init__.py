@@ -1,6 +1,6 @@
 """The folder of one training run: what it needs to go on after being killed at any moment.
 
-    $MODEPATH_RUNS/<door>-<hash of the config>/
+    $MODEPATH_RUNS/<method>-<hash of the config>/
       run.json                identity, config, what the run depends on, and what its network is
       checkpoint.safetensors  weights and momenta after the last finished epoch; where that was is in the metadata
       starts/*.safetensors   checkpoints that later legs begin from
@@ -37,7 +37,7 @@ from training.geometry.vertices import State
 
 FORMAT = 1
 PRINT_IMAGES = 4
-# Metadata of files whose names say network.… and momentum.…; without it names are the network's own, whatever they begin with.
+# Marks files of training state, whose tensor names begin with `network.` or `momentum.`. Unmarked files hold a plain state dict.
 PREFIXED = {"names": "prefixed"}
 
 
@@ -109,7 +109,7 @@ class Run:
     @contextlib.contextmanager
     def open(
         cls,
-        door: str,
+        method: str,
         config: dict[str, Any],
         depends_on: dict[str, str],
         *,
@@ -121,7 +121,7 @@ class Run:
         """The run of this config: a new one, or the one that was begun.
 
         Args:
-            door: the method.
+            method: its name.
             config: everything that decides what the run computes; its hash names the folder.
             depends_on: fingerprints of data and code that the config names but does not hold.
             fresh: forget what was done.
@@ -133,7 +133,7 @@ class Run:
         Raises:
             RunError: another process works on it, or what it depends on has changed.
         """
-        folder = _folder(door, config, network)
+        folder = _folder(method, config, network)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
             try:
@@ -160,9 +160,9 @@ class Run:
             yield cls(folder, record["run"])
 
     @staticmethod
-    def begun_from(door: str, config: dict[str, Any], network: NetworkPrint | None = None) -> list[str] | None:
+    def begun_from(method: str, config: dict[str, Any], network: NetworkPrint | None = None) -> list[str] | None:
         """The weights that this config's run begins from, where it was begun: names may have got new versions since."""
-        file = _folder(door, config, network) / "run.json"
+        file = _folder(method, config, network) / "run.json"
         return json.loads(file.read_text()).get("given") if file.exists() else None
 
     def progress(self) -> Progress:
@@ -200,11 +200,11 @@ class Run:
         return self.folder / "samples" / f"{index:03d}.safetensors"
 
 
-def _folder(door: str, config: dict[str, Any], network: NetworkPrint | None) -> Path:
+def _folder(method: str, config: dict[str, Any], network: NetworkPrint | None) -> Path:
     """The folder of this configuration's run with this network, or where a new one belongs."""
     text = json.dumps(config, sort_keys=True)
     key = hashlib.sha256(f"{FORMAT}\n{text}".encode()).hexdigest()[:16]
-    base = Path(os.environ.get("MODEPATH_RUNS") or "runs") / f"{door}-{key}"
+    base = Path(os.environ.get("MODEPATH_RUNS") or "runs") / f"{method}-{key}"
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         file = folder / "run.json"

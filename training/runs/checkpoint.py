@@ -25,14 +25,14 @@ PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True)
 class Given:
-    """Weights that a user names."""
+    """Weights given by the user."""
 
     file: Path
-    version: Version | None = None  # the published ensemble that they are of
+    version: Version | None = None  # the published ensemble that they belong to
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the splits that they were trained on; None where nobody knows."""
+        """Fingerprint of the splits that these weights were trained on; None if it is unknown."""
         return self.version and self.version.manifest.provenance.data_fingerprint
 
 

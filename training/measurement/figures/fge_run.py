@@ -74,14 +74,14 @@ def measure(
         for iteration, file in zip((0, *looked), (None, *files), strict=True):
             state = origin if file is None else load_weights(file)
             probe = Probe(network, placed, [state], trained.weight_decay, subset, fabric.device)
-            places = coordinates([origin, state], parameters)
+            positions = coordinates([origin, state], parameters)
             rows.append(
                 {
                     "iteration": iteration,
                     "epoch": iteration / steps,
                     "rate": fge_rate(max(iteration, 1), cycle, trained.alpha_1, trained.alpha_2),
                     "test_error": probe.at(np.ones(1)).test_error,
-                    "distance": float(np.linalg.norm(places[1] - places[0])),
+                    "distance": float(np.linalg.norm(positions[1] - positions[0])),
                     "member": iteration in cycles.collect,
                 }
             )

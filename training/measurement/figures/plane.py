@@ -26,24 +26,24 @@ class Plane:
     corners: NDArray[np.float64]  # (3, 2)
 
     @classmethod
-    def through(cls, places: Coordinates) -> Plane:
+    def through(cls, positions: Coordinates) -> Plane:
         """From where the three lie, (3, axes).
 
         Raises:
             ConfigError: they lie on one line.
         """
-        first, second = places[1] - places[0], places[2] - places[0]
+        first, second = positions[1] - positions[0], positions[2] - positions[0]
         length = float(np.linalg.norm(first))
         along = float(second @ first) / length if length > 0 else 0.0
         across = float(np.linalg.norm(second - along * first / length)) if length > 0 else 0.0
-        if not across > volume.lowest(places):
+        if not across > volume.lowest(positions):
             raise ConfigError("The three networks lie on one line, so there is no plane through them.")
         return cls(np.array([[0, 0], [length, 0], [along, across]]))
 
-    def coefficients(self, places: NDArray[np.float64]) -> Coefficients:
+    def coefficients(self, positions: NDArray[np.float64]) -> Coefficients:
         """Of points (N, 2) over the three: (N, 3), rows sum to 1."""
-        third = places[:, 1] / self.corners[2, 1]
-        second = (places[:, 0] - third * self.corners[2, 0]) / self.corners[1, 0]
+        third = positions[:, 1] / self.corners[2, 1]
+        second = (positions[:, 0] - third * self.corners[2, 0]) / self.corners[1, 0]
         return np.stack([1 - second - third, second, third], axis=1)
 
     def axes(self, grid: int, margin: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -75,18 +75,18 @@ def measure(
         ConfigError: the three lie on one line.
     """
     probe, found = open_probe(version, files, subset, lambda line: None)
-    flat = Plane.through(probe.places)
+    flat = Plane.through(probe.positions)
     x, y = flat.axes(grid, margin)
-    places = np.stack([axis.ravel() for axis in np.meshgrid(x, y)], axis=1)
+    positions = np.stack([axis.ravel() for axis in np.meshgrid(x, y)], axis=1)
     question = {"of": of, "files": version.manifest.files, "subset": dataclasses.asdict(subset)}
     kept = Kept(folder / f"{stem}.jsonl", question)
-    rows = flat.coefficients(places)
+    rows = flat.coefficients(positions)
     values = kept.measure(rows.tolist(), lambda row: probe.at(np.array(row)).record(), stem)
     with (folder / f"{stem}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["x", "y", "c1", "c2", "c3", *values[0]])
         writer.writerows(
-            [*place, *row, *value.values()] for place, row, value in zip(places, rows, values, strict=True)
+            [*place, *row, *value.values()] for place, row, value in zip(positions, rows, values, strict=True)
         )
     report = {
         "of": of,

@@ -47,7 +47,7 @@ def measure(
     files = [version.folder / file for file in geometry.vertices]
     folder.mkdir(parents=True, exist_ok=True)
     probe, found = open_probe(version, files, subset, lambda line: None)
-    growth = by_vertices(probe.places, geometry.components)
+    growth = by_vertices(probe.positions, geometry.components)
     with (folder / "volume.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(growth[0]))
         writer.writeheader()
@@ -63,13 +63,13 @@ def measure(
         f"{networks} networks are measured; simplexes: {' '.join(','.join(map(str, own)) for own in geometry.components)}"
     )
     values = kept.measure([*vertices, *samples], lambda row: probe.at(np.array(row)).record(), "complex")
-    places = np.array([*vertices, *samples]) @ in_three_dimensions(probe.places)
+    positions = np.array([*vertices, *samples]) @ in_three_dimensions(probe.positions)
     report: dict[str, Any] = {
         "of": version.name,
         "measured_on": subset.describe(found),
         "vertices": len(vertices),
         "simplexes": geometry.components,
-        "places": places.tolist(),
+        "places": positions.tolist(),
         "train_loss": [value["train_loss"] for value in values],
         "test_error": [value["test_error"] for value in values],
         # JSON has no −∞: a flat complex has no log-volume.
@@ -84,14 +84,14 @@ def measure(
         outline = np.eye(3)[[0, 1, 2, 0]]
         names = [f"{version.name}, vertex {corner}" for corner in corners]
         three, stem = [files[corner] for corner in corners], f"face-{'-'.join(map(str, corners))}"
-        if not np.isfinite(volume.log_volume(probe.places[corners])):
+        if not np.isfinite(volume.log_volume(probe.positions[corners])):
             print(f"{stem} is flat: it is not drawn")
             continue
         plane.measure(names, version, three, outline, grid, margin, subset, folder, stem)
     return report
 
 
-def by_vertices(places: Coordinates, simplexes: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+def by_vertices(positions: Coordinates, simplexes: Sequence[Sequence[int]]) -> list[dict[str, float]]:
     """Log-volume of the complex as it grew: of the simplexes of the first k + 1 vertices of each, k = 1, 2, …; −inf where all are flat.
 
     The floor is the volume that the complex had before, with a last vertex that is only just no combination of the others.
@@ -100,11 +100,11 @@ def by_vertices(places: Coordinates, simplexes: Sequence[Sequence[int]]) -> list
     floors: dict[tuple[int, ...], float] = {}  # or the volume itself where it is above its floor
     for k in range(1, max(map(len, simplexes))):
         grown = sorted({tuple(sorted(own)[: k + 1]) for own in simplexes if len(own) > k})
-        logs = volume.log_volumes(places, grown)
+        logs = volume.log_volumes(positions, grown)
         below: list[float] = []
         for own, log in zip(grown, logs.tolist(), strict=True):
             before = floors.get(own[:-1], 0.0)  # a single vertex has volume 1
-            below.append(before + np.log(volume.lowest(places[list(own)]) / k))
+            below.append(before + np.log(volume.lowest(positions[list(own)]) / k))
             floors[own] = log if np.isfinite(log) else below[-1]
         rows.append(
             {
@@ -116,10 +116,10 @@ def by_vertices(places: Coordinates, simplexes: Sequence[Sequence[int]]) -> list
     return rows
 
 
-def in_three_dimensions(places: Coordinates) -> NDArray[np.float64]:
+def in_three_dimensions(positions: Coordinates) -> NDArray[np.float64]:
     """The vertices along their three largest principal axes, (vertices, 3), in units of the weights."""
-    left, lengths, _ = np.linalg.svd(places - places.mean(axis=0), full_matrices=False)
-    found = np.zeros((len(places), 3))
+    left, lengths, _ = np.linalg.svd(positions - positions.mean(axis=0), full_matrices=False)
+    found = np.zeros((len(positions), 3))
     found[:, : min(3, len(lengths))] = (left * lengths)[:, :3]
     return found
 
@@ -130,16 +130,16 @@ def plot_complex(report: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes: Any = figure.add_subplot(projection="3d")
-    places, losses = np.array(report["places"]), np.array(report["train_loss"])
+    positions, losses = np.array(report["places"]), np.array(report["train_loss"])
     count = report["vertices"]
     edges = {pair for own in report["simplexes"] for pair in itertools.combinations(sorted(own), 2)}
     for a, b in sorted(edges):
-        axes.plot(*places[[a, b]].T, color="0.6", linewidth=0.8)
+        axes.plot(*positions[[a, b]].T, color="0.6", linewidth=0.8)
     scale = {"vmin": losses.min(), "vmax": losses.max(), "cmap": "viridis_r"}
-    axes.scatter(*places[:count].T, c=losses[:count], marker="X", s=90, edgecolors="k", **scale)
-    drawn = axes.scatter(*places[count:].T, c=losses[count:], s=18, **scale)
+    axes.scatter(*positions[:count].T, c=losses[:count], marker="X", s=90, edgecolors="k", **scale)
+    drawn = axes.scatter(*positions[count:].T, c=losses[count:], s=18, **scale)
     for vertex in range(count):
-        axes.text(*places[vertex], f" {vertex}")
+        axes.text(*positions[vertex], f" {vertex}")
     figure.colorbar(drawn, ax=axes, label="train loss (L2 included)", shrink=0.7)
     figure.suptitle(report["of"])
     figure.savefig(file, dpi=150)
