@@ -248,7 +248,7 @@ def expected(members: Path, image: np.ndarray) -> np.ndarray:
     from scipy.special import softmax
 
     logits = [
-        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(["logits"], {"images": image})[0][0]
+        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(["logits"], {"images": image})[0][0]  # pyright: ignore[reportIndexIssue]
         for file in sorted(members.glob("*.onnx"))
     ]
     return softmax(np.array(logits, np.float64), axis=1).mean(axis=0)

@@ -62,7 +62,7 @@ def main() -> None:
     kept = Kept(RESULTS / "simplex_choices.jsonl", {"common": COMMON, "choices": CHOICES, "swag": SWAG_CHOICES})
     named = {arm.method: arm for arm in ARMS}
     found = kept.measure(list(named), lambda name: measure([named[name]], SEED), "arms")
-    together = {"rows": [row for one in found for row in one["rows"]]}
+    together = {"rows": [row for one in found for row in one["rows"]]}  # pyright: ignore[reportGeneralTypeIssues]
     text = ["# Choices for a simplex", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
     text += [table([together], "fitted", ("validation",)), ""]
     (RESULTS / "simplex_choices.md").write_text("\n".join(text))

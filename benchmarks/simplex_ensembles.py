@@ -109,9 +109,9 @@ def main() -> None:
     more = Kept(RESULTS / f"{stem}_longer.jsonl", recipe)
     rivals = more.measure(seeds, lambda seed: measure(size.rivals(), seed, corrupted), "seeds, longer")
     found = [{"rows": one["rows"] + its["rows"]} for one, its in zip(found, rivals, strict=True)]
-    shifted = [name for name in found[0]["rows"][0]["plain"] if name not in ("test", "validation")]
-    by_components = [{"rows": one["rows"][:9]} for one in found]
-    by_cost = [{"rows": sorted(one["rows"], key=lambda row: row["cost"])} for one in found]
+    shifted = [name for name in found[0]["rows"][0]["plain"] if name not in ("test", "validation")]  # pyright: ignore[reportIndexIssue]
+    by_components = [{"rows": one["rows"][:9]} for one in found]  # pyright: ignore[reportIndexIssue]
+    by_cost = [{"rows": sorted(one["rows"], key=lambda row: row["cost"])} for one in found]  # pyright: ignore[reportCallIssue, reportIndexIssue]
     equal = [{"rows": [row for row in one["rows"] if _of_several(row["cost"], size.epochs)]} for one in by_cost]
     counts = {len(one["rows"]) for one in equal}
     assert counts == {12}, f"2, 4 and 6 budgets of four kinds; found {counts}"

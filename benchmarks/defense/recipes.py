@@ -170,4 +170,4 @@ def answering(size: Size, arm: Arm, seed: int) -> list[nn.Module]:
         found = found[:1]
     if arm.mode == "average":
         found = [whitebox.Mean(found, version.manifest.temperature)]
-    return [whitebox.Noisy(network, arm.noise) for network in found] if arm.noise else found
+    return [whitebox.Noisy(network, arm.noise) for network in found] if arm.noise else found  # pyright: ignore[reportReturnType]

@@ -23,7 +23,7 @@ def test_it_answers_refuses_and_follows_activations(store, serve):
         if "training.fge" in (why := server.until(503).json()["error"]):
             break
         time.sleep(0.1)
-    assert "training.fge" in why
+    assert "training.fge" in why  # pyright: ignore[reportPossiblyUnboundVariable]
     assert httpx.get(server.url + "/livez").status_code == 200
     refused = httpx.post(server.url + "/predict", json={"inputs": images.tolist()})
     assert refused.status_code == 503
@@ -53,7 +53,7 @@ def test_it_answers_refuses_and_follows_activations(store, serve):
         if found["version"] == 2:
             break
         time.sleep(0.1)
-    assert (found["version"], found["members"], found["default"]) == (2, 1, True)
+    assert (found["version"], found["members"], found["default"]) == (2, 1, True)  # pyright: ignore[reportPossiblyUnboundVariable]
     assert [e["name"] for e in httpx.get(server.url + "/ensembles").json()["ensembles"]] == ["animals"]
 
     # Refusals have the error form and the right status.

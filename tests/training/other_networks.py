@@ -62,7 +62,7 @@ class _Settling(nn.Module):
         self.register_buffer("level", torch.tensor(1.0))
 
     def forward(self, images):
-        self.level.mul_(0.9).add_(0.1 * images.detach().mean())
+        self.level.mul_(0.9).add_(0.1 * images.detach().mean())  # pyright: ignore[reportCallIssue]
         return self.head(images.flatten(1) - self.level)
 
 

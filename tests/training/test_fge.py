@@ -196,7 +196,7 @@ def test_the_users_own_module_data_and_checkpoint(command, tmp_path):
     (tmp_path / "mine.py").write_text(USERS_MODULE)
     sys.path.insert(0, str(tmp_path))
     try:
-        import mine
+        import mine  # pyright: ignore[reportMissingImports]
     finally:
         sys.path.remove(str(tmp_path))
     torch.save(nn.DataParallel(mine.Rows(2, 8)).state_dict(), tmp_path / "mine.pt")

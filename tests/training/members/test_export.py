@@ -163,8 +163,8 @@ def test_parity_is_measured_by_the_size_of_the_logits_and_divergence_is_named(sc
     logits = np.array([[scale, scale, -scale]], np.float32)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with torch.no_grad():
-        network[1].weight.zero_()
-        network[1].bias.copy_(torch.from_numpy(logits[0]))
+        network[1].weight.zero_()  # pyright: ignore[reportCallIssue]
+        network[1].bias.copy_(torch.from_numpy(logits[0]))  # pyright: ignore[reportCallIssue]
     session = Fixed(logits + np.array([off, 0, 0], np.float32))
     images = np.zeros((1, 1, 8, 8), np.float32)
     if told is None:
@@ -190,8 +190,8 @@ class Amplified(Fixed):
 def test_parity_allows_what_the_network_makes_of_a_pixels_last_bit_and_not_more(off, told):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with torch.no_grad():
-        network[1].weight.zero_()
-        network[1].bias.zero_()
+        network[1].weight.zero_()  # pyright: ignore[reportCallIssue]
+        network[1].bias.zero_()  # pyright: ignore[reportCallIssue]
     session = Amplified(np.array([[off, 0, 0]], np.float32), 300)
     images = np.zeros((1, 1, 8, 8), np.float32)
     served = Normalised(network, (0.3,), (0.4,))

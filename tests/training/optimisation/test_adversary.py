@@ -40,7 +40,7 @@ def test_of_two_classes_on_a_linear_network_it_finds_the_worst_image_there_is():
     network = nn.Sequential(nn.Flatten(), nn.Linear(50, 2, bias=False))
     clean, labels = images(), torch.arange(16) % 2
     moved = Adversary(0.05, 20, 1.0, MEAN, STD).attack(network, functional.cross_entropy, (clean - MEAN) / STD, labels)
-    weight = network[1].weight.detach()
+    weight = network[1].weight.detach()  # pyright: ignore[reportCallIssue]
     downhill = torch.sign(weight[1 - labels] - weight[labels]).view_as(clean)
     worst = (clean + 0.05 * downhill).clamp(0, 1)
     assert torch.allclose(moved * STD + MEAN, worst, atol=1e-5)

@@ -124,7 +124,7 @@ def test_a_loss_that_fails_is_named_instead_of_the_network():
 
 def test_a_network_with_statistics_whose_forward_fails_in_training_mode_is_refused_with_the_reason():
     class Failing(nn.Sequential):
-        def forward(self, images):
+        def forward(self, images):  # pyright: ignore[reportIncompatibleMethodOverride]
             if self.training:
                 raise RuntimeError("pooling region is empty")
             return super().forward(images)

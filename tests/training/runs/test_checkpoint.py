@@ -95,7 +95,7 @@ class Versioned(nn.Linear):
 
     _version = 2
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):  # pyright: ignore[reportIncompatibleMethodOverride]
         assert local_metadata.get("version") == 2
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
