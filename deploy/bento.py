@@ -89,7 +89,7 @@ def build(tag: str, version: Version, unpacked: Path) -> str:
         with contextlib.suppress(bentoml.exceptions.NotFound):
             bentoml.delete(tag)  # a published version never changes, but the code may have
         bento = bentoml.build(
-            "service.app:Modepath",
+            "service.bento:Modepath",
             version=tag.partition(":")[2],
             include=["**"],
             description=DESCRIPTION.format(name=version.name, members=len(version.manifest.members)),

@@ -98,7 +98,7 @@ def _serve(arguments: Sequence[str]) -> NoReturn:
         print("error: bentoml is not installed here: pip install 'modepath[service]'", file=sys.stderr)
         sys.exit(2)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.execv(bentoml, [bentoml, "serve", "service.app:Modepath", "--working-dir", folder, *arguments])
+    os.execv(bentoml, [bentoml, "serve", "service.bento:Modepath", "--working-dir", folder, *arguments])
 
 
 def _predict(name: str, images: Sequence[Path], table: Path | None, store: Path | None) -> None:

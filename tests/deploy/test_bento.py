@@ -62,7 +62,7 @@ def test_its_requirements_are_what_the_service_needs_at_the_versions_of_here(bui
 
 def test_it_serves_from_where_it_lies(built, tmp_path):
     settings = yaml.safe_load((built / "bento.yaml").read_text())
-    assert settings["service"] == "service.app:Modepath"
+    assert settings["service"] == "service.bento:Modepath"
     server = Server(None, tmp_path, bento=built)
     try:
         server.until(200)

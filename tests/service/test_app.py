@@ -1,5 +1,7 @@
 """Against a real `bentoml serve`."""
 
+import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -8,8 +10,13 @@ from urllib.parse import urlparse
 import httpx
 import numpy as np
 import pytest
+from pydantic import SecretStr
 
 from models_store.uncertainty import softmax
+from service.app import create_app
+from service.operations.settings import Settings
+from service.worker import Worker
+from tests.conftest import ROOT
 from tests.onnx_members import SHAPE, linear, linear_logits, publish
 from tests.service import bad_requests
 
@@ -115,10 +122,46 @@ def test_what_takes_longer_than_its_limit_is_stopped_and_the_next_one_answered(s
     assert 'modepath_refused_total{reason="deadline"} 1.0' in httpx.get(server.url + "/metrics").text
 
 
+def test_importing_the_application_reads_no_settings_and_loads_no_bentoml():
+    code = "import sys, service.app; print({'bentoml', 'torch'} & set(sys.modules))"
+    environment = {**os.environ, "MODEPATH_MAX_ROWS": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("set()", 0), done.stderr
+
+
+def test_an_application_made_from_settings_and_a_worker_answers_in_process(store, monkeypatch):
+    publish(store, "animals")
+    monkeypatch.setenv("MODELS_STORE", str(store.root))
+    chosen = Settings(max_rows=2, key=SecretStr("k" * 16))
+    worker = Worker(chosen)
+    app = create_app(chosen, worker)
+
+    async def go():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            before = await client.get("/readyz")
+            await asyncio.to_thread(worker.ensembles.refresh)
+            answered = await client.post("/predict", json={"inputs": images[:1].tolist()})
+            refused = await client.post("/predict", json={"inputs": np.zeros((3, 1, 4, 4)).tolist()})
+            foreign = await client.get("/livez", headers={"Host": "evil.example"})
+        return [before.status_code, answered.status_code, refused.status_code, foreign.status_code], answered.json()
+
+    try:
+        statuses, answer = asyncio.run(go())
+    finally:
+        worker.close()
+    assert statuses == [503, 200, 413, 421]
+    assert answer["ensemble"] == "animals"
+
+
 def test_an_answered_request_leaves_no_timer():
     code = """
 import asyncio, gc, uvloop
-from service.app import Modepath
+from service import bento
+from service.app import create_app
+from service.bento import Modepath
+from service.operations.settings import settings
+bento._app = create_app(settings(), None)
 async def received(): return {"type": "http.request", "body": b"", "more_body": False}
 async def ask(app):
     async def sent(message): pass

@@ -10,7 +10,7 @@ from service.operations.log_writer import log_writer
 
 
 async def answer(request):
-    request.scope["told"] |= {"rows": 3, "ensemble": "e" * 10_000}
+    request.scope["log_fields"] |= {"rows": 3, "ensemble": "e" * 10_000}
     return PlainTextResponse("hello", 202)
 
 

@@ -2,9 +2,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from service.app import ROUTES
+from service.app import _Routes
 from service.http import openapi
+from service.operations.settings import Settings
 from tests.onnx_members import SHAPE, publish
+
+ROUTES = _Routes(Settings(), None).all()
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_nobody_is_reported_to_unless_the_user_wants_it():
 
 def test_a_request_leaves_no_timer_of_bentoml_behind():
     code = """
-import service.app
+import service.bento
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 app = object()
 print(TimeoutMiddleware(app, timeout=60) is app)
