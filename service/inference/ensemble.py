@@ -169,6 +169,10 @@ class Ensembles:
                 raise NotReadyError(
                     f"No ensemble {name[:80]!r} is served yet, but some are being loaded; ask again in a moment. Served: {answering}."
                 )
+            if name in self._look.active:
+                raise NotReadyError(
+                    f"{name!r} is active, but cannot be served at the moment; the operator's log says why. Served: {answering}."
+                )
         raise UnknownEnsembleError(f"No ensemble {name[:80]!r} is served. Served: {answering}.")
 
     @property

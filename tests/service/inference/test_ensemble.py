@@ -155,6 +155,8 @@ def test_a_damaged_ensemble_does_not_stop_another(store):
     (version.folder / "manifest.json").write_text("{}")
     ensembles = loaded(store)
     assert [s.manifest.name for s in ensembles.all()] == ["b"]
+    with pytest.raises(NotReadyError, match="'a' is active, but cannot be served at the moment"):
+        ensembles.get("a")
 
 
 def test_a_version_of_another_schema_is_refused_and_the_old_one_goes_on(store, caplog):
