@@ -5,7 +5,7 @@
 Fixed beforehand, for all methods alike: preresnet8 on all of Fashion-MNIST, B = 10 epochs, the data set's own augmentation,
 rate 0.1, weight decay 3e-4, seeds 0, 1, 2. FGE with the paper's shares and rates (80 % plain, 0.05 to 5e-4, 6 members a run),
 snapshots with 5 cycles a run. Nothing was searched. The curve joins the first two independent networks and is trained for one budget, so that it costs
-3B in all; 6 equally spaced points of it are averaged. Batch norm is re-estimated for every network (doors do that). Doors resume, so this does too.
+3B in all; 6 equally spaced points of it are averaged. Batch norm is re-estimated for every network (methods do that). Methods resume, so this does too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 LINES = RESULTS / "budgets.jsonl"
 
 
-def trained(door, seed: int, **options) -> Version:
-    return door.run(door.Config(name=f"budgets-{door.Config.method}-{seed}", seed=seed, **COMMON, **options))
+def trained(method, seed: int, **options) -> Version:
+    return method.run(method.Config(name=f"budgets-{method.Config.method}-{seed}", seed=seed, **COMMON, **options))
 
 
 def independents(seed: int) -> Version:

@@ -169,7 +169,7 @@ def measure(base: Base, arms: tuple[Arm, ...], seed: int, splits: tuple[str, ...
             cycle, collect = arm_config.cycles(steps)
             start = shared.start_file(f"epoch-{arm_config.pretrain_epochs}")
             run = Run(Path(folder) / str(arm), "fge")
-            # Leg 1 of an FGE run: an idle first leg keeps the epochs' seeds those of the door.
+            # Leg 1 of an FGE run: an idle first leg keeps the epochs' seeds those of the method.
             legs = [
                 Leg("idle", 0, lambda i: 0.0),
                 Leg("fge", collect[-1], _cyclic(cycle, arm_config), start=start, collect=collect),

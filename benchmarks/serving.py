@@ -261,6 +261,11 @@ def wrk(url: str, script: Path, connections: int, seconds: int) -> dict[str, flo
     ).stdout  # fmt: skip
     if bad := re.search(r"Non-2xx.*|Socket errors.*", text):
         raise SystemExit(f"{url}: {bad[0]}")
+    return parsed(text)
+
+
+def parsed(text: str) -> dict[str, float]:
+    """What wrk printed: requests, requests a second, and latencies in milliseconds."""
 
     def milliseconds(percent: str) -> float:
         value, unit = re.search(rf"{percent}%\s+([\d.]+)(us|ms|s|m)\s*\n", text).groups()

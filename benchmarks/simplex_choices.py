@@ -1,4 +1,4 @@
-"""How many networks a step, which rate and which λ for a simplex? And SWAG's rate? The choices behind the doors' defaults, on validation images.
+"""How many networks a step, which rate and which λ for a simplex? And SWAG's rate? The choices behind the methods' defaults, on validation images.
 
     python -m benchmarks.simplex_choices      trains what is missing, prints and keeps results/simplex_choices.md
 

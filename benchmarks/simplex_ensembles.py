@@ -3,11 +3,11 @@
     python -m benchmarks.simplex_ensembles [--seeds N]     train what is missing (of the first N seeds), print and keep results/simplex_ensembles.md
     python -m benchmarks.simplex_ensembles --large         all images, VGG-16 with batch norm, 60 epochs: for a GPU
 
-preresnet8 on 10 000 images of Fashion-MNIST, B = 30 epochs, every other option as the doors have it, seeds 0, 1, 2. A component is a network, a simplex of one
+preresnet8 on 10 000 images of Fashion-MNIST, B = 30 epochs, every other option as the methods have it, seeds 0, 1, 2. A component is a network, a simplex of one
 further vertex (another B), or a Gaussian. Of each simplex 25 networks are averaged, of each Gaussian 10, over the weights of every half epoch of the last
 quarter. Each ensemble has a temperature fitted on validation. Corruptions: see benchmarks/corruptions.py.
 
-All of it was fixed beforehand, but for the networks of 2B each, which were thought of when the others had been measured. The doors' defaults were chosen on another seed but on
+All of it was fixed beforehand, but for the networks of 2B each, which were thought of when the others had been measured. The methods' defaults were chosen on another seed but on
 the same 10 000 training images and the same validation images: a simplex's among seven, SWAG's among three (benchmarks/simplex_choices.py); for plain training nothing was chosen.
 
 Cost is in forward and backward passes, in epochs. Not in it: batch norm is re-estimated for every network on 8192 images, 0.82 epochs of forward passes (75
@@ -44,7 +44,7 @@ class Size:
 
     @property
     def common(self) -> dict[str, Any]:
-        """Options of all doors."""
+        """Options of all methods."""
         return {"dataset": "fashion-mnist", "epochs": self.epochs, "activate": False, **self.options}
 
     def networks(self, seed: int) -> Version:

@@ -157,11 +157,11 @@ def _adapt(file: Path, options: ImportOptions) -> _Adapted:
 def _load_with_weights(file: Path) -> onnx.ModelProto:
     load(file)  # says what is wrong with a file that is no ONNX at all
     try:
-        # Exporters like to put weights beside the graph; here, once, they are taken in. onnx refuses paths that leave the folder.
+        # Exporters like to put weights into a file next to the graph; here, once, they are taken in. onnx refuses paths that leave the folder.
         return onnx.load(file, load_external_data=True)  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:
         raise MemberError(
-            f"{file.name} names weights in another file that cannot be read ({error}); put it beside."
+            f"{file.name} names weights in another file that cannot be read ({error}); put that file next to it."
         ) from None
 
 

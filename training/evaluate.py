@@ -1,7 +1,7 @@
 """Measure a published ensemble on the test split, through the same sessions that serve it.
 
 Prints a table of the average, each member and the best single member; pairwise disagreement; how well each uncertainty
-measure finds the ensemble's errors and a foreign data set. Writes them as Markdown and JSON beside a reliability diagram.
+measure finds the ensemble's errors and a foreign data set. Writes them as Markdown and JSON, with a reliability diagram.
 With --path: loss and error along a curve instead, and along the straight segment between its ends.
 """
 

@@ -62,7 +62,7 @@ class Config(BaseConfig):
         if self.endpoints and not self.samples:
             raise ConfigError("--samples 0 is the mean of weights; over a bend that is a curve. Give at least 1.")
         if self.endpoints and (len(self.endpoints) != 2 or self.init):
-            raise ConfigError("--endpoints are two networks, and there is no --init beside them.")
+            raise ConfigError("--endpoints are two networks, and --init cannot be given with them.")
         if (self.init or self.endpoints) and self.runs > 1:
             raise ConfigError("--runs are runs from fresh networks; with given ones there is a Gaussian for each.")
 

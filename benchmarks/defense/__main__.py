@@ -104,12 +104,12 @@ def clean(size: Size) -> list[dict[str, Any]]:
 def fixed(size: Size, place: dict[str, Any]) -> dict[str, Any]:
     """The same attack where randomness is taken away: every query is answered by one point of the curve."""
     images, labels = size.test(place["images"], place["seed"])
-    door = arms.fixed(Store(), size.version("path", place["seed"]).name, size.bank // 3)
+    oracle = arms.fixed(Store(), size.version("path", place["seed"]).name, size.bank // 3)
     # As many steps as against `random`: it is the randomness that is taken away, not the doubt.
-    door.repeats = False
-    found = blackbox.square(door, images, labels, place["epsilon"], place["budget"], 1, seed=place["seed"])
-    answers = door.answers / len(images)
-    return {**judging.judged(door, found, labels, again=1), "answers": answers}
+    oracle.repeats = False
+    found = blackbox.square(oracle, images, labels, place["epsilon"], place["budget"], 1, seed=place["seed"])
+    answers = oracle.answers / len(images)
+    return {**judging.judged(oracle, found, labels, again=1), "answers": answers}
 
 
 def transfer(size: Size, seed: int) -> list[list[float]]:

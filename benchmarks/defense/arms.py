@@ -1,6 +1,6 @@
-"""The defended services, as an attacker meets them: a door that answers images, and counts its answers.
+"""The defended services, as an attacker meets them: a oracle that answers images, and counts its answers.
 
-A door calls what POST /predict calls between a request's pixels and its answer: the draw, the members, the averaging, what the policy shows.
+A oracle calls what POST /predict calls between a request's pixels and its answer: the draw, the members, the averaging, what the policy shows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Clock:
 
 
 @dataclass
-class Door:
+class Oracle:
     """One arm."""
 
     ask_images: Callable[[NDArray[np.float32]], Array]  # (batch, C, H, W) -> probabilities, (batch, classes)
@@ -57,7 +57,7 @@ class Door:
         return np.concatenate([self.ask_images(images[i : i + AT_ONCE]) for i in range(0, len(images), AT_ONCE)])
 
 
-def door(store: Store, name: str, mode: Mode, *, noise: float = 0.0) -> Door:
+def oracle(store: Store, name: str, mode: Mode, *, noise: float = 0.0) -> Oracle:
     """Into a published ensemble, in this process."""
     clock = Clock()
     policy = Policy(modes=(mode,), probabilities="exact")
@@ -68,7 +68,7 @@ def door(store: Store, name: str, mode: Mode, *, noise: float = 0.0) -> Door:
     def turn() -> None:
         clock.now += 1
 
-    return Door(
+    return Oracle(
         lambda images: answered(ensemble, mode, images),
         noise,
         turn if mode == "keyed" else None,
@@ -76,10 +76,10 @@ def door(store: Store, name: str, mode: Mode, *, noise: float = 0.0) -> Door:
     )
 
 
-def fixed(store: Store, name: str, number: int, noise: float = 0.0) -> Door:
+def fixed(store: Store, name: str, number: int, noise: float = 0.0) -> Oracle:
     """Into one network of its bank, or one member where it has none: what is left where randomness is taken away."""
     network = pool.source(store.resolve(name), "cpu").open(number)
-    return Door(lambda images: softmax(network.session.logits(images), network.temperature), noise, repeats=not noise)
+    return Oracle(lambda images: softmax(network.session.logits(images), network.temperature), noise, repeats=not noise)
 
 
 def answered(ensemble: Ensemble, mode: Mode, images: NDArray[np.float32]) -> Array:
@@ -91,7 +91,7 @@ def answered(ensemble: Ensemble, mode: Mode, images: NDArray[np.float32]) -> Arr
     return probs if digits == "exact" else probs.round(int(digits))
 
 
-def over_http(url: str, name: str, mode: Mode) -> Door:
+def over_http(url: str, name: str, mode: Mode) -> Oracle:
     """The same into a running service."""
     client = httpx.Client(timeout=60)
 
@@ -101,4 +101,4 @@ def over_http(url: str, name: str, mode: Mode) -> Door:
         answer.raise_for_status()
         return np.array([row["probs"] for row in answer.json()["predictions"]])
 
-    return Door(ask, repeats=mode != "random")
+    return Oracle(ask, repeats=mode != "random")

@@ -33,27 +33,27 @@ def attack(size: Size, place: dict[str, Any], arm: Arm) -> dict[str, Any]:
     """One cell: attack an arm, ask again what came out."""
     seed, kind, m, epsilon = (place[key] for key in ("seed", "attack", "m", "epsilon"))
     images, labels = data.as_arrays(size.data.test) if kind == "clean" else size.test(place["images"], seed)
-    door = arm.door(size, seed)
+    oracle = arm.oracle(size, seed)
     jitter = kind.endswith("jittered")
     if kind == "clean":
-        return {"error": float(np.mean(judging.judged(door, images, labels, again=1)["wrong"])), "answers": 0.0}
+        return {"error": float(np.mean(judging.judged(oracle, images, labels, again=1)["wrong"])), "answers": 0.0}
     if kind == "none":
         found = images
     elif kind == "noise":
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], images.shape)
         found = judging.within((images + epsilon * signs).astype(np.float32), images, epsilon)
     elif kind.startswith("square"):
-        found = blackbox.square(door, images, labels, epsilon, place["budget"], m, jitter=jitter, seed=seed)
+        found = blackbox.square(oracle, images, labels, epsilon, place["budget"], m, jitter=jitter, seed=seed)
     elif kind.startswith("hopskipjump"):
-        nearest = blackbox.hop_skip_jump(door, images, labels, place["budget"], m, jitter=jitter, seed=seed)
+        nearest = blackbox.hop_skip_jump(oracle, images, labels, place["budget"], m, jitter=jitter, seed=seed)
         found = judging.within(blackbox.outward(nearest, images, epsilon), images, epsilon)
     elif kind == "surrogate":
-        own = surrogate.trained(door, data.as_arrays(size.data.validation)[0], size.data, size.surrogate, seed)
+        own = surrogate.trained(oracle, data.as_arrays(size.data.validation)[0], size.data, size.surrogate, seed)
         found = whitebox.pgd([own], images, labels, epsilon, seed=seed)
     else:
         found = known(size, kind, arm, seed, images, labels, epsilon)
-    answers = door.answers / len(images)
-    return {**judging.judged(door, found, labels, size.again), "answers": answers}
+    answers = oracle.answers / len(images)
+    return {**judging.judged(oracle, found, labels, size.again), "answers": answers}
 
 
 def known(

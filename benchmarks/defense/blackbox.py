@@ -16,7 +16,7 @@ from art.estimators.classification.blackbox import BlackBoxClassifier, BlackBoxC
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.defense.arms import CLASSES, Array, Door
+from benchmarks.defense.arms import CLASSES, Array, Oracle
 
 Images = NDArray[np.float32]
 JITTER = 1 / 255  # of one pixel: as far as `keyed` must be asked to answer anew
@@ -31,11 +31,11 @@ BEGINNINGS = 10  # images of other classes that HopSkipJump may begin at, the ne
 class Asker:
     """What the library takes for a classifier: the mean of `m` answers."""
 
-    def __init__(self, door: Door, m: int, *, labels: bool, jitter: bool, seed: int, budget: int | None = None):
+    def __init__(self, oracle: Oracle, m: int, *, labels: bool, jitter: bool, seed: int, budget: int | None = None):
         """`labels`: only those are looked at. `jitter`: each of the answers is to another image nearby. `budget`: of answers; then SpentError."""
         self._left, self._idle = budget, 0
-        self._door, self._m, self._labels, self._jitter = door, m, labels, jitter
-        self._same = door.repeats and not jitter
+        self._oracle, self._m, self._labels, self._jitter = oracle, m, labels, jitter
+        self._same = oracle.repeats and not jitter
         self._generator = np.random.default_rng(seed)
         self._known: dict[bytes, Array] = {}
 
@@ -77,7 +77,7 @@ class Asker:
             asked = images
             if self._jitter:
                 asked = self._jittered(images)
-            answer = self._door.ask(asked)
+            answer = self._oracle.ask(asked)
             total += np.eye(CLASSES)[answer.argmax(1)] if self._labels else answer
         return total / times
 
@@ -91,12 +91,12 @@ class Asker:
 
 
 def square(
-    door: Door, images: Images, labels: NDArray[np.int64], epsilon: float, budget: int, m: int, *, jitter: bool = False, seed: int = 0
+    oracle: Oracle, images: Images, labels: NDArray[np.int64], epsilon: float, budget: int, m: int, *, jitter: bool = False, seed: int = 0
 ) -> Images:  # fmt: skip
     """The last images of Square in L∞, after `budget` answers for each."""
-    asker = Asker(door, m, labels=False, jitter=jitter, seed=seed)
+    asker = Asker(oracle, m, labels=False, jitter=jitter, seed=seed)
     # A step asks for the image it holds and for a new one; where the same question has the same answer, for the new one only.
-    steps = budget - 3 if door.repeats and not jitter else (budget - 3 * m) // (2 * m)
+    steps = budget - 3 if oracle.repeats and not jitter else (budget - 3 * m) // (2 * m)
     if steps < 1:
         raise ValueError(f"{budget} answers are too few for a step of Square that averages {m}")
     model = BlackBoxClassifierNeuralNetwork(asker.anew, images.shape[1:], CLASSES, clip_values=(0.0, 1.0))
@@ -108,7 +108,7 @@ def square(
 
     np.random.seed(seed)  # what the library draws from
     # The library leaves an image alone once it was answered wrongly: right where answers repeat; else one lucky network ends the attack.
-    criterion = None if door.repeats and door.turn is None else lambda probs, truth: np.zeros(len(probs), bool)
+    criterion = None if oracle.repeats and oracle.turn is None else lambda probs, truth: np.zeros(len(probs), bool)
     attack = SquareAttack(
         model, norm=np.inf, eps=epsilon, max_iter=steps, loss=margin, adv_criterion=criterion, batch_size=len(images), verbose=False
     )  # fmt: skip
@@ -154,13 +154,20 @@ class Border(HopSkipJump):
 
 
 def hop_skip_jump(
-    door: Door, images: Images, labels: NDArray[np.int64], budget: int, m: int, *, jitter: bool = False, seed: int = 0
+    oracle: Oracle,
+    images: Images,
+    labels: NDArray[np.int64],
+    budget: int,
+    m: int,
+    *,
+    jitter: bool = False,
+    seed: int = 0,
 ) -> Images:
     """The nearest images in L∞ that HopSkipJump finds with `budget` answers for each; it begins at an image of another class."""
     found = []
     np.random.seed(seed)
     for image, label in zip(tqdm(images, "HopSkipJump", leave=False, disable=None), labels, strict=True):
-        asker = Asker(door, m, labels=True, jitter=jitter, seed=seed, budget=budget)
+        asker = Asker(oracle, m, labels=True, jitter=jitter, seed=seed, budget=budget)
         model = BlackBoxClassifier(asker.anew, images.shape[1:], CLASSES, clip_values=(0.0, 1.0))
         attack = Border(asker, model, int(label), evaluations=50)
         others = images[labels != label]

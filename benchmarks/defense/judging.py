@@ -7,22 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.defense.arms import Door
+from benchmarks.defense.arms import Oracle
 
 
-def judged(door: Door, images: NDArray[np.float32], labels: NDArray[np.int64], again: int) -> dict[str, Any]:
+def judged(oracle: Oracle, images: NDArray[np.float32], labels: NDArray[np.int64], again: int) -> dict[str, Any]:
     """How many of so many answers to each image are wrong: `wrong`, of `asked`.
 
     Where there is a key, the answers are of as many keys, and `now` says which images are answered wrongly before it turns: under the key that was attacked.
     """
-    if door.repeats and door.turn is None:
+    if oracle.repeats and oracle.turn is None:
         again = 1
     wrong = np.zeros(len(images), int)
-    now = None if door.turn is None else (door.ask(images).argmax(1) != labels).astype(int).tolist()
+    now = None if oracle.turn is None else (oracle.ask(images).argmax(1) != labels).astype(int).tolist()
     for _ in range(again):
-        if door.turn is not None:
-            door.turn()
-        wrong += door.ask(images).argmax(1) != labels
+        if oracle.turn is not None:
+            oracle.turn()
+        wrong += oracle.ask(images).argmax(1) != labels
     return {"now": now, "wrong": wrong.tolist(), "asked": again}
 
 

@@ -1,4 +1,4 @@
-"""Is the door in this process the running service's own? An attack through HTTP, on a store of its own, whose every question is asked here too."""
+"""Is the oracle in this process the running service's own? An attack through HTTP, on a store of its own, whose every question is asked here too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEVER = 1e12  # seconds, after which the key turns
 
 
 def over_http(version: Version, images: np.ndarray, labels: np.ndarray, epsilon: float, budget: int) -> dict[str, Any]:
-    """Square against `keyed`, whose key both know, and each of its questions through the other door; then answers of `random` beside those of the network that each names.
+    """Square against `keyed`, whose key both know, and each of its questions through the other oracle; then answers of `random` beside those of the network that each names.
 
     Answers are compared and not what Square makes of them: where a network is sure, its climb turns on the last bit.
     """
@@ -41,7 +41,7 @@ def over_http(version: Version, images: np.ndarray, labels: np.ndarray, epsilon:
         command = ["bentoml", "serve", "--port", "{port}"]
         with serving.running(serving.Arm("modepath", command, environment)) as (url, _):
             serving.until_ready(url)
-            served, here = arms.over_http(url, name, "keyed"), arms.door(store, version.name, "keyed")
+            served, here = arms.over_http(url, name, "keyed"), arms.oracle(store, version.name, "keyed")
             asked: list[tuple[np.ndarray, np.ndarray]] = []
             over = served.ask_images
 
@@ -71,19 +71,19 @@ def over_http(version: Version, images: np.ndarray, labels: np.ndarray, epsilon:
 
 
 def check(found: dict[str, Any]) -> None:
-    """Go on only where both doors are the same.
+    """Go on only where both oracles are the same.
 
     Raises:
         SystemExit: they are not.
     """
     if max(found["keyed_away"], found["random_away"]) > AWAY:
-        raise SystemExit(f"the running service answers otherwise than the door that is attacked: {told(found)}")
+        raise SystemExit(f"the running service answers otherwise than the oracle that is attacked: {told(found)}")
 
 
 def told(found: dict[str, Any]) -> str:
     """For people."""
     return (
-        f"Square against `keyed` over HTTP, {found['images']} images, {found['answers']} answers: those of the door in process to the same questions differ by at most "
+        f"Square against `keyed` over HTTP, {found['images']} images, {found['answers']} answers: those of the oracle in process to the same questions differ by at most "
         f"{found['keyed_away']:.1g}. {found['images']} answers of `random` over HTTP came from {found['points']} points and differ from those points' own by at most "
         f"{found['random_away']:.1g}."
     )

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from benchmarks.defense import arms, whitebox
-from benchmarks.defense.arms import Door
+from benchmarks.defense.arms import Oracle
 from models_store.store import Store, Version
 from training import curve, data, espro, independent
 from training.data import Data
@@ -127,7 +127,7 @@ class Arm:
     unmatched: bool = False  # its clean accuracy is another: beside the comparison
     briefly: bool = False  # attacked at one ε with one budget, and with no surrogate
 
-    def door(self, size: Size, seed: int) -> Door:
+    def oracle(self, size: Size, seed: int) -> Oracle:
         """Into it; no answer is counted yet."""
         found = _opened(self, size, seed)
         found.answers = 0
@@ -135,11 +135,11 @@ class Arm:
 
 
 @functools.cache
-def _opened(arm: Arm, size: Size, seed: int) -> Door:
+def _opened(arm: Arm, size: Size, seed: int) -> Oracle:
     name = size.version(arm.of, seed).name
     if arm.mode == "fixed":  # its first network alone
         return arms.fixed(Store(), name, 0, noise=arm.noise)
-    return arms.door(Store(), name, arm.mode, noise=arm.noise)  # pyright: ignore[reportArgumentType]
+    return arms.oracle(Store(), name, arm.mode, noise=arm.noise)  # pyright: ignore[reportArgumentType]
 
 
 ARMS = [

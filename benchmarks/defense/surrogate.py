@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.defense.arms import Door
+from benchmarks.defense.arms import Oracle
 from training import networks
 from training.data import Data
 from training.members.export import Normalised
@@ -17,11 +17,11 @@ EPOCHS, BATCH, RATE = 6, 64, 0.05
 SHIFT = 2  # pixels
 
 
-def trained(door: Door, images: NDArray[np.float32], splits: Data, answers: int, seed: int) -> nn.Module:
+def trained(oracle: Oracle, images: NDArray[np.float32], splits: Data, answers: int, seed: int) -> nn.Module:
     """Asks for so many answers, about the images and about shifted copies of them, and learns the probabilities: on images in [0, 1]."""
     torch.manual_seed(1000 + seed)
     shown = shifted(torch.from_numpy(images), answers)
-    told = torch.from_numpy(door.ask(shown.numpy())).float()
+    told = torch.from_numpy(oracle.ask(shown.numpy())).float()
     own = networks.build("preresnet8", told.shape[1], images.shape[1:], {})  # pyright: ignore[reportArgumentType]
     network = Normalised(own, splits.mean, splits.std).train()
     optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=0.9, weight_decay=3e-4)

@@ -49,9 +49,7 @@ def check_template(
     }
     if declared != dict(external):
         wrong = sorted(set(declared.items()) ^ set(external.items()))[0][0]
-        raise MemberError(
-            f"{file.name} and the weights beside it disagree about the initializer {wrong!r}. Publish again."
-        )
+        raise MemberError(f"{file.name} and its weights file disagree about the initializer {wrong!r}. Publish again.")
     _check_graph(model, file, input_shape, classes)
 
 

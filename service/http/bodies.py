@@ -59,7 +59,7 @@ def read_request(
     if media_type == JSON:
         if query:
             raise BadRequestError(
-                f"Query parameter {query[0][0]!r} beside a JSON body; its fields go into the body: {EXAMPLE}."
+                f"Query parameter {query[0][0]!r} with a JSON body; its fields go into the body: {EXAMPLE}."
             )
         return _read_json(bytes(body), shapes, max_rows)
     if media_type == NPY:

@@ -18,7 +18,7 @@ log = logging.getLogger("bentoml.modepath")
 
 
 class Options(BaseModel):
-    """What every request may say: fields of a JSON body, query parameters beside an array or an image."""
+    """What every request may say: fields of a JSON body, query parameters with an array or an image."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -28,7 +28,7 @@ class Draw(Protocol):
     """Chooses a network for each row of a request."""
 
     def __call__(self, images: Images, count: int, asked: bytes) -> Choice:
-        """(batch,) indices in [0, count). `asked` names what is asked beside the images, and who asks."""
+        """(batch,) indices in [0, count). `asked` names what is asked in addition to the images, and who asks."""
         ...
 
 

@@ -353,7 +353,7 @@ class Ensembles:
         self._trial.opens(candidate, self._recipe(candidate.name))
         self._tasks[candidate.identity, True].trying = False
         try:
-            # One that passed its trial may still need more memory than there is beside all others.
+            # One that passed its trial may still need more memory than the others leave.
             with self._verdicts.surviving(f"opening {candidate.identity} {candidate.token}", candidate.token):
                 ensemble = self._opened(candidate)
         except RefusedError as error:

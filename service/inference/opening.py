@@ -75,8 +75,8 @@ class Ensemble:
         if mode == "keyed":
             # The network sees what the key sees: else a question could be varied within its cell, and one network be asked all of it.
             images = (quantised(images) / np.float32(LEVELS)).astype(np.float32)
-        places = self.draws[mode](images, len(self.pool), asked)
-        return Rows(images, tuple(self.pool[int(place)] for place in places))
+        slots = self.draws[mode](images, len(self.pool), asked)
+        return Rows(images, tuple(self.pool[int(slot)] for slot in slots))
 
 
 def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Warm) -> Ensemble:

@@ -79,7 +79,7 @@ def source(version: Version, providers: ProviderChoice) -> Source:
 
 
 class Pool:
-    """Some networks of an ensemble, by place. Several threads may ask at once."""
+    """Some networks of an ensemble, by slot. Several threads may ask at once."""
 
     def __init__(self, source: Source, most_bytes: int, order: Sequence[int] | None = None):
         """Open as many as fit.
@@ -87,14 +87,14 @@ class Pool:
         Args:
             source: opens them.
             most_bytes: of memory; one network is held even where it takes more.
-            order: the networks in the order of their places, for pools that must be alike. None: those that do not fit take turns
-                with those that do, one place after the other, for as long as the pool lives.
+            order: the networks in the order of their slots, for pools that must be alike. None: those that do not fit take turns
+                with those that do, one slot after the other, for as long as the pool lives.
         """
         self.source = source
-        places = min(source.count, max(1, most_bytes // source.bytes_each))
+        slots = min(source.count, max(1, most_bytes // source.bytes_each))
         chosen = order or secrets.SystemRandom().sample(range(source.count), source.count)
-        self._networks = [source.open(number) for number in chosen[:places]]
-        if order is None and places < source.count:
+        self._networks = [source.open(number) for number in chosen[:slots]]
+        if order is None and slots < source.count:
             threading.Thread(target=_renew, args=(weakref.ref(self),), name="pool", daemon=True).start()
 
     @property
@@ -105,27 +105,27 @@ class Pool:
     def __len__(self) -> int:
         return len(self._networks)
 
-    def __getitem__(self, place: int) -> Network:
-        return self._networks[place]
+    def __getitem__(self, slot: int) -> Network:
+        return self._networks[slot]
 
-    def renew(self, place: int) -> None:
-        """Put a network there that is in no place, each as likely."""
+    def renew(self, slot: int) -> None:
+        """Put a network there that is in no slot, each as likely."""
         held = {network.number for network in self._networks}
         number = secrets.choice([number for number in range(self.source.count) if number not in held])
-        self._networks[place] = self.source.open(number)
+        self._networks[slot] = self.source.open(number)
 
 
 def _renew(pool: weakref.ref[Pool]) -> None:
-    place = 0
+    slot = 0
     while (held := pool()) is not None:
         began = time.perf_counter()
         try:
-            held.renew(place % len(held))
+            held.renew(slot % len(held))
         except Exception:  # the networks that are there go on answering
             log.exception("a network of the pool could not be renewed")
             pause = FAILED_SECONDS
         else:
             pause = (time.perf_counter() - began) * (1 / RENEWING - 1)
-        place += 1
+        slot += 1
         del held  # or it would never be let go
         time.sleep(pause)

@@ -230,12 +230,14 @@ class Trials:
         """What the trial's process says, which is ended when it goes beyond its limits."""
         deadline = time.monotonic() + max(self._seconds, START_SECONDS)
         process: psutil.Process | None = None
+        begun = False
         try:
             while True:
                 if connection.poll(WATCH_SECONDS):
                     message: Any = connection.recv()
-                    if process is None:
-                        process, deadline = psutil.Process(message), time.monotonic() + self._seconds
+                    if not begun:
+                        begun, deadline = True, time.monotonic() + self._seconds
+                        process = _process(message)
                         continue
                     return _result(message)
                 if time.monotonic() > deadline:
@@ -244,9 +246,9 @@ class Trials:
                         f"it was not ready within {self._seconds:g} seconds (MODEPATH_LOAD_SECONDS): a member computes without end, the disk does not "
                         "answer, or the time is too short for it. It is tried again when it is activated anew, and now and then.",
                     )
-                if process is not None and process.memory_info().rss > most:
+                if process is not None and _resident(process) > most:
                     raise TrialError("memory", _too_large(most))
-        except (EOFError, ConnectionError, psutil.Error):
+        except (EOFError, ConnectionError):
             raise TrialError(
                 "crash",
                 "the process that tried it ended without an answer: the system ended it, likely for lack of memory, or ONNX Runtime crashed on it. "
@@ -256,6 +258,22 @@ class Trials:
             if process is not None:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
+
+
+def _process(number: int) -> psutil.Process | None:
+    """None where it has ended already; its answer may be on its way."""
+    try:
+        return psutil.Process(number)
+    except psutil.Error:
+        return None
+
+
+def _resident(process: psutil.Process) -> int:
+    """Bytes that it has in memory; 0 where it has ended."""
+    try:
+        return process.memory_info().rss
+    except psutil.Error:
+        return 0
 
 
 def _too_large(most: int) -> str:

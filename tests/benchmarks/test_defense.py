@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.defense import blackbox, judging, report, whitebox
-from benchmarks.defense.arms import Door
+from benchmarks.defense.arms import Oracle
 
 
 class Linear(nn.Module):
@@ -110,7 +110,7 @@ def linear_door(kind, count=64, spread=0.3):
 
     clean = rng.random((12, 1, 8, 8)).astype(np.float32)
     labels = ((clean.reshape(12, -1) - 0.5) @ shared.T).argmax(1)
-    return Door(ask, turn=turn if kind == "keyed" else None, repeats=kind != "random"), clean, labels
+    return Oracle(ask, turn=turn if kind == "keyed" else None, repeats=kind != "random"), clean, labels
 
 
 def error_of(told):
@@ -123,19 +123,19 @@ def error_of(told):
 )
 @pytest.mark.parametrize("attack", ["square", "hopskipjump"])
 def test_query_attacks_reach_far_into_every_kind_of_service_within_their_budget(attack, kind, m, jitter):
-    door, clean, labels = linear_door(kind)
+    oracle, clean, labels = linear_door(kind)
     epsilon, budget = 0.16, 1000
     if attack == "square":
-        found = blackbox.square(door, clean, labels, epsilon, budget, m, jitter=jitter)
+        found = blackbox.square(oracle, clean, labels, epsilon, budget, m, jitter=jitter)
     else:
-        found = blackbox.hop_skip_jump(door, clean, labels, budget, m, jitter=jitter)
+        found = blackbox.hop_skip_jump(oracle, clean, labels, budget, m, jitter=jitter)
         found = judging.within(blackbox.outward(found, clean, epsilon), clean, epsilon)
-    assert door.answers <= budget * len(clean)
+    assert oracle.answers <= budget * len(clean)
     assert np.abs(found - clean).max() <= epsilon + 1e-6
-    reached = error_of(judging.judged(door, found, labels, 100))
+    reached = error_of(judging.judged(oracle, found, labels, 100))
     signs = np.random.default_rng(1).choice([-1.0, 1.0], clean.shape)
     noise = judging.judged(
-        door, judging.within((clean + epsilon * signs).astype(np.float32), clean, epsilon), labels, 100
+        oracle, judging.within((clean + epsilon * signs).astype(np.float32), clean, epsilon), labels, 100
     )
     assert reached > error_of(noise) + 0.1
 
@@ -148,10 +148,10 @@ def test_an_image_that_was_wrong_to_begin_with_is_left_where_it_is():
 
 def test_a_success_that_ends_with_the_key_is_told_apart_from_one_that_lasts():
     turned = []
-    door = Door(
+    oracle = Oracle(
         lambda shown: np.eye(10)[[1 if turned else 0] * len(shown)], turn=lambda: turned.append(1), repeats=True
     )
-    found = judging.judged(door, np.zeros((4, 1, 2, 2), np.float32), np.ones(4, int), 10)
+    found = judging.judged(oracle, np.zeros((4, 1, 2, 2), np.float32), np.ones(4, int), 10)
     assert found == {"now": [1] * 4, "wrong": [0] * 4, "asked": 10}
 
 

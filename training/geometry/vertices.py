@@ -74,10 +74,10 @@ class Vertices:
         """Lay out the vertices; `network` gets the first one's buffers.
 
         Args:
-            network: where points are placed.
+            network: that points are loaded into.
             states: full state dicts of it, the free ones where they start.
             free: which of them are trained.
-            statistics: buffers that training mode keeps up to date by itself; they are not placed.
+            statistics: buffers that training mode keeps up to date by itself; they are not loaded.
         """
         put_into(network, states[0])
         self.free = tuple(free)
@@ -99,7 +99,7 @@ class Vertices:
             for name, tensor in self._buffers[0].items()
             if name not in statistics and any(not torch.equal(tensor, other[name]) for other in self._buffers)
         ]
-        self._placed_buffers = {name: kept[name] for name in differing}
+        self._loaded_buffers = {name: kept[name] for name in differing}
         self._products: NDArray[np.float64] | None = None
 
     def trained(self) -> list[torch.Tensor]:
@@ -107,21 +107,21 @@ class Vertices:
         return [weight for index in self.free for weight in self._weights[index] if weight.requires_grad]
 
     @torch.no_grad()
-    def place(self, coefficients: NDArray[np.float64]) -> None:
+    def load_point(self, coefficients: NDArray[np.float64]) -> None:
         """Write Σ_v c_v w_v into the network."""
         target = list(self._parameters.values())
         _batched._foreach_copy_(target, self._weights[0])
         _batched._foreach_mul_(target, float(coefficients[0]))
         for weights, coefficient in zip(self._weights[1:], coefficients[1:], strict=True):
             _batched._foreach_add_(target, weights, alpha=float(coefficient))
-        if self._placed_buffers:
-            point = combine([{k: buffers[k] for k in self._placed_buffers} for buffers in self._buffers], coefficients)
-            for name, buffer in self._placed_buffers.items():
+        if self._loaded_buffers:
+            point = combine([{k: buffers[k] for k in self._loaded_buffers} for buffers in self._buffers], coefficients)
+            for name, buffer in self._loaded_buffers.items():
                 buffer.copy_(point[name])
 
     @torch.no_grad()
     def pull_back(self, coefficients: NDArray[np.float64], weight_decay: float, share: float = 1.0) -> None:
-        """Add the gradient at the placed point, times `share`, to those of the free vertices, and take it from the network.
+        """Add the gradient at the loaded point, times `share`, to those of the free vertices, and take it from the network.
 
         L2 belongs to the point, not to the vertices: its gradient is weight_decay · w(c).
         """

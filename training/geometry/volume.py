@@ -20,7 +20,7 @@ from training.geometry.coefficients import Coefficients, Coordinates
 Simplexes = Sequence[Sequence[int]]  # indices of each one's vertices
 
 # A height below this share of the largest vertex's norm is rounding: weights are float32, so that even an exact combination of
-# the others stands up to 2⁻²⁴ of its norm beside them. A simplex with such a vertex is flat.
+# the others stands up to 2⁻²⁴ of its norm above them. A simplex with such a vertex is flat.
 FLAT = 2.0**-22
 
 

@@ -1,4 +1,4 @@
-"""A published path, point by point, beside the straight segment between its ends (Garipov et al. 2018, table 2 and figure 2)."""
+"""A published path, point by point, and the straight segment between its ends (Garipov et al. 2018, table 2 and figure 2)."""
 
 from __future__ import annotations
 

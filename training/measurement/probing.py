@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from models_store.store import Version
 from models_store.uncertainty import Floats, softmax

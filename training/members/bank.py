@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from models_store.bank import Bank
 from models_store.graphs.runtime import MemberSession, in_batches

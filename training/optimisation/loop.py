@@ -19,7 +19,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from training.config import Config
 from training.data import Data, in_order

@@ -173,7 +173,7 @@ class BetweenVertices:
         points = self._span.draw(step.generator, positions)
         total = torch.zeros((), device=self._fabric.device)
         for point in points:
-            self._vertices.place(point)
+            self._vertices.load_point(point)
             found = loss()
             self._fabric.backward(found)
             self._vertices.pull_back(point, self._config.weight_decay, 1 / len(points))
@@ -186,7 +186,7 @@ class BetweenVertices:
 
     def show(self) -> None:
         """See Steps."""
-        self._vertices.place(self._span.shown)
+        self._vertices.load_point(self._span.shown)
 
     def state(self) -> State:
         """See Steps."""

@@ -7,7 +7,7 @@
       vertices/00-000.safetensors   weights as they were collected: leg, number
       samples/000.safetensors       weights drawn from a distribution over those
 
-Every file is written beside its place and renamed, so each is whole or absent.
+Every file is written under a temporary name and renamed, so that each is whole or absent.
 """
 
 from __future__ import annotations

@@ -171,3 +171,17 @@ def test_trials_end_with_the_worker_that_wanted_them(store, tmp_path):
     worker.join()
     _, alive = psutil.wait_procs(found, timeout=20)
     assert not alive
+
+
+def test_a_trial_that_ends_while_its_memory_is_looked_at_has_passed(store, trials, monkeypatch):
+    looked = []
+
+    def ended(process):
+        looked.append(process)
+        psutil.wait_procs([process], 20)
+        raise psutil.NoSuchProcess(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "memory_info", ended)
+    monkeypatch.setattr("service.inference.trial.WATCH_SECONDS", 0.001)
+    trials().opens(candidate(publish(store, "a")), RECIPE)
+    assert looked

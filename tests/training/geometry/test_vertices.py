@@ -81,11 +81,11 @@ def test_gradients_of_the_bends_are_finite_differences(shape, t):
     x, y = torch.rand(6, 3, dtype=torch.float64), torch.arange(6) % 2
 
     def loss():
-        vertices.place(c)
+        vertices.load_point(c)
         l2 = sum((p**2).sum() for p in network.parameters())
         return nn.functional.cross_entropy(network(x), y) + decay / 2 * l2
 
-    vertices.place(c)
+    vertices.load_point(c)
     nn.functional.cross_entropy(network(x), y).backward()
     vertices.pull_back(c, decay)
     assert all(p.grad is None for p in network.parameters())
@@ -110,7 +110,7 @@ def test_several_points_add_up():
     x, total = torch.rand(4, 3, dtype=torch.float64), {}
     for t in (0.3, 0.8):
         c = curve("bezier", t, 1)[0]
-        vertices.place(c)
+        vertices.load_point(c)
         network.zero_grad()
         network(x).sum().backward()
         for name, parameter in network.named_parameters():
@@ -127,7 +127,7 @@ def test_points_that_use_different_parameters_add_up():
     total = {}
     for t, used in ((0.3, ["a", "b"]), (0.5, ["b"]), (0.8, ["a", "head"])):
         c = curve("bezier", t, 1)[0]
-        vertices.place(c)
+        vertices.load_point(c)
         loss = sum((p**3).sum() for name, p in network.named_parameters() if name.split(".")[0] in used)
         loss.backward()
         for name, parameter in network.named_parameters():
@@ -144,11 +144,11 @@ def test_placing_writes_the_combination_into_any_module():
     network = Odd()
     vertices = Vertices(network, three, [1], set())
     c = curve("bezier", 0.3, 1)[0]
-    vertices.place(c)
+    vertices.load_point(c)
     expected = combine(three, c)
     assert all(torch.allclose(t, expected[k], atol=1e-6) for k, t in network.state_dict().items())
     assert network.first.weight is network.second.weight
-    vertices.place(np.array([0, 0, 1.0]))
+    vertices.load_point(np.array([0, 0, 1.0]))
     assert all(torch.equal(t, three[2][k]) for k, t in network.state_dict().items())
     assert all(torch.equal(t, three[1][k]) for k, t in vertices.state(1).items())
 
@@ -159,7 +159,7 @@ def test_a_frozen_parameter_is_not_trained():
     vertices = Vertices(network, states(lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 3), [1], set())
     assert len(vertices.trained()) == 2
     c = np.array([0.25, 0.5, 0.25])
-    vertices.place(c)
+    vertices.load_point(c)
     network(torch.rand(3, 2)).sum().backward()
     vertices.pull_back(c, 0.1)
     assert all(w.grad is not None for w in vertices.trained())
