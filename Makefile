@@ -28,10 +28,10 @@ bento: $(VENV)/.installed  ## NAME=…: the service with one published ensemble,
 test: lint test-service  ## everything that must hold
 	$(PY) -m pytest tests/test_architecture.py tests/test_docs.py tests/models_store/test_decoding.py tests/models_store/graphs \
 		tests/service/test_app.py tests/service/test_bad_input.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/training tests/benchmarks --numprocesses=auto --maxprocesses=8 --dist=worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/training tests/benchmarks tests/modepath --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 test-service: $(VENV)-service/.installed  ## the service and the store where torch is not installed
-	$(VENV)-service/bin/python -m pytest tests/service tests/models_store tests/deploy
+	$(VENV)-service/bin/python -m pytest tests/service tests/models_store tests/deploy tests/modepath
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(VENV)/bin/ruff check .
