@@ -45,7 +45,7 @@ def test_around_given_weights_the_whole_budget_is_collected():
         ({"endpoints": ("a", "b"), "samples": 0}, "over a bend that is a curve"),
         ({"start": 1.0}, "--start"),
         ({"endpoints": ("a",)}, "two networks"),
-        ({"endpoints": ("a", "b"), "init": ("c",)}, "no --init"),
+        ({"endpoints": ("a", "b"), "init": ("c",)}, "--init cannot"),
         ({"init": ("c",), "runs": 2}, "--runs"),
     ],
 )

@@ -214,7 +214,7 @@ def test_the_loss_can_be_the_users(data):
     default, _ = train(data, plain(4), "default")
     own, _ = train(data, plain(4), "own", loss="tests.training.optimisation.test_loop:own_loss")
     assert any(not torch.equal(a, b) for a, b in zip(default.parameters(), own.parameters(), strict=True))
-    with pytest.raises(ConfigError, match="no function"):
+    with pytest.raises(ConfigError, match="must be a function"):
         train(data, plain(4), "wrong", loss="tests.training.optimisation.test_loop:__name__")
 
 
