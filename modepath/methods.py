@@ -1,7 +1,7 @@
 """Training and evaluation with modules and data sets as objects. torch is imported when one of these functions is called.
 
 Each function trains, or goes on training, and publishes into the store ($MODELS_STORE). The same call again resumes a run that was killed,
-and finds a finished one. `network` is a function make(num_classes, input_shape) -> nn.Module, a module, which is initialised anew for
+and finds a finished one. `network` is a function make(num_classes, input_shape) -> nn.Module, a module, whose weights are initialised again for
 each network that begins, or a name such as "preresnet8" or "torchvision:resnet18". `data` is (train, validation, test), each a data set of
 pairs (image, label) or (images, labels), a function that returns them, or a name such as "digits" or "imagefolder:photos".
 """
@@ -26,11 +26,11 @@ def fge(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Unp
     """Fast geometric ensembling: several networks within one training budget (Garipov et al. 2018).
 
     Args:
-        network: see the module.
-        data: see the module.
-        name: to publish under.
-        loss: of (logits, labels), in place of the cross-entropy.
-        options: those of `python -m training.fge --help`.
+        network: a function make(num_classes, input_shape), a module, or a name.
+        data: (train, validation, test), a function that returns them, or a name.
+        name: name to publish under.
+        loss: function of (logits, labels) that replaces the cross-entropy, or its import string.
+        options: options of `python -m training.fge --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.
@@ -44,11 +44,11 @@ def independent(
     """A deep ensemble: independent trainings (Lakshminarayanan et al. 2017).
 
     Args:
-        network: see the module.
-        data: see the module.
-        name: to publish under.
-        loss: of (logits, labels), in place of the cross-entropy.
-        options: those of `python -m training.independent --help`.
+        network: a function make(num_classes, input_shape), a module, or a name.
+        data: (train, validation, test), a function that returns them, or a name.
+        name: name to publish under.
+        loss: function of (logits, labels) that replaces the cross-entropy, or its import string.
+        options: options of `python -m training.independent --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.
@@ -62,11 +62,11 @@ def snapshot(
     """Snapshot ensembles: a member at the end of each cosine cycle (Huang et al. 2017).
 
     Args:
-        network: see the module.
-        data: see the module.
-        name: to publish under.
-        loss: of (logits, labels), in place of the cross-entropy.
-        options: those of `python -m training.snapshot --help`.
+        network: a function make(num_classes, input_shape), a module, or a name.
+        data: (train, validation, test), a function that returns them, or a name.
+        name: name to publish under.
+        loss: function of (logits, labels) that replaces the cross-entropy, or its import string.
+        options: options of `python -m training.snapshot --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.
@@ -80,11 +80,11 @@ def curve(
     """A curve of low loss between two networks, and networks along it (Garipov et al. 2018).
 
     Args:
-        network: see the module.
-        data: see the module.
-        name: to publish under.
-        loss: of (logits, labels), in place of the cross-entropy.
-        options: those of `python -m training.curve --help`.
+        network: a function make(num_classes, input_shape), a module, or a name.
+        data: (train, validation, test), a function that returns them, or a name.
+        name: name to publish under.
+        loss: function of (logits, labels) that replaces the cross-entropy, or its import string.
+        options: options of `python -m training.curve --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.
@@ -98,11 +98,11 @@ def espro(
     """Simplexes of low loss around networks, and networks drawn from them (Benton et al. 2021).
 
     Args:
-        network: see the module.
-        data: see the module.
-        name: to publish under.
-        loss: of (logits, labels), in place of the cross-entropy.
-        options: those of `python -m training.espro --help`.
+        network: a function make(num_classes, input_shape), a module, or a name.
+        data: (train, validation, test), a function that returns them, or a name.
+        name: name to publish under.
+        loss: function of (logits, labels) that replaces the cross-entropy, or its import string.
+        options: options of `python -m training.espro --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.
@@ -114,11 +114,11 @@ def swag(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Un
     """A Gaussian around the weights of one training, and networks drawn from it (Maddox et al. 2019).
 
     Args:
-        network: see the module.
-        data: see the module.
-        name: to publish under.
-        loss: of (logits, labels), in place of the cross-entropy.
-        options: those of `python -m training.swag --help`.
+        network: a function make(num_classes, input_shape), a module, or a name.
+        data: (train, validation, test), a function that returns them, or a name.
+        name: name to publish under.
+        loss: function of (logits, labels) that replaces the cross-entropy, or its import string.
+        options: options of `python -m training.swag --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.
@@ -132,11 +132,11 @@ def csgmcmc(
     """Cyclical stochastic gradient MCMC: samples of the posterior in each cycle (Zhang et al. 2020).
 
     Args:
-        network: see the module.
-        data: see the module.
-        name: to publish under.
-        loss: of (logits, labels), in place of the cross-entropy.
-        options: those of `python -m training.csgmcmc --help`.
+        network: a function make(num_classes, input_shape), a module, or a name.
+        data: (train, validation, test), a function that returns them, or a name.
+        name: name to publish under.
+        loss: function of (logits, labels) that replaces the cross-entropy, or its import string.
+        options: options of `python -m training.csgmcmc --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.
@@ -148,11 +148,11 @@ def soup(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Un
     """A greedy soup: one network, the average of weights that are better together (Wortsman et al. 2022).
 
     Args:
-        network: see the module.
-        data: see the module.
-        name: to publish under.
-        loss: of (logits, labels), in place of the cross-entropy.
-        options: those of `python -m training.soup --help`.
+        network: a function make(num_classes, input_shape), a module, or a name.
+        data: (train, validation, test), a function that returns them, or a name.
+        name: name to publish under.
+        loss: function of (logits, labels) that replaces the cross-entropy, or its import string.
+        options: options of `python -m training.soup --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.
@@ -167,7 +167,7 @@ def evaluate(name: str, *, data: Any = None, **options: Any) -> dict[str, Any]:
         name: NAME or NAME@VERSION.
         data: the images to measure on, a data set of pairs or (images, labels); or a name, whose test split is used. Default: the test split of
             the data that it was trained on.
-        options: those of `python -m training.evaluate --help`.
+        options: options of `python -m training.evaluate --help`.
 
     Raises:
         ModepathError: the message says what was wrong, the likely cause, and what to do.

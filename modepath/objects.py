@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def network_name(network: Any) -> str:
-    """The name of a network: a string as it is, a factory `make(num_classes, input_shape)`, or a module that is initialised anew.
+    """The name of a network: a string as it is, a factory `make(num_classes, input_shape)`, or a module, whose weights are initialised again.
 
     Raises:
         TypeError: something else, or a module with parameters that nothing initialises.
@@ -94,7 +94,7 @@ def _initialised_anew(module: nn.Module) -> Callable[..., nn.Module]:
                 reset |= {id(parameter) for parameter in part.parameters(recurse=False)}
         if left := [name for name, parameter in made.named_parameters() if id(parameter) not in reset]:
             raise TypeError(
-                f"nothing initialises {left[0]!r} anew, and several networks need several beginnings: its module has no reset_parameters. "
+                f"the initial weights of {left[0]!r} cannot be drawn again, because its module has no reset_parameters. Each network needs its own. "
                 "Give a function make(num_classes, input_shape) that builds the network; weights that you have come in with init=…"
             )
         return made

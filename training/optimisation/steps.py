@@ -26,7 +26,7 @@ from training.runs import load_weights
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is told."""
+    """What a step is given."""
 
     iteration: int  # of its leg, from 1
     rate: float  # learning rate
