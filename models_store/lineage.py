@@ -27,7 +27,7 @@ Marks = frozenset[bytes]
 LEAST = 32  # elements of a constant that counts
 SKETCHED = 64  # elements of a tensor that is sketched
 # Two tensors of one size are near when they differ by less than this, each with its mean removed and divided by its norm.
-# benchmarks/lineage.py: rounding to bfloat16 changes 0.0016; networks of different initial weights differ by 1, of the same ones that
+# benchmarks/training/lineage.py: rounding to bfloat16 changes 0.0016; networks of different initial weights differ by 1, of the same ones that
 # saw the images in another order by 0.016 at least. One that was trained on briefly at a small rate is near, and is a relative.
 NEAR = 0.005
 PROJECTIONS = 16

@@ -11,13 +11,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from models_store.store import Store
 from modepath import objects
 from modepath import options as options_
 from modepath.ensemble import Ensemble, of_version
 from modepath.own import own_packages
+
+if TYPE_CHECKING:
+    from training.measurement.report import Report
 
 Loss = str | Callable[..., Any] | None
 
@@ -160,8 +163,10 @@ def soup(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Un
     return _train("soup", network, data, name, loss, options)
 
 
-def evaluate(name: str, *, data: Any = None, **options: Any) -> dict[str, Any]:
-    """Measure a published ensemble: scores, error detection, calibration. Prints and writes what it returns.
+def evaluate(name: str, *, data: Any = None, **options: Any) -> Report:
+    """Measure a published ensemble: scores, error detection, calibration. Logs and writes what it returns.
+
+    The result is a dict of the numbers; its `figures` are matplotlib figures by name: a reliability diagram and a confusion matrix.
 
     Args:
         name: NAME or NAME@VERSION.
@@ -178,12 +183,14 @@ def evaluate(name: str, *, data: Any = None, **options: Any) -> dict[str, Any]:
         if data is not None and not isinstance(data, str):
             classes = Store().resolve(name).manifest.classes
             dataset = objects.data_name({"train": data, "validation": data, "test": data, "classes": classes}, "test")
+        importlib.import_module("training.log").show()
         return command.run(command.Config(name=name, dataset=dataset, **options))
 
 
 def _train(method: str, network: Any, data: Any, name: str, loss: Loss, options: Any) -> Ensemble:
     with own_packages():
         command = importlib.import_module(f"training.{method}")
+        importlib.import_module("training.log").show()
         given = dict(options)
         if "init" in given:
             given["init"] = _files(given["init"], several=method != "soup")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def loss_name(loss: str | Callable[..., Any] | None) -> str | None:
     """The name of a loss; what a function does is not compared when a run is resumed."""
     if loss is None or isinstance(loss, str):
         return loss
-    print(
+    logging.getLogger("modepath").info(
         f"note: changes of the loss {loss.__qualname__} are not noticed when this run is resumed; use fresh=True after one"
     )
     return _registered(f"{loss.__module__}.{loss.__qualname__}", loss)

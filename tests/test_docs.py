@@ -49,7 +49,7 @@ def test_the_readme_stays_short():
 
 @page
 def test_modules_that_are_run_exist(page):
-    for module in re.findall(r"python -m (models_store|(?:training|benchmarks|deploy)\.\w+)", page.read_text()):
+    for module in re.findall(r"python -m (models_store|(?:training|benchmarks|deploy)\.[\w.]*\w)", page.read_text()):
         path = ROOT / module.replace(".", "/")
         if not path.name.isupper():  # NAME, COMMAND
             assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from models_store.errors import ProviderError, StoreError
+from training import log
 from training.errors import TrainingError
 
 C = TypeVar("C")
@@ -17,6 +18,7 @@ C = TypeVar("C")
 
 def main(config: type[C], run: Callable[[C], Any], description: str | None) -> NoReturn:
     """Parse, run, exit: 0 when done, 2 when something the user can mend is wrong, 130 when interrupted."""
+    log.show()
     try:
         run(tyro.cli(config, description=description, config=(tyro.conf.AvoidSubcommands,)))
     except (TrainingError, StoreError, ProviderError) as error:

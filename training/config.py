@@ -7,10 +7,17 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from training.data import DataOptions
 from training.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def later(default: T) -> T:
+    """A field added to a released command. At its default it is left out of the hash of the run, so that older runs can be resumed."""
+    return dataclasses.field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +27,6 @@ class Config:
     method: ClassVar[str]
     # Options that do not change the result; they are left out of the hash of the run.
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"log", "fresh", "activate", "activate_anyway", "workers"})
-
-    # Options added later. At their default they are left out of the hash of the run, so that older runs can still be resumed.
-    LATER: ClassVar[frozenset[str]] = frozenset(
-        {"adversarial_epsilon", "adversarial_steps", "adversarial_share", "keep_all_members"}
-    )
 
     name: str | None = None
     """Name to publish the ensemble under (default: DATASET-METHOD)."""
@@ -55,11 +57,11 @@ class Config:
     """Label smoothing of the cross-entropy, from 0 to 1."""
     loss: str | None = None
     """Loss that replaces the cross-entropy: package.module:function of (logits, labels), which returns a scalar."""
-    adversarial_epsilon: float = 0.0
+    adversarial_epsilon: float = later(0.0)
     """Adversarial training: the network is trained on the worst images within this distance of each pixel, in [0, 1]. 0 switches it off."""
-    adversarial_steps: int = 7
+    adversarial_steps: int = later(7)
     """Steps of the search for adversarial images. Each costs one forward and one backward pass."""
-    adversarial_share: float = 1.0
+    adversarial_share: float = later(1.0)
     """Share of each batch that is replaced by adversarial images."""
 
     validation: float = 0.1
@@ -84,7 +86,7 @@ class Config:
     """Number of processes that read a streamed data set."""
     bn_images: int = 8192
     """Number of training images, without augmentation, on which batch-norm statistics are re-estimated for each member."""
-    keep_all_members: bool = False
+    keep_all_members: bool = later(False)
     """Average every member. Otherwise members that are far worse on validation than most are left out and named."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -153,7 +155,7 @@ class Config:
         record = {
             f.name: getattr(self, f.name)
             for f in fields
-            if f.name not in self.LATER or getattr(self, f.name) != f.default
+            if not f.metadata.get("later") or getattr(self, f.name) != f.default
         }
         return {key: _plain(value) for key, value in record.items()}
 

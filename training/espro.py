@@ -28,7 +28,7 @@ from training.geometry.vertices import State, combine
 from training.members.publication import Points
 from training.optimisation.loop import Leg
 from training.optimisation.schedules import plain_rate, snapshot_rate
-from training.optimisation.seeds import derive
+from training.optimisation.seeds import Stream, derive
 from training.optimisation.steps import Between, Span
 from training.pipeline import Plan
 from training.runs import Run, checkpoint
@@ -234,7 +234,7 @@ def within(config: Config, files: Mapping[int, Path], around: Sequence[Sequence[
     weight = config.volume_weight * 6 / ((k + 1) * (k + 2))
 
     def begin(others: Sequence[State], parameters: Collection[str]) -> list[State]:
-        generator = torch.Generator().manual_seed(derive(config.seed, 7, 0, vertex))
+        generator = torch.Generator().manual_seed(derive(config.seed, Stream.SIMPLEXES, 0, vertex))
         mean = combine(others, np.full(len(others), 1 / len(others)))
         return [perturbed(mean, parameters, config.perturbation, generator)]
 
@@ -262,7 +262,7 @@ def perturbed(state: State, parameters: Collection[str], length: float, generato
 
 def _points(config: Config, joined: list[list[list[int]]], total: int) -> Points:
     def draw(stream: int, counts: Sequence[int], positions: Coordinates) -> Coefficients:
-        generator = np.random.default_rng(derive(config.seed, 7, 1, stream))
+        generator = np.random.default_rng(derive(config.seed, Stream.SIMPLEXES, 1, stream))
         rows = [
             coefficients.uniform_over(generator, count, simplexes, volume.shares(positions, simplexes), total)
             for count, simplexes in zip(counts, joined, strict=True)

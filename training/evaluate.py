@@ -1,7 +1,8 @@
 """Measure a published ensemble on the test split, through the same sessions that serve it.
 
-Prints a table of the average, each member and the best single member; pairwise disagreement; how well each uncertainty
-measure finds the ensemble's errors and a foreign data set. Writes them as Markdown and JSON, with a reliability diagram.
+Reports the scores of the average, each member and the best single member; pairwise disagreement; the most frequent
+confusions; how well each uncertainty measure finds the ensemble's errors and a foreign data set. Writes them as Markdown and JSON, with a reliability diagram
+and a confusion matrix.
 With --path: loss and error along a curve instead, and along the straight segment between its ends.
 """
 
@@ -28,8 +29,11 @@ from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction, s
 from training import command, data
 from training.config import data_options
 from training.errors import ConfigError
+from training.log import logger
 from training.measurement import path_evaluation
+from training.measurement.figures import answers
 from training.measurement.probing import Subset
+from training.measurement.report import Report
 from training.members import metrics
 
 
@@ -47,7 +51,7 @@ class Config:
     limit: int | None = None
     """Number of test images to use (default: all); the output states it."""
     output: Path | None = None
-    """Folder for report.md, report.json and reliability.png (default: evaluation/NAME-VERSION)."""
+    """Folder for report.md, report.json, reliability.png and confusion.png (default: evaluation/NAME-VERSION)."""
 
     path: bool = False
     """Measure points along a curve instead, and write path.md, path.json and path.png. The same command resumes."""
@@ -61,8 +65,8 @@ class Config:
     """With --path: number of training images, without augmentation, on which batch norm is re-estimated at every point."""
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Evaluate, print, write; returns what report.json holds."""
+def run(config: Config) -> Report:
+    """Evaluate, log the report and write it; returns what report.json holds, with the figures."""
     version = Store().resolve(config.name)
     if config.path:
         return _along_path(config, version)
@@ -72,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
     logits = in_batches(session, images)
     probs = softmax(logits, version.manifest.temperature)
     average = session.combine(probs)
-    report: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "ensemble": version.name,
         "dataset": options.dataset,
         "split": "test",
@@ -83,21 +87,28 @@ def run(config: Config) -> dict[str, Any]:
         "scores": _scores(version, logits, labels, average),
         "pairwise_disagreement": pairwise_disagreement(probs).tolist(),
         "error_detection_auroc": _auroc(average, average.label != labels),
+        "classes": version.manifest.classes,
+        "confusion": confusion_counts(labels, average.label, len(version.manifest.classes)).tolist(),
     }
     if config.ood is not None:
-        report |= _foreign(config, config.ood, version, options, session, average)
+        numbers |= _foreign(config, config.ood, version, options, session, average)
+    report = Report(numbers)
+    report.figures = {
+        "reliability": answers.reliability(average, labels, version.name),
+        "confusion": answers.confusion(np.array(report["confusion"]), version.manifest.classes, version.name),
+    }
     folder = _folder(config, version)
     folder.mkdir(parents=True, exist_ok=True)
     text = as_markdown(report)
     (folder / "report.md").write_text(text)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot_reliability(average, labels, version.name, folder / "reliability.png")
-    print(text)
-    print(f"written to {folder}")
+    report.save_figures(folder)
+    logger.info(text)
+    logger.info(f"written to {folder}")
     return report
 
 
-def _along_path(config: Config, version: Version) -> dict[str, Any]:
+def _along_path(config: Config, version: Version) -> Report:
     if config.dataset or config.ood:
         raise ConfigError("--path measures on the data of the training; leave --dataset and --ood out.")
     if config.points < 2:
@@ -116,7 +127,7 @@ def _data_of(config: Config, version: Version) -> tuple[data.Data, data.DataOpti
     if config.dataset is None and "dataset" not in kept:
         raise ConfigError(f"{version.name} does not say what it was trained on; name the data set with --dataset.")
     options = data_options({**kept, **({"dataset": config.dataset} if config.dataset else {})})
-    found = data.load(options, lambda line: None)
+    found = data.load(options)
     shape = version.manifest.input.shape
     if found.shape != shape or len(found.classes) != len(version.manifest.classes):
         raise ConfigError(
@@ -140,7 +151,7 @@ def _foreign(
         dataclasses.replace(options, dataset=name, mean=None, std=None, limit=None), config.limit
     )
     for note in notes:
-        print(note)
+        logger.info(note)
     foreign = fit_images(foreign, version.manifest.input.shape)
     outside = session.combine(softmax(in_batches(session, foreign), version.manifest.temperature))
     is_foreign = np.repeat([False, True], [len(average.label), len(foreign)])
@@ -178,6 +189,11 @@ def pairwise_disagreement(probs: Floats) -> Floats:
     """Share of rows on which members i and j name different classes: (members, members) from (members, batch, classes)."""
     labels = probs.argmax(axis=2)
     return (labels[:, None] != labels[None]).mean(axis=2)
+
+
+def confusion_counts(labels: NDArray[np.integer], predicted: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
+    """Number of rows by true and predicted class, (classes, classes)."""
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def fit_images(images: NDArray[np.float32], shape: tuple[int, int, int]) -> NDArray[np.float32]:
@@ -233,6 +249,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     ]
     if len(above):
         lines += [f"Pairwise disagreement: mean {above.mean():.4f}, from {above.min():.4f} to {above.max():.4f}.", ""]
+    if confused := _most_confused(report):
+        lines += [f"Most frequent confusions (true as predicted): {confused}.", ""]
     detection = [
         [name.replace("_", " "), _number(value), *([_number(report["ood_auroc"][name])] if "ood" in report else [])]
         for name, value in report["error_detection_auroc"].items()
@@ -244,35 +262,17 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _most_confused(report: dict[str, Any], most: int = 3) -> str:
+    counts = np.array(report["confusion"])
+    np.fill_diagonal(counts, 0)
+    order = counts.argsort(axis=None)[::-1][:most]
+    cells = [np.unravel_index(cell, counts.shape) for cell in order]
+    classes = report["classes"]
+    return ", ".join(f"{classes[a]} as {classes[b]} {counts[a, b]}" for a, b in cells if counts[a, b])
+
+
 def _number(value: float) -> str:
     return "none to find" if np.isnan(value) else f"{value:.4f}"
-
-
-def plot_reliability(prediction: Prediction, labels: NDArray[np.integer], title: str, file: Path) -> None:
-    """Accuracy against confidence in the bins of the ECE, and how many answers each bin holds."""
-    from matplotlib.figure import Figure
-
-    right = prediction.label == labels
-    edges = np.linspace(0, 1, ECE_BINS + 1)
-    # The upper edge belongs to a bin, as in the ECE.
-    bins = np.clip(np.ceil(prediction.confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-    counts = np.bincount(bins, minlength=ECE_BINS)
-    accuracy = np.bincount(bins, right, ECE_BINS) / np.maximum(counts, 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    figure = Figure(figsize=(5, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    top.bar(centres[counts > 0], accuracy[counts > 0], 1 / ECE_BINS, edgecolor="white", label="answers")
-    top.plot([0, 1], [0, 1], "k--", linewidth=1, label="perfectly calibrated")
-    top.set(
-        ylabel="accuracy",
-        ylim=(0, 1),
-        xlim=(0, 1),
-        title=f"{title}: ECE {metrics.ece(prediction.mean_probs, labels):.4f}",
-    )
-    top.legend(loc="upper left")
-    bottom.bar(centres, counts, 1 / ECE_BINS, edgecolor="white", color="grey")
-    bottom.set(xlabel="confidence", ylabel="answers", yscale="symlog")
-    figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

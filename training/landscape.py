@@ -1,7 +1,7 @@
 """The loss around published networks, as the papers draw it.
 
 Of a curve with one bend, or of three networks: train loss and test error over the plane through the three weight sets.
-Of an FGE ensemble: rate, test error and distance from the start along its cycles.
+Of an ensemble collected along one run (FGE, snapshots, cSG-MCMC): rate, test error and distance from the start along that run.
 Of simplexes: the loss over their faces, the whole complex in three dimensions, and the volume by the number of vertices.
 """
 
@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 
 from models_store.store import Store, Version
-from training import command, espro, fge
+from training import command, csgmcmc, fge, snapshot
 from training.errors import ConfigError
 from training.geometry import coefficients
-from training.measurement.figures import fge_run, plane, simplexes
+from training.log import logger
+from training.measurement.figures import plane, simplexes, trajectory
 from training.measurement.probing import Subset
+from training.measurement.report import Report
 from training.runs import checkpoint
+
+# Methods that collect members along a run.
+RUNS = {module.Config.method: module for module in (csgmcmc, fge, snapshot)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +33,7 @@ class Config:
     """What to look at."""
 
     of: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """A published ensemble of curves, simplexes or FGE, NAME[@VERSION]; or three networks, NAME[@VERSION]/INDEX each, of one architecture."""
+    """A published ensemble of curves, simplexes, FGE, snapshots or cSG-MCMC, NAME[@VERSION]; or three networks, NAME[@VERSION]/INDEX each, of one architecture."""
     grid: int = 21
     """Number of points on each side of a plane."""
     margin: float = 0.25
@@ -40,7 +45,7 @@ class Config:
     bn_images: int = 2048
     """Number of training images, without augmentation, on which batch norm is re-estimated at every point."""
     each_cycle: int = 10
-    """FGE: number of measurements in each cycle."""
+    """Ensembles collected along a run: number of measurements in each cycle."""
     face: tuple[str, ...] = ()
     """Simplexes: faces to draw, each as its three vertices, for example 0,1,2 0,1,3 (default: the first three vertices of the first simplex)."""
     output: Path | None = None
@@ -60,40 +65,43 @@ class Config:
         Raises:
             ConfigError: not three different vertices.
         """
-        found = [[int(vertex) if vertex.isdecimal() else -1 for vertex in face.split(",")] for face in self.face]
-        if wrong := [face for face, own in zip(self.face, found, strict=True) if len(set(own)) != 3 or min(own) < 0]:
+        faces = [[int(vertex) if vertex.isdecimal() else -1 for vertex in face.split(",")] for face in self.face]
+        if wrong := [
+            given for given, face in zip(self.face, faces, strict=True) if len(set(face)) != 3 or min(face) < 0
+        ]:
             raise ConfigError(f"--face {wrong[0]}: a face has three different vertices, counted from 0, as 0,1,2.")
-        return found
+        return faces
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Measure, print where it lies, and return what the JSON holds."""
+def run(config: Config) -> Report:
+    """Measure, log where the files are, and return what the JSON holds."""
     subset = Subset(config.train_images, config.test_images, config.bn_images)
     store = Store()
     if len(config.of) == 3:
-        found = [checkpoint.find(reference, store) for reference in config.of]
-        if (version := found[0].version) is None:
-            raise ConfigError(f"{config.of[0]} is no published network; give NAME[@VERSION]/INDEX.")
-        files, path = [one.file for one in found], None
+        weights = [checkpoint.find(reference, store) for reference in config.of]
+        if (version := weights[0].version) is None:
+            raise ConfigError(f"{config.of[0]} is not a published network; give NAME[@VERSION]/INDEX.")
+        files, path = [given.file for given in weights], None
         folder = _folder(config, version)
         report = plane.measure(list(config.of), version, files, path, config.grid, config.margin, subset, folder)
     else:
         version = store.resolve(config.of[0])
         folder = _folder(config, version)
         report = _of_ensemble(config, version, subset, folder)
-    print(f"{report['measured_on']}\nwritten to {folder}")
+    logger.info(f"{report['measured_on']}\nwritten to {folder}")
     return report
 
 
-def _of_ensemble(config: Config, version: Version, subset: Subset, folder: Path) -> dict[str, Any]:
+def _of_ensemble(config: Config, version: Version, subset: Subset, folder: Path) -> Report:
     geometry = version.manifest.geometry
-    if version.manifest.method == fge.Config.method:
-        return fge_run.measure(version, fge.Config, fge.plan, config.each_cycle, subset, folder)
-    if version.manifest.method == espro.Config.method:
+    if geometry is None and (method := RUNS.get(version.manifest.method)):
+        return trajectory.measure(version, method.Config, method.plan, config.each_cycle, subset, folder)
+    if geometry is not None and geometry.shape in ("simplex", "complex"):
         return simplexes.measure(version, config.faces, config.grid, config.margin, subset, folder)
     if geometry is None or geometry.shape not in ("bezier", "polychain") or len(geometry.components[0]) != 3:
         raise ConfigError(
-            f"{version.name} is no curve with one bend, no FGE ensemble and no simplex; give three networks, NAME/INDEX each."
+            f"{version.name} is neither a curve with one bend, nor a simplex, nor an ensemble collected along a run ({', '.join(RUNS)}). "
+            "Give three networks, NAME/INDEX each."
         )
     start, bend, end = (version.folder / geometry.vertices[i] for i in geometry.components[0])
     # Over (start, end, bend), so that the ends lie on the horizontal axis.

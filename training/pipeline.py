@@ -6,6 +6,7 @@ A method describes its own part in a Plan: how to train, and which points of the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,21 +14,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from models_store.manifest import Origin
 from models_store.store import Store, Version
-from training import data, networks
 from training.config import Config
 from training.data import Data
 from training.errors import CheckpointError, DivergenceError, ExportError
 from training.geometry.vertices import State
+from training.log import logger
 from training.members import activation, publication
 from training.members.export import Exporter
 from training.members.publication import Cost, Job, Points, Weigh
-from training.optimisation import hardware, loop, trial
+from training.optimisation import hardware, trial
 from training.optimisation.loop import Leg
+from training.optimisation.session import Session
 from training.runs import PREFIXED, NetworkPrint, Run, checkpoint, save_state
 from training.runs.checkpoint import Given
 
@@ -67,28 +68,30 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     """
     store = Store()
     store.check_writable(config.published_name)
-    fabric = hardware.launch(config)
-    say = print if fabric.is_global_zero else (lambda line: None)
-    found = data.load(config.data_options(), say)
-    network = _initialised(config, found)
-    # The same command goes on with what it began from, whatever has been published under those names since.
-    identity, code = config.deciding(), NetworkPrint.of(network, found.shape)
+    session = Session.open(config)
+    loaded, network = session.data, session.network
+    # The same command resumes from the weights that it began with, whatever has been published under those names since.
+    identity, code = config.deciding(), NetworkPrint.of(network, loaded.shape)
     begun_from = None if config.fresh else Run.begun_from(config.method, identity, code)
     references = begun_from
     if references is None:
         references = [checkpoint.pinned(reference, store) for reference in config.given()]
     config = config.beginning_from(references)
     given = [checkpoint.find(reference, store) for reference in references]
-    starts = [_state(network, one.file) for one in given]
-    _warn_of(given, found, config, say)
-    exporter = Exporter(found.shape)
+    starts = [_state(network, weights.file) for weights in given]
+    _warn_of(given, loaded, config)
+    exporter = Exporter(loaded.shape)
     if begun_from is None:  # a run that was begun has passed
-        trial.check(network, found, exporter)
-    config = trial.fit(config, fabric, network, found, say)
-    depends_on = {"the data set": found.fingerprint, **{str(one.file): _digest(one.file) for one in given}}
-    leader = fabric.is_global_zero
+        trial.check(network, loaded, exporter)
+    config = trial.fit(config, session.fabric, network, loaded)
+    session = dataclasses.replace(session, config=config)
+    depends_on = {
+        "the data set": loaded.fingerprint,
+        **{str(weights.file): _digest(weights.file) for weights in given},
+    }
+    leader = session.fabric.is_global_zero
     with contextlib.ExitStack() as stack:
-        with fabric.rank_zero_first():
+        with session.fabric.rank_zero_first():
             this_run = stack.enter_context(
                 Run.open(
                     config.method,
@@ -101,85 +104,78 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
                 )
             )
             if leader:
-                _write_starts(config, found, this_run, starts)
+                _write_starts(session, this_run, starts)
         if (done := store.find_run(config.published_name, this_run.identity)) is not None:
-            say(
+            logger.info(
                 f"already finished: this run published {config.published_name}@{done}. Nothing to do; --fresh trains anew."
             )
             if leader and config.activate:
-                _activate_late(store, config.published_name, done, this_run, config, say)
+                _activate_late(store, config.published_name, done, this_run, config)
         else:
-            say(f"run {this_run.folder} on {hardware.describe(fabric)}")
-            _train_and_publish(config, plan, store, fabric, this_run, network, found, exporter, say)
+            logger.info(f"run {this_run.folder} on {hardware.describe(session.fabric)}")
+            _train_and_publish(session, config, plan, store, this_run, exporter)
             done = store.find_run(config.published_name, this_run.identity)
         return store.load(config.published_name, done)
 
 
 def _train_and_publish(
-    config: C, plan: Callable[[C, Run, int], Plan], store: Store, fabric: Fabric, run: Run, network: nn.Module, found: Data,
-    exporter: Exporter, say: Callable[[str], None],
-) -> None:  # fmt: skip
-    placed = data.on_device(found, fabric.device)
-    steps_per_epoch = loop.iterations_per_epoch(found, config.batch_size)
-    planned = plan(config, run, steps_per_epoch)
+    session: Session, config: C, plan: Callable[[C, Run, int], Plan], store: Store, run: Run, exporter: Exporter
+) -> None:
+    fabric = session.fabric
+    planned = plan(config, run, session.steps_per_epoch)
     if planned.note:
-        say(planned.note)
-    with _kept(run):
-        seconds = loop.train(config, fabric, run, network, placed, planned.legs)
+        logger.info(planned.note)
+    with _weights_named(run):
+        seconds = session.train(run, planned.legs)
         if fabric.is_global_zero:
+            on_device = session.data_on_device
             if planned.build_vertices:
-                planned.build_vertices(Trained(network, placed, fabric.device))
+                planned.build_vertices(Trained(session.network, on_device, fabric.device))
             passes = sum(leg.iterations * leg.passes for leg in planned.legs)
-            job = Job(store, config, run, network, placed, fabric.device, exporter)
-            cost = Cost(seconds, passes / steps_per_epoch * config.passes, hardware.describe(fabric))
+            job = Job(store, config, run, session.network, on_device, fabric.device, exporter)
+            cost = Cost(seconds, passes / session.steps_per_epoch * config.passes, hardware.describe(fabric))
             publication.publish(job, planned.vertices, planned.points, planned.weigh, cost)
     fabric.barrier()
 
 
-def _initialised(config: Config, found: Data, number: int = 0) -> nn.Module:
-    """The `number`-th network of a run, with initial weights of its own."""
-    loop.initialise(config.seed, number)
-    return networks.build(config.network, len(found.classes), found.shape, config.network_kwargs())
-
-
-def _write_starts(config: Config, found: Data, run: Run, given: Sequence[State]) -> None:
+def _write_starts(session: Session, run: Run, given: Sequence[State]) -> None:
     for index, state in enumerate(given):
         _save_start(run.start_file(f"given-{index}"), state)
-    for index in range(config.initial_networks()):
-        _save_start(run.start_file(f"fresh-{index}"), _initialised(config, found, index).state_dict())
+    for index in range(session.config.initial_networks()):
+        _save_start(run.start_file(f"fresh-{index}"), session.initialised(index).state_dict())
 
 
-def _warn_of(given: Sequence[Given], found: Data, config: Config, say: Callable[[str], None]) -> None:
+def _warn_of(given: Sequence[Given], loaded: Data, config: Config) -> None:
     # Networks of another split, or of an unknown one, may have been trained on our validation images.
-    if all(one.fingerprint == found.fingerprint for one in given):
+    if all(weights.fingerprint == loaded.fingerprint for weights in given):
         return
-    if found.validation_cut:
-        say(
-            "warning: the validation images were set aside from the training images just now. If the given network was trained on "
+    if loaded.validation_cut:
+        logger.warning(
+            "the validation images were set aside from the training images just now. If the given network was trained on "
             "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
         )
     if config.mean is None or config.std is None:
-        say(
-            f"warning: the given network gets images normalised by mean {_numbers(found.mean)} and std {_numbers(found.std)}, those of this data "
+        logger.warning(
+            f"the given network gets images normalised by mean {_numbers(loaded.mean)} and std {_numbers(loaded.std)}, those of this data "
             "set. If it was trained with others, it answers wrongly: give them with --mean and --std."
         )
 
 
-def _activate_late(store: Store, name: str, version: int, run: Run, config: Config, say: Callable[[str], None]) -> None:
+def _activate_late(store: Store, name: str, version: int, run: Run, config: Config) -> None:
     """What an earlier process was stopped before, or was not allowed to do."""
     refused = activation.activation_refused(run)
     if refused is not None and config.activate_anyway:
         store.activate(name, version)
         activation.keep_decision(run, refused, anyway=True)
-        say(f"warning: {name}@{version} is active now because of --activate-anyway, although {refused}")
+        logger.warning(f"{name}@{version} is active now because of --activate-anyway, although {refused}")
     elif refused is not None:
-        say(f"NOT ACTIVATED: {refused} --activate-anyway serves it.")
+        logger.warning(f"NOT ACTIVATED: {refused} --activate-anyway serves it.")
     elif store.finish_activation(name, version):
-        say(f"{name}@{version} is active now: the run was stopped before it had activated it.")
+        logger.info(f"{name}@{version} is active now: the run was stopped before it had activated it.")
 
 
 @contextlib.contextmanager
-def _kept(run: Run) -> Iterator[None]:
+def _weights_named(run: Run) -> Iterator[None]:
     try:
         yield
     except (DivergenceError, ExportError) as error:

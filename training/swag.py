@@ -26,7 +26,7 @@ from training.geometry.gaussian import Gaussian
 from training.geometry.vertices import combine
 from training.optimisation.loop import Leg
 from training.optimisation.schedules import plain_rate
-from training.optimisation.seeds import derive
+from training.optimisation.seeds import Stream, derive
 from training.optimisation.steps import Between, OneNetwork, Span
 from training.pipeline import Plan, Trained
 from training.runs import Run, load_weights, save_state
@@ -153,7 +153,7 @@ def _draw(
     gaussian = Gaussian(map(load_weights, passed), parameters, config.rank)
     first_and_last = [load_weights(file) for file in ends]
     for index, file in enumerate(samples):
-        seed = derive(config.seed, 11, number, index)
+        seed = derive(config.seed, Stream.SWAG, number, index)
         drawn = gaussian.sample(torch.Generator().manual_seed(seed)) if config.samples else gaussian.middle()
         if first_and_last:
             t = np.random.default_rng(seed).random(1)

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks import serving
 from benchmarks.defense import arms, blackbox
+from benchmarks.serving import throughput
 from models_store.store import Store, Version
 from models_store.uncertainty import softmax
 from service.inference import pool
@@ -39,8 +39,8 @@ def over_http(version: Version, images: np.ndarray, labels: np.ndarray, epsilon:
             "MODEPATH_KEY_SECONDS": str(NEVER),
         }
         command = ["bentoml", "serve", "--port", "{port}"]
-        with serving.running(serving.Arm("modepath", command, environment)) as (url, _):
-            serving.until_ready(url)
+        with throughput.running(throughput.Arm("modepath", command, environment)) as (url, _):
+            throughput.until_ready(url)
             served, here = arms.over_http(url, name, "keyed"), arms.oracle(store, version.name, "keyed")
             asked: list[tuple[np.ndarray, np.ndarray]] = []
             over = served.ask_images

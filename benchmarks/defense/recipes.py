@@ -81,7 +81,7 @@ class Size:
     def data(self) -> Data:
         """That all of them know."""
         config = independent.Config(**self.common)
-        return data.load(config.data_options(), lambda line: None)
+        return data.load(config.data_options())
 
     def test(self, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Test images of this training seed alone, (count, C, H, W), and their labels: so that all cells of an arm are independent."""

@@ -93,7 +93,7 @@ def test_a_curve_is_published_with_a_bank_whose_points_are_the_networks_of_the_c
         assert all(torch.equal(given[name], tensor) for name, tensor in found.items())
     bank = Bank.load(version.folder / "bank")
     session = {p: MemberSession(bank.template, weights=bank.weights(p)) for p in (0, 3, 4, 8)}
-    splits = data.load(Config(**SMALL).data_options(), lambda line: None)
+    splits = data.load(Config(**SMALL).data_options())
     images, labels = data.as_arrays(splits.validation)
     # Point 4 of 9 is t = ½, and so is member 1 of 3: the same network by two ways, the second one through torch's names.
     middle = MemberSession(version.folder / "members/001.onnx")
@@ -180,7 +180,7 @@ def test_any_module_can_be_curved_and_its_ends_are_exact(factory, tmp_path):
             found = load_file(version.folder / f"{kept}.safetensors")
             assert all(torch.equal(tensor, given[name]) for name, tensor in found.items())
     bank = Bank.load(version.folder / "bank")
-    images, _ = data.as_arrays(data.load(Config(**options).data_options(), lambda line: None).validation)
+    images, _ = data.as_arrays(data.load(Config(**options).data_options()).validation)
     for point, member in ((0, 0), (2, 1), (4, 2)):
         expected = MemberSession(version.folder / f"members/{member:03d}.onnx").logits(images)
         found = MemberSession(bank.template, weights=bank.weights(point)).logits(images)

@@ -109,7 +109,7 @@ def test_train_publish_and_find_it_finished(capsys):
     assert manifest.provenance.epochs_spent <= 5
     assert manifest.calibration is None
     # The scores in the manifest are those of the exported files.
-    found = data_module.load(Config(**SMALL).data_options(), lambda line: None)
+    found = data_module.load(Config(**SMALL).data_options())
     images, labels = data_module.as_arrays(found.validation)
     session = EnsembleSession(version.folder, manifest)
     average = session.combine(session.member_probs(images)).mean_probs

@@ -55,7 +55,7 @@ def test_the_run_of_an_fge_ensemble_is_trained_again_to_the_same_members(tmp_pat
     report = landscape.run(landscape.Config(of=("f",), each_cycle=4, output=tmp_path / "out"))
     members = [row for row in report["rows"] if row["member"]]
     assert len(members) == len(version.manifest.members)
-    found = data.load(fge.Config(**SMALL).data_options(), lambda line: None)
+    found = data.load(fge.Config(**SMALL).data_options())
     images, labels = data.as_arrays(found.test)
     probs = EnsembleSession(version.folder, version.manifest).member_probs(images)
     subset_errors = [1 - accuracy(one, labels) for one in probs]

@@ -35,7 +35,7 @@ LIMITS = QueueLimits(batch_rows=16, batch_seconds=10, rows=1000, seconds=60)
 def test_a_query_is_answered_as_torch_answers_at_its_point(door, options):
     config = door.Config(name="path", **SMALL, **options)
     version = door.run(config)
-    splits = data.load(config.data_options(), lambda line: None)
+    splits = data.load(config.data_options())
     images, labels = data.as_arrays(splits.test)
     every, truth = images, labels
     images, labels = images[:60], labels[:60]

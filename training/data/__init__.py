@@ -13,7 +13,7 @@ The validation split chooses and calibrates; the test split is only ever reporte
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -80,6 +80,8 @@ class Data:
     resize: Literal["refuse", "stretch", "crop"]
     fingerprint: str
     validation_cut: bool = False  # validation was set aside from the training images; the source has none of its own
+    notes: tuple[str, ...] = ()  # remarks for the person who trains on it
+    warnings: tuple[str, ...] = ()  # what will probably spoil a training on it
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class DataOptions:
     image_size: int | None = None
 
 
-def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
+def load(options: DataOptions) -> Data:
     """Find a data set, split it and see that it keeps the contract.
 
     Raises:
@@ -107,8 +109,7 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
         ImportStringError: an import string that leads nowhere.
     """
     found = _find(options)
-    for note in found.notes:
-        say(note)
+    notes, warnings = list(found.notes), list[str]()
     parts = [
         _hold(part, name, options, found.classes)
         for part, name in zip(found.parts, ("train", "validation", "test"), strict=True)
@@ -135,14 +136,14 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
     shape = shapes.pop()
     train, validation, test = (_expecting(split, len(names)) for split in (train, validation, test))
     if train.labels is not None and (absent := classes.without_images(names, train.labels)):
-        say(
-            f"warning: no training image of {len(absent)} of {len(names)} classes: {classes.listed(absent)}. The networks cannot learn them."
+        warnings.append(
+            f"no training image of {len(absent)} of {len(names)} classes: {classes.listed(absent)}. The networks cannot learn them."
         )
     mean, std = options.mean or found.mean, options.std or found.std
     if mean is None or std is None:
         measured_mean, measured_std = _measure(train)
         mean, std = mean or measured_mean, std or measured_std
-        say(f"mean {_numbers(mean)} std {_numbers(std)}, measured on {len(train)} training images")
+        notes.append(f"mean {_numbers(mean)} std {_numbers(std)}, measured on {len(train)} training images")
     if len(mean) != shape[0] or len(std) != shape[0] or min(std) <= 0:
         raise DataError(f"mean and std need {shape[0]} numbers, one a channel, std positive; got {mean} and {std}.")
     return Data(
@@ -157,6 +158,8 @@ def load(options: DataOptions, say: Callable[[str], None] = print) -> Data:
         resize=found.resize,
         fingerprint=_fingerprint(train, validation, test),
         validation_cut=validation_cut,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 

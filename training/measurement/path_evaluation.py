@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from models_store.store import Version
 from training.errors import ConfigError
 from training.geometry import coefficients
 from training.geometry.coefficients import Coefficients
+from training.log import logger
 from training.measurement.probing import Kept, Measured, Subset, open_probe
+from training.measurement.report import Report
 
 SHAPES = ("segment", "polychain", "bezier")
 COLUMNS = ("train_loss", "train_error", "test_error", "test_nll", "test_nll_fitted", "pair_error")
 
 
-def evaluate(
-    version: Version, points: int, component: int, subset: Subset, folder: Path, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def evaluate(version: Version, points: int, component: int, subset: Subset, folder: Path) -> Report:
     """Measure, print and write path.md, path.json and path.png into `folder`; returns what path.json holds.
 
     Raises:
@@ -39,7 +40,7 @@ def evaluate(
             f"{version.name} has {len(geometry.components)} curves, counted from 0; got --component {component}."
         )
     files = [version.folder / geometry.vertices[index] for index in geometry.components[component]]
-    probe, data = open_probe(version, files, subset, lambda line: None)
+    probe, data = open_probe(version, files, subset)
     question = {"files": version.manifest.files, "component": component, "subset": dataclasses.asdict(subset)}
     kept = Kept(folder / "path.jsonl", question)
     t = np.linspace(0, 1, points)
@@ -55,14 +56,16 @@ def evaluate(
         found = probe.at(np.array(row))
         return {**found.record(), "pair_error": probe.error_of_mean(start[0], found)}
 
-    report: dict[str, Any] = {
-        "ensemble": version.name,
-        "points": points,
-        "component": component,
-        "measured_on": subset.describe(data),
-        "t": t.tolist(),
-        "ways": {},
-    }
+    report = Report(
+        {
+            "ensemble": version.name,
+            "points": points,
+            "component": component,
+            "measured_on": subset.describe(data),
+            "t": t.tolist(),
+            "ways": {},
+        }
+    )
     distance = coefficients.chords(straight[[0, -1]], probe.positions)[0]
     for name, rows in ways.items():
         values = kept.measure(rows.tolist(), ask, name)
@@ -77,9 +80,10 @@ def evaluate(
     text = as_markdown(report)
     (folder / "path.md").write_text(text)
     (folder / "path.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(report, folder / "path.png")
-    say(text)
-    say(f"written to {folder}")
+    report.figures["path"] = plot(report)
+    report.save_figures(folder)
+    logger.info(text)
+    logger.info(f"written to {folder}")
     return report
 
 
@@ -119,10 +123,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(report: dict[str, Any], file: Path) -> None:
+def plot(report: dict[str, Any]) -> Figure:
     """Figure 2 of the paper: train loss, test error, and error of the two-network ensemble, along the path."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = {
         "train_loss": "train loss (L2 included)",
@@ -134,7 +136,9 @@ def plot(report: dict[str, Any], file: Path) -> None:
             values = np.array(way["series"][column]) * (1 if column == "train_loss" else 100)
             axes.plot(report["t"], values, "--" if name == "segment" else "-", label=name)
         axes.set(xlabel="t", ylabel=label, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.suptitle(report["ensemble"])
-    figure.savefig(file, dpi=150)
+    return figure

@@ -127,16 +127,13 @@ class Probe:
         return torch.cat(logits).numpy(), torch.cat(labels).numpy()
 
 
-def open_probe(
-    version: Version, files: Sequence[Path], subset: Subset, say: Callable[[str], None]
-) -> tuple[Probe, Data]:
+def open_probe(version: Version, files: Sequence[Path], subset: Subset) -> tuple[Probe, Data]:
     """A probe of a published version's networks, on the data that it was trained on.
 
     Args:
         version: says network, data set and weight decay.
         files: the vertices.
         subset: what is measured on.
-        say: for what the data set says.
 
     Raises:
         ConfigError: the version does not say how its networks are built or what they were trained on.
@@ -146,7 +143,7 @@ def open_probe(
         raise ConfigError(
             f"{version.name} was imported: it does not say how its networks are built or what they were trained on."
         )
-    found = data.load(data_options(kept), say)
+    found = data.load(data_options(kept))
     module = networks.build(network.factory, len(found.classes), found.shape, network.kwargs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     placed = data.on_device(found, device)

@@ -23,6 +23,7 @@ from training.errors import ExportError
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, coordinates
 from training.geometry.vertices import combine as combine_states
+from training.log import logger
 from training.members import activation, bank, batch_norm, member, temperature
 from training.members.activation import Answers
 from training.members.export import Exporter
@@ -58,7 +59,6 @@ class Job:
     data: Data
     device: torch.device
     exporter: Exporter  # it may have traced the network already
-    say: Callable[[str], None] = print
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
         ExportError: a member cannot be exported faithfully; then nothing is published.
         StoreError: the store cannot be written.
     """
-    config, data, say = job.config, job.data, job.say
+    config, data = job.config, job.data
     _, labels = as_arrays(data.validation)
     with job.store.staging(config.published_name) as staged:
         states = [load_weights(file) for file, _ in vertices] if points else []
@@ -122,7 +122,6 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
                 staged,
                 rows,
                 lambda rows: bank.build(job.run, job.network, data, states, rows, config.bn_images, job.device),
-                say,
             ),
             provenance=_provenance(job, cost, forward),
         )
@@ -141,18 +140,18 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
     beside = " in addition to the given networks'" if config.given() else ""
     best = max(one.validation.accuracy for one in records if one.validation)
     settled = f", and {forward:.3g} epochs of forward passes for batch norm" if forward else ""
-    say(
+    logger.info(
         f"published {version.name}: {len(records)} member{'s' if len(records) > 1 else ''}, validation accuracy {average.accuracy:.4f} (best member {best:.4f}), "
         f"nll {average.nll:.4f}, temperature {fitted}, cost {cost.epochs:.4g} plain epochs{settled}{beside}\n{version.folder}"
     )
     if points and points.summary:
-        say(points.summary(positions))
+        logger.info(points.summary(positions))
     if fitted.warning:
-        say(fitted.warning)
+        logger.warning(fitted.warning)
     if refused and activate:
-        say(f"warning: activated because of --activate-anyway, although {refused}")
+        logger.warning(f"activated because of --activate-anyway, although {refused}")
     elif refused and config.activate:
-        say(
+        logger.warning(
             f"NOT ACTIVATED: {refused} It is published, but not served. To serve it all the same, give --activate-anyway, or run: "
             f"python -m models_store activate {version.manifest.name} {version.manifest.version}"
         )
@@ -176,7 +175,7 @@ def _make_members(
     logits = np.stack(collected)
     own = [temperature.fit(one[None], labels, np.ones(1)) for one in logits]
     alone = [Answers.of(one[None], labels, np.ones(1), t) for one, t in zip(logits, own, strict=True)]
-    kept = _choose(staged, job.config, alone, labels, job.say)
+    kept = _choose(staged, job.config, alone, labels)
     return _Members(logits[kept], [own[i] for i in kept], [origins[i] for i in kept], len(collected))
 
 
@@ -208,13 +207,11 @@ def _provenance(job: Job, cost: Cost, forward: float) -> manifest.Provenance:
     )
 
 
-def _choose(
-    staged: Path, config: Config, members: Sequence[Answers], labels: activation.Labels, say: Callable[[str], None]
-) -> list[int]:
+def _choose(staged: Path, config: Config, members: Sequence[Answers], labels: activation.Labels) -> list[int]:
     """Indices of the members that are averaged. The files of the others are removed, and numbers closed up."""
     left_out = [] if config.keep_all_members else activation.outliers(members, labels)
     for index in left_out:
-        say(
+        logger.warning(
             f"left out of the average: member {index} of {len(members)}, far worse on validation than most ({members[index]}). "
             "--keep-all-members averages it too, in a run of its own."
         )
@@ -255,16 +252,14 @@ def _keep_vertices(staged: Path, states: Sequence[State], points: Points) -> man
     )
 
 
-def _keep_bank(
-    staged: Path, rows: Coefficients, build: Callable[[Coefficients], Bank], say: Callable[[str], None]
-) -> manifest.Bank | None:
+def _keep_bank(staged: Path, rows: Coefficients, build: Callable[[Coefficients], Bank]) -> manifest.Bank | None:
     """Where these networks cannot be in a bank, say why and write nothing."""
     if not len(rows):
         return None
     try:
         built = build(rows)
     except ExportError as error:
-        say(f"no bank: {error} The members are published without one.")
+        logger.warning(f"no bank: {error} The members are published without one.")
         return None
     built.save(staged / "bank")
     return manifest.Bank(

@@ -13,7 +13,7 @@ smaller: at no width is the NLL on other images never worse than at T = 1. `shru
 to 2 z it is the end nearest 1 of the interval θ̂ ± z s, so that it lies between 1 and the best T whenever the interval holds that; from a z
 on (a = 3.7) it is θ̂ itself. This is the minimum of ½ (θ − θ̂)²/s² plus the smoothly clipped absolute deviation penalty at level z/s (Fan and Li 2001,
 "Variable selection via nonconcave penalized likelihood and its oracle properties", eq. 2.8; a is theirs): a penalty whose share falls as
-information grows, and that vanishes for an effect beyond doubt. How σ and z were chosen, and what other estimates do: benchmarks/temperature.py.
+information grows, and that vanishes for an effect beyond doubt. How σ and z were chosen, and what other estimates do: benchmarks/training/temperature.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Fitted:
             return None
         kept = "T stays at 1" if self.temperature == 1 else f"T = {self.temperature:.3f} is uncertain"
         return (
-            f"note: {self.images} validation images, {self.errors} of them classified wrongly, say too little about the temperature "
+            f"{self.images} validation images, {self.errors} of them classified wrongly, say too little about the temperature "
             f"(standard error of log T {self.standard_error:.2f}): {kept}, and the confidences may be off. Set more images aside "
             "(--validation), or let the data set bring a larger validation split."
         )

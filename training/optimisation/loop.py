@@ -25,10 +25,11 @@ from training.config import Config
 from training.data import Data, in_order
 from training.data.import_string import import_string
 from training.errors import ConfigError, DivergenceError
+from training.log import logger
 from training.members import member
 from training.networks import layout
 from training.optimisation.adversary import Adversary
-from training.optimisation.seeds import derive
+from training.optimisation.seeds import Stream, derive
 from training.optimisation.steps import MakeSteps, OneNetwork, Step, Steps, Training
 from training.runs import PREFIXED, Progress, Run, load_start, save_state
 
@@ -60,7 +61,7 @@ def iterations_per_epoch(data: Data, batch_size: int) -> int:
 
 def initialise(seed: int, number: int = 0) -> None:
     """Seed what the `number`-th network of a run draws its initial weights from."""
-    _seed_everything(derive(seed, 0, 0, number))
+    _seed_everything(derive(seed, Stream.WEIGHTS, 0, number))
 
 
 def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Data, legs: list[Leg]) -> float:
@@ -77,7 +78,7 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
     compiled: nn.Module = torch.compile(network) if config.compile else network  # pyright: ignore[reportAssignmentType]
     wrapped = fabric.setup_module(compiled)
     done = run.progress()
-    job = _Job(config, fabric, run, network, wrapped, data, loss_of(config), _logger(config, run))
+    job = _Job(config, fabric, run, network, wrapped, data, loss_of(config), _table(config, run))
     steps: Steps | None = None
     seconds = done.seconds
     for index in range(done.leg, len(legs)):
@@ -85,7 +86,7 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
         before, steps = steps, leg.steps(Training(config, fabric, network, data))
         if index == done.leg and done != Progress():
             steps.restore(run.load_checkpoint())
-            _say(fabric, f"resuming {leg.label} after epoch {done.epoch}")
+            logger.info(f"resuming {leg.label} after epoch {done.epoch}")
         elif leg.start is not None:
             steps.restore(load_start(leg.start))
         elif before is not None and steps.continues and type(before) is type(steps):
@@ -118,10 +119,9 @@ class _Job:
             accuracy, nll = self._validate()
             seconds += time.monotonic() - began
             rate = leg.rate(min((epoch + 1) * an_epoch, leg.iterations))
-            _say(
-                self.fabric,
+            logger.info(
                 f"{leg.label} epoch {epoch + 1}/{epochs}  rate {rate:.2e}  train loss {loss:.4f}  "
-                f"validation accuracy {accuracy:.4f} nll {nll:.4f}  {time.monotonic() - began:.1f} s",
+                f"validation accuracy {accuracy:.4f} nll {nll:.4f}  {time.monotonic() - began:.1f} s"
             )
             if self.fabric.is_global_zero:
                 row = {
@@ -131,23 +131,25 @@ class _Job:
                     "validation_accuracy": accuracy,
                     "validation_nll": nll,
                 }
-                self.log({**row, "seconds": seconds}, sum((index * 10_000, epoch + 1)))
+                self.log({**row, "seconds": seconds}, index * 10_000 + epoch + 1)
                 self._save(index, leg, steps, epoch + 1, seconds)
             self.fabric.barrier()  # the next leg may begin from what was just kept
         return seconds
 
     def _epoch(self, index: int, leg: Leg, steps: Steps, epoch: int, an_epoch: int) -> float:
         device, size = self.fabric.device, self.config.batch_size
-        seed = derive(self.config.seed, 1, index, epoch)
+        seed = derive(self.config.seed, Stream.ORDER, index, epoch)
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))[: an_epoch * size]
         rank, world = self.fabric.global_rank, self.fabric.world_size
         if world > 1:  # each process takes its share of every batch
             order = order.view(an_epoch, -1)[:, rank::world].reshape(-1)
             size = order.numel() // an_epoch
-        generator = torch.Generator().manual_seed(derive(self.config.seed, 2 + rank, index, epoch))
-        _seed_everything(derive(self.config.seed, 1002 + rank, index, epoch))
+        generator = torch.Generator().manual_seed(
+            derive(self.config.seed, Stream.AUGMENTATION, index, epoch, rank=rank)
+        )
+        _seed_everything(derive(self.config.seed, Stream.DROPOUT, index, epoch, rank=rank))
         # Points between vertices are the same in all processes: their gradients are averaged.
-        between = np.random.default_rng(derive(self.config.seed, 0, 1 + index, epoch))
+        between = np.random.default_rng(derive(self.config.seed, Stream.WEIGHTS, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
         adversary = self._adversary(mean, std)
         memory_format = layout.of(self.network)
@@ -233,7 +235,7 @@ def loss_of(config: Config) -> Loss:
     return cast("Loss", loss)
 
 
-def _logger(config: Config, run: Run) -> Log:
+def _table(config: Config, run: Run) -> Log:
     if config.log == "none":
         return lambda row, step: None
     from lightning_fabric.loggers.csv_logs import CSVLogger
@@ -250,8 +252,3 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _say(fabric: Fabric, line: str) -> None:
-    if fabric.is_global_zero:
-        tqdm.write(line)

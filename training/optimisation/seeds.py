@@ -1,14 +1,31 @@
-"""A seed of its own for every place that draws, all from the one that the user gives."""
+"""Seeds of independent random streams, all derived from the one seed that the user gives."""
 
 from __future__ import annotations
+
+from enum import IntEnum
 
 import numpy as np
 
 
-def derive(seed: int, *place: int) -> int:
-    """32 bits that belong to a place of a run: the same for the same place, unrelated for another.
+class Stream(IntEnum):
+    """What a stream of random numbers is used for. Numbers are never changed or reused: they decide the result of a run."""
 
-    The first number of a place says who draws: 0 initial weights and points, 1 the order of images, 2 + rank augmentation, 1002 + rank dropout
-    (training/optimisation/loop.py); 7 simplexes, 11 SWAG. The sixth and the tenth of many processes have 7 and 11, too, in generators of their own.
+    WEIGHTS = 0  # initial weights (0, network); points between vertices (1 + leg, epoch)
+    ORDER = 1  # order of the training images (leg, epoch)
+    AUGMENTATION = 2  # (leg, epoch)
+    SIMPLEXES = 7  # first position of a vertex (0, vertex); published points (1, stream)
+    SWAG = 11  # samples (run, sample)
+    DROPOUT = 1002  # everything that a network, a loss or a data set draws by itself (leg, epoch)
+
+
+def derive(seed: int, stream: Stream, *key: int, rank: int = 0) -> int:
+    """A 32-bit seed: the same for the same arguments, unrelated for others.
+
+    Args:
+        seed: the user's seed.
+        stream: what the numbers are used for.
+        key: which use within the stream, for example (leg, epoch).
+        rank: the process; 0 where all processes draw the same numbers.
     """
-    return int(np.random.SeedSequence([seed, *place]).generate_state(1, np.uint32)[0])
+    parts = [seed, stream, *key, *([rank] if rank else [])]
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +24,7 @@ from models_store.graphs import independence, output_kind
 from training.config import Config
 from training.data import Data
 from training.errors import ConfigError, ExportError, NetworkError, TrainingError
+from training.log import logger
 from training.members import member
 from training.members.export import LOGITS_TOLERANCE, Exporter, Normalised, torch_logits
 from training.networks import layout
@@ -84,7 +85,7 @@ def check(network: nn.Module, data: Data, exporter: Exporter) -> None:
             )
 
 
-def fit(config: C, fabric: Fabric, network: nn.Module, data: Data, say: Callable[[str], None]) -> C:
+def fit(config: C, fabric: Fabric, network: nn.Module, data: Data) -> C:
     """Try one training step, and drop the memory layout or the precision in which the network does not run.
 
     Returns:
@@ -111,7 +112,7 @@ def fit(config: C, fabric: Fabric, network: nn.Module, data: Data, say: Callable
             if failed:
                 dropped = ["channels-last layout"] if channels_last != config.channels_last else []
                 dropped += ["bfloat16"] if in_float32 else []
-                say(
+                logger.info(
                     f"note: the network does not run in {' and '.join(dropped)} ({_first_line(failed[0])}); it is trained without"
                 )
             if in_float32:

@@ -21,7 +21,7 @@ def factory():
 
 def own(value, **options):
     made["value"] = value
-    return load(DataOptions(dataset="tests.training.data.test_data:factory", **options), lambda line: None)
+    return load(DataOptions(dataset="tests.training.data.test_data:factory", **options))
 
 
 def images(count, shape=(1, 4, 4), seed=0):
@@ -30,13 +30,13 @@ def images(count, shape=(1, 4, 4), seed=0):
 
 
 def test_digits_are_split_without_overlap_and_repeatably():
-    found = load(DataOptions(dataset="digits"), lambda line: None)
+    found = load(DataOptions(dataset="digits"))
     assert (len(found.train), len(found.validation), len(found.test)) == (1293, 144, 360)
     assert found.shape == (1, 8, 8)
     assert found.augment.flip is False
-    again = load(DataOptions(dataset="digits"), lambda line: None)
+    again = load(DataOptions(dataset="digits"))
     assert found.fingerprint == again.fingerprint
-    other = load(DataOptions(dataset="digits", split_seed=1), lambda line: None)
+    other = load(DataOptions(dataset="digits", split_seed=1))
     assert other.fingerprint != found.fingerprint
     assert torch.equal(other.test.images, found.test.images)
 
@@ -243,7 +243,7 @@ def fixed(count, kind=torch.float32):
 
 def test_fingerprints_of_data_stay_what_they_were():
     """A run is found again by them; these are of the first release."""
-    assert load(DataOptions(dataset="digits"), lambda line: None).fingerprint.startswith("c2de9bf95a5b7788")
+    assert load(DataOptions(dataset="digits")).fingerprint.startswith("c2de9bf95a5b7788")
     sets = [TensorDataset(*fixed(count)) for count in (30, 9, 12)]
     named = SimpleNamespace(train=sets[0], validation=sets[1], test=sets[2], classes=["a", "b", "c"])
     cut = SimpleNamespace(train=TensorDataset(*fixed(100)), validation=None, test=sets[2], classes=["a", "b", "c"])
@@ -278,7 +278,7 @@ def test_idx_files_are_read_gzipped_or_not(tmp_path, monkeypatch):
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
         content = bytes([0, 0, 8, 1]) + (20).to_bytes(4, "big") + labels.tobytes()
         (raw / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(content))
-    found = load(DataOptions(dataset="fashion-mnist"), lambda line: None)
+    found = load(DataOptions(dataset="fashion-mnist"))
     assert len(found.train) + len(found.validation) == 20
     batch, truth = next(found.test.batches(torch.arange(20), 20))
     assert torch.equal(batch[:, 0], torch.from_numpy(pixels).float() / 255)
@@ -291,7 +291,7 @@ def test_idx_files_are_read_gzipped_or_not(tmp_path, monkeypatch):
 def test_real_fashion_mnist():
     if not sources.DEBIAN_FASHION.exists():
         pytest.skip("Debian's dataset-fashion-mnist is not installed")
-    found = load(DataOptions(dataset="fashion-mnist"), lambda line: None)
+    found = load(DataOptions(dataset="fashion-mnist"))
     assert (len(found.train), len(found.validation), len(found.test)) == (54_000, 6_000, 10_000)
     assert found.mean == pytest.approx([0.286], abs=0.002)
     assert torch.bincount(found.test.labels).tolist() == [1000] * 10
@@ -305,7 +305,7 @@ def test_image_folders_are_read_with_and_without_splits(tmp_path, splits):
             folder.mkdir(parents=True)
             for index in range(10):
                 Image.new("RGB", (20, 30), colour).save(folder / f"{index}.png")
-    found = load(DataOptions(dataset=f"imagefolder:{tmp_path}", image_size=16), lambda line: None)
+    found = load(DataOptions(dataset=f"imagefolder:{tmp_path}", image_size=16))
     assert (found.shape, found.classes, found.resize) == ((3, 16, 16), ["blue", "red"], "crop")
     expected = {0: (14, 2, 4), 2: (18, 2, 20), 3: (20, 20, 20)}[len(splits)]
     assert (len(found.train), len(found.validation), len(found.test)) == expected

@@ -21,7 +21,7 @@ def test_the_path_and_the_segment_meet_at_the_ends_and_scores_are_those_of_the_m
     assert ways["segment"]["length_ratio"] == pytest.approx(1)
     assert ways["bezier"]["length_ratio"] > 1
     # t = 0, ½, 1 are the members 0, 1, 2.
-    found = data.load(curve.Config(**SMALL).data_options(), lambda line: None)
+    found = data.load(curve.Config(**SMALL).data_options())
     images, labels = data.as_arrays(found.test)
     probs = EnsembleSession(here.folder, here.manifest).member_probs(images)
     errors = [1 - accuracy(one, labels) for one in probs]

@@ -65,7 +65,7 @@ def test_a_network_trained_so_resists_more_and_its_cost_is_told():
         assert version.manifest.provenance.epochs_spent == pytest.approx(15 * (4 if options else 1))
         network = networks.build("mlp", 10, (1, 8, 8), {})
         network.load_state_dict(load_file(version.folder / "weights/000.safetensors"))
-        splits = data.load(Config().data_options(), lambda line: None)
+        splits = data.load(Config().data_options())
         clean, labels = (torch.from_numpy(one) for one in data.as_arrays(splits.test))
         mean, std = (torch.tensor(value).view(1, 1, 1, 1) for value in (splits.mean, splits.std))
         adversary = Adversary(0.1, 10, 1.0, mean, std)

@@ -11,7 +11,7 @@ from training.errors import ConfigError, DivergenceError
 from training.fge import Config
 from training.optimisation import hardware, loop
 from training.optimisation.loop import Leg
-from training.optimisation.seeds import derive
+from training.optimisation.seeds import Stream, derive
 from training.optimisation.steps import Between, OneNetwork
 from training.runs import Run, load_state
 
@@ -36,7 +36,7 @@ def test_a_step_is_sgds_step(data):
     loop.initialise(config.seed)
     network = networks.build("mlp", 3, data.shape, {"hidden": 16})
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=config.weight_decay)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(derive(0, 1, 0, 0)))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(derive(0, Stream.ORDER, 0, 0)))
     for rows in order.split(16)[:3]:
         optimizer.zero_grad()
         logits = network((data.train.images[rows] - 0.5) / 0.3)
@@ -142,7 +142,7 @@ def test_a_leg_begins_with_the_weights_of_a_collected_vertex_and_without_momentu
     network = networks.build("mlp", 3, data.shape, {"hidden": 16})
     network.load_state_dict(begun)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=Config().weight_decay)
-    rows = torch.randperm(64, generator=torch.Generator().manual_seed(derive(0, 1, 1, 0)))[:16]
+    rows = torch.randperm(64, generator=torch.Generator().manual_seed(derive(0, Stream.ORDER, 1, 0)))[:16]
     torch.nn.functional.cross_entropy(
         network((data.train.images[rows] - 0.5) / 0.3), data.train.labels[rows]
     ).backward()

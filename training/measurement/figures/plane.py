@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models_store.store import Version
@@ -17,6 +19,7 @@ from training.errors import ConfigError
 from training.geometry import volume
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.measurement.probing import Kept, Subset, open_probe
+from training.measurement.report import Report
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Plane:
 def measure(
     of: list[str], version: Version, files: list[Path], path: Coefficients | None, grid: int, margin: float,
     subset: Subset, folder: Path, stem: str = "plane",
-) -> dict[str, Any]:  # fmt: skip
+) -> Report:  # fmt: skip
     """Measure on a grid, and write STEM.csv, STEM.json and STEM.png into `folder`; returns what the JSON holds.
 
     Args:
@@ -74,7 +77,7 @@ def measure(
     Raises:
         ConfigError: the three lie on one line.
     """
-    probe, found = open_probe(version, files, subset, lambda line: None)
+    probe, found = open_probe(version, files, subset)
     flat = Plane.through(probe.positions)
     x, y = flat.axes(grid, margin)
     positions = np.stack([axis.ravel() for axis in np.meshgrid(x, y)], axis=1)
@@ -88,31 +91,36 @@ def measure(
         writer.writerows(
             [*place, *row, *value.values()] for place, row, value in zip(positions, rows, values, strict=True)
         )
-    report = {
-        "of": of,
-        "measured_on": subset.describe(found),
-        "x": x.tolist(),
-        "y": y.tolist(),
-        "corners": flat.corners.tolist(),
-        "path": (path @ flat.corners).tolist() if path is not None else None,
-        **{
-            name: np.array([value[name] for value in values]).reshape(len(y), len(x)).tolist()
-            for name in ("train_loss", "test_error")
-        },
-    }
+    report = Report(
+        {
+            "of": of,
+            "measured_on": subset.describe(found),
+            "x": x.tolist(),
+            "y": y.tolist(),
+            "corners": flat.corners.tolist(),
+            "path": (path @ flat.corners).tolist() if path is not None else None,
+            **{
+                name: np.array([value[name] for value in values]).reshape(len(y), len(x)).tolist()
+                for name in ("train_loss", "test_error")
+            },
+        }
+    )
     (folder / f"{stem}.json").write_text(json.dumps(report) + "\n")
-    plot(report, folder / f"{stem}.png")
+    report.figures[stem] = plot(report)
+    report.save_figures(folder)
     return report
 
 
-def plot(report: dict[str, Any], file: Path) -> None:
-    """Contours of train loss and test error; crosses are the three networks, the line is the path."""
-    from matplotlib.figure import Figure
-
+def plot(report: dict[str, Any]) -> Figure:
+    """Contours of train loss and test error; crosses are the three networks, numbered as given, the line is the path."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     x, y, corners = (np.array(report[name]) for name in ("x", "y", "corners"))
+    # Distances keep their proportions, unless the figure would be a sliver.
+    extents = np.ptp(x), np.ptp(y)
+    aspect = "equal" if max(extents) < 3 * min(extents) else "auto"
+    panels: list[Axes] = list(figure.subplots(1, 2))
     for axes, (name, label, scale) in zip(
-        figure.subplots(1, 2),
+        panels,
         [("train_loss", "train loss (L2 included)", 1), ("test_error", "test error, %", 100)],
         strict=True,
     ):
@@ -122,8 +130,12 @@ def plot(report: dict[str, Any], file: Path) -> None:
         drawn = axes.contourf(x, y, values, levels=np.unique(levels), cmap="viridis_r")
         figure.colorbar(drawn, ax=axes, format="%.3g")
         if report["path"] is not None:
-            axes.plot(*np.array(report["path"]).T, "k--", linewidth=1)
-        axes.plot(*corners.T, "kX", markersize=9)
-        axes.set(title=label, aspect="equal")
-    figure.suptitle(", ".join(report["of"]))
-    figure.savefig(file, dpi=150)
+            axes.plot(*np.array(report["path"]).T, "k--", linewidth=1, label="path")
+        axes.plot(*corners.T, "kX", markersize=9, linestyle="none", label="networks")
+        for number, corner in enumerate(corners, 1):
+            axes.annotate(str(number), corner, (7, 7), textcoords="offset points", fontsize=11, weight="bold")
+        axes.set(title=label, aspect=aspect, xlabel="distance (L2 of weights)", ylabel="distance (L2 of weights)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    names = report["of"] if len(report["of"]) == 3 else None
+    figure.suptitle(", ".join(f"{i}: {name}" for i, name in enumerate(names, 1)) if names else report["of"][0])
+    return figure

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models_store.store import Version
 from training.errors import ConfigError
 from training.geometry import volume
 from training.geometry.coefficients import Coordinates
+from training.log import logger
 from training.measurement.figures import plane
 from training.measurement.probing import Kept, Subset, open_probe
+from training.measurement.report import Report
 
 
-def measure(
-    version: Version, faces: list[list[int]], grid: int, margin: float, subset: Subset, folder: Path
-) -> dict[str, Any]:
+def measure(version: Version, faces: list[list[int]], grid: int, margin: float, subset: Subset, folder: Path) -> Report:
     """Write face-A-B-C.{csv,json,png} of each face, complex.{json,png}, and volume.{csv,png}; returns what complex.json holds.
 
     Args:
@@ -46,48 +47,50 @@ def measure(
         )
     files = [version.folder / file for file in geometry.vertices]
     folder.mkdir(parents=True, exist_ok=True)
-    probe, found = open_probe(version, files, subset, lambda line: None)
+    probe, found = open_probe(version, files, subset)
     growth = by_vertices(probe.positions, geometry.components)
     with (folder / "volume.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(growth[0]))
         writer.writeheader()
         writer.writerows(growth)
-    plot_volume(growth, version.name, folder / "volume.png")
 
     question = {"files": version.manifest.files, "subset": dataclasses.asdict(subset)}
     kept = Kept(folder / "complex.jsonl", question)
     vertices = np.eye(len(files)).tolist()
     samples = [member.origin.coefficients for member in version.manifest.members if member.origin.coefficients]
     networks = len(vertices) + len(samples) + grid**2 * len(faces)
-    print(
+    logger.info(
         f"{networks} networks are measured; simplexes: {' '.join(','.join(map(str, own)) for own in geometry.components)}"
     )
     values = kept.measure([*vertices, *samples], lambda row: probe.at(np.array(row)).record(), "complex")
     positions = np.array([*vertices, *samples]) @ in_three_dimensions(probe.positions)
-    report: dict[str, Any] = {
-        "of": version.name,
-        "measured_on": subset.describe(found),
-        "vertices": len(vertices),
-        "simplexes": geometry.components,
-        "places": positions.tolist(),
-        "train_loss": [value["train_loss"] for value in values],
-        "test_error": [value["test_error"] for value in values],
-        # JSON has no −∞: a flat complex has no log-volume.
-        "volume": [{k: v if np.isfinite(v) else None for k, v in row.items()} for row in growth],
-    }
+    report = Report(
+        {
+            "of": version.name,
+            "measured_on": subset.describe(found),
+            "vertices": len(vertices),
+            "simplexes": geometry.components,
+            "places": positions.tolist(),
+            "train_loss": [value["train_loss"] for value in values],
+            "test_error": [value["test_error"] for value in values],
+            # JSON has no −∞: a flat complex has no log-volume.
+            "volume": [{k: v if np.isfinite(v) else None for k, v in row.items()} for row in growth],
+        }
+    )
     (folder / "complex.json").write_text(json.dumps(report, allow_nan=False) + "\n")
-    plot_complex(report, folder / "complex.png")
+    report.figures = {"volume": plot_volume(growth, version.name), "complex": plot_complex(report)}
+    report.save_figures(folder)
 
     if not faces:
-        print(f"{version.name} has segments alone: there are no faces to draw")
+        logger.info(f"{version.name} has segments alone: there are no faces to draw")
     for corners in faces:
         outline = np.eye(3)[[0, 1, 2, 0]]
         names = [f"{version.name}, vertex {corner}" for corner in corners]
         three, stem = [files[corner] for corner in corners], f"face-{'-'.join(map(str, corners))}"
         if not np.isfinite(volume.log_volume(probe.positions[corners])):
-            print(f"{stem} is flat: it is not drawn")
+            logger.info(f"{stem} is flat: it is not drawn")
             continue
-        plane.measure(names, version, three, outline, grid, margin, subset, folder, stem)
+        report.figures |= plane.measure(names, version, three, outline, grid, margin, subset, folder, stem).figures
     return report
 
 
@@ -124,10 +127,8 @@ def in_three_dimensions(positions: Coordinates) -> NDArray[np.float64]:
     return found
 
 
-def plot_complex(report: dict[str, Any], file: Path) -> None:
+def plot_complex(report: dict[str, Any]) -> Figure:
     """The complex along its principal axes: vertices are crosses, drawn networks are dots, coloured by train loss."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes: Any = figure.add_subplot(projection="3d")
     positions, losses = np.array(report["places"]), np.array(report["train_loss"])
@@ -142,13 +143,11 @@ def plot_complex(report: dict[str, Any], file: Path) -> None:
         axes.text(*positions[vertex], f" {vertex}")
     figure.colorbar(drawn, ax=axes, label="train loss (L2 included)", shrink=0.7)
     figure.suptitle(report["of"])
-    figure.savefig(file, dpi=150)
+    return figure
 
 
-def plot_volume(growth: list[dict[str, float]], title: str, file: Path) -> None:
+def plot_volume(growth: list[dict[str, float]], title: str) -> Figure:
     """Log-volume by dimension, with the floor below which a height is rounding; flat complexes stand on it as crosses."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     k, logs, floors = (np.array([row[name] for row in growth]) for name in ("dimension", "log_volume", "floor"))
@@ -159,4 +158,4 @@ def plot_volume(growth: list[dict[str, float]], title: str, file: Path) -> None:
     axes.set(xlabel="dimension (vertices beyond the first)", ylabel="log-volume", xticks=k)
     axes.legend()
     figure.suptitle(title)
-    figure.savefig(file, dpi=150)
+    return figure

@@ -1,0 +1,1 @@
+"""Curves and simplexes: one table or figure per script."""

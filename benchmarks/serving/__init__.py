@@ -1,0 +1,1 @@
+"""The service under load, attack and failure: one table per script."""

@@ -1,0 +1,1 @@
+"""What ensembles cost and give: one table per script."""
