@@ -1,1 +1,1 @@
-"""The HTTP side: bentoml serve. It reads the store through models_store and knows no torch."""
+"""The HTTP service, started by `bentoml serve`. It reads the store through models_store and does not need torch."""

@@ -1,6 +1,6 @@
-"""Routing only: a request goes through intake, bodies, images, batching and schemas, and comes back.
+"""The routes. A request passes through intake, bodies, images and batching, and schemas writes the answer.
 
-Importing this module reads no settings and starts nothing. What BentoML starts is in service/bento.py.
+Importing this module reads no settings and starts nothing. service/bento.py is what BentoML starts.
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ from service.operations import metrics
 from service.operations.settings import Settings
 from service.worker import Worker
 
-INLINE_BYTES = 64 * 1024  # what is decoded faster than another thread would begin with it
-INLINE_ROWS = 32  # the same for what is written and counted
+# Up to these sizes work is done on the event loop, because handing it to a thread would take longer.
+INLINE_BYTES = 64 * 1024  # to parse and decode
+INLINE_ROWS = 32  # to write and count
 INLINE_NUMBERS = 4096
-MAX_ADDRESS_BYTES = 4096  # path and query
+MAX_ADDRESS_BYTES = 4096  # path and query together
 
 
 class _Routes:
@@ -74,7 +75,7 @@ class _Routes:
         self._settings, self._worker = chosen, worker
 
     def all(self) -> list[Route]:
-        """Every route."""
+        """Return all routes."""
         return [
             Route("/predict", self.predict, methods=["POST"]),
             Route("/ensembles", self.list_ensembles, methods=["GET"]),
@@ -86,7 +87,7 @@ class _Routes:
         ]
 
     async def no_route(self, request: Request, error: Exception) -> Response:
-        """An address that is not there, or not with this method."""
+        """Answer a request for an unknown path, or with a method that the path does not have."""
         assert isinstance(error, HTTPException)
         metrics.refused(NoRouteError.reason if error.status_code in (404, 405) else BadRequestError.reason)
         known = ", ".join(f"{'/'.join(sorted((r.methods or set()) - {'HEAD'}))} {r.path}" for r in self.all())
@@ -103,7 +104,7 @@ class _Routes:
             if not limit.expired():
                 raise
             raise DeadlineError(
-                f"Not answered within {self._settings.timeout:g} seconds (MODEPATH_TIMEOUT). Send the body faster, or fewer images at once."
+                f"Not answered within {self._settings.timeout:g} seconds (MODEPATH_TIMEOUT). Send the body faster, or fewer images at a time."
             ) from None
 
     async def _predicted(self, request: Request) -> Response:
@@ -115,7 +116,7 @@ class _Routes:
             began = time.perf_counter()
             large = len(body.data) > INLINE_BYTES
             if large and (why := worker.ensembles.why_not_ready()) is not None:
-                raise NotReadyError(why)  # before the body is measured by the shapes of what is served
+                raise NotReadyError(why)  # without an ensemble there are no shapes to check the body against
             shapes = [ensemble.manifest.input.shape for ensemble in worker.ensembles.all()] if large else ()
             read = partial(read_request, content_type, query, body.data, shapes, worker.limits.rows)
             asked = await worker.offload.run(body, read) if large else read()
@@ -143,13 +144,17 @@ class _Routes:
         return Response(reply, media_type="application/json")
 
     def _caller(self, request: Request) -> str:
-        """Who asks, where a proxy says so. A client that could add a name of its own would have a draw for each name."""
+        """Return the caller that a trusted proxy names, or "" without a proxy.
+
+        A request without exactly one such header is refused: a client that could add one would get a draw for each
+        name.
+        """
         if (header := self._settings.caller_header) is None:
             return ""
         named = request.headers.getlist(header)
         if len(named) != 1:
             raise BadRequestError(
-                f"{len(named)} headers {header} came, and the operator's proxy has to name the caller in one: it must overwrite what clients send."
+                f"The request has {len(named)} {header} headers instead of one. The operator's proxy must set it, and overwrite what clients send."
             )
         return named[0]
 
@@ -158,7 +163,7 @@ class _Routes:
         numbers = rows * len(manifest.classes) * (len(manifest.members) if members else 1)
         if numbers > self._settings.max_numbers:
             raise TooLargeError(
-                f"The answer would hold {numbers} numbers; at most {self._settings.max_numbers} are given at once. Send fewer images, or do not ask for members."
+                f"The answer would hold {numbers} numbers; at most {self._settings.max_numbers} are allowed. Send fewer images, or do not ask for members."
             )
 
     def _reply(
@@ -179,7 +184,7 @@ class _Routes:
         )
         if mode != "average":
             reply = padded(reply, manifest, policy, mode, len(rows))
-        # Before the answer leaves: whoever has it finds it counted.
+        # Counted before it is sent, so that a client that has its answer finds it in the metrics.
         seconds = time.perf_counter() - began
         each = not policy.hides(mode) or self._settings.metrics_port is not None
         metrics.answered(manifest, mode, answer, decode_seconds, seconds, each=each)
@@ -194,13 +199,13 @@ class _Routes:
         return _json(self._info(self._worker.ensembles.get(request.path_params["name"])))
 
     async def readyz(self, request: Request) -> Response:
-        """GET /readyz: 200 when a request would be answered, else 503 and why."""
+        """GET /readyz: 200 if a request would be answered, else 503 with the reason."""
         if (why := self._worker.ensembles.why_not_ready()) is not None:
             raise NotReadyError(why)
         return _json(Status(status="ready"))
 
     async def docs(self, request: Request) -> Response:
-        """GET /docs.json: OpenAPI."""
+        """GET /docs.json: the OpenAPI description."""
         worker = self._worker
         ensembles = worker.ensembles.all()
         served = [ensemble.manifest for ensemble in ensembles]
@@ -221,7 +226,7 @@ class _Routes:
 
 
 async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> Images:
-    """Decode: small arrays here, the rest in threads, encoded images by how many pixels they have."""
+    """Decode the images: small arrays on the event loop, the rest in threads, with a lane for large encoded images."""
     limits = replace(worker.limits, hold=partial(worker.intake.decode, body))
 
     def opened() -> Images | Encoded:
@@ -234,25 +239,27 @@ async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> 
 
 def _refuse_coded(request: Request) -> None:
     if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
-        raise MediaTypeError(f"Content-Encoding {coding[:80]!r} is not read here; send the body as it is.")
+        raise MediaTypeError(f"Content-Encoding {coding[:80]!r} is not supported; send the body uncompressed.")
 
 
 def _refuse_members(ensemble: Ensemble, mode: Mode, options: Options) -> None:
     if not options.members:
         return
     if mode != "average":
-        raise BadRequestError(f"Mode {mode!r} answers with one network for each image; it has no `members` to give.")
+        raise BadRequestError(f"Mode {mode!r} answers with one network for each image; it cannot return `members`.")
     if not ensemble.policy.shows_members:
-        raise ForbiddenError(f"The operator does not show what each member of {ensemble.manifest.name} says.")
+        raise ForbiddenError(
+            f"The operator does not show the probabilities of each member of {ensemble.manifest.name}."
+        )
 
 
 async def show_metrics(request: Request) -> Response:
-    """GET /metrics: the numbers of all workers."""
+    """GET /metrics: the metrics of all workers."""
     return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)
 
 
 async def livez(request: Request) -> Response:
-    """GET /livez: the process answers."""
+    """GET /livez: 200 as long as the process answers."""
     return _json(Status(status="alive"))
 
 
@@ -270,29 +277,32 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     metrics.refused(ServiceError.reason)
-    message = "The service failed on this request; its log says where. Try again, and report it if it persists."
+    message = (
+        "The service failed on this request; its log has the details. Try again, and report the error if it persists."
+    )
     return _json(ErrorBody(error=message), 500)
 
 
 def create_app(chosen: Settings, worker: Worker) -> ASGIApp:
-    """The ASGI application that answers every HTTP request of one worker.
+    """Return the ASGI application that answers every HTTP request of one worker.
 
     Args:
         chosen: the settings.
-        worker: what it works with.
+        worker: the worker's ensembles, queues and limits.
     """
     routes = _Routes(chosen, worker)
     routed = Starlette(
         routes=routes.all(),
         exception_handlers={ServiceError: _refuse, HTTPException: routes.no_route, Exception: _broken},
     )
-    routed.router.redirect_slashes = False  # a redirection has no error body, and goes where the client's Host says
+    # A redirection has no error body, and its target is whatever the client's Host header names.
+    routed.router.redirect_slashes = False
     inner: ASGIApp = AccessLog(routed) if chosen.access_log else routed
     hosts = Hosts(chosen.host, chosen.hosts)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_ADDRESS_BYTES:
-            too_long = TooLargeError(f"The address is longer than {MAX_ADDRESS_BYTES} bytes; options are short.")
+            too_long = TooLargeError(f"The address is longer than {MAX_ADDRESS_BYTES} bytes; send images in the body.")
             await _refuse_early(too_long, 414)(scope, receive, send)
         elif (foreign := hosts.foreign(scope["headers"])) is not None:
             await _refuse_early(MisdirectedError(foreign), MisdirectedError.status)(scope, receive, send)
@@ -308,7 +318,7 @@ def _refuse_early(error: ServiceError, status: int) -> Response:
 
 
 async def _until_left(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request, but give it up when its client is gone."""
+    """Answer a request, but cancel the work if its client disconnects."""
     task = asyncio.current_task()
     assert task is not None
     gone = False

@@ -1,11 +1,11 @@
-"""What BentoML starts: processes, lifespan and sockets are its own, every HTTP request is answered by service/app.py."""
+"""The service that BentoML starts. It manages processes, lifespan and sockets; service/app.py answers every request."""
 
 from __future__ import annotations
 
 import logging
 import math
 
-from service.operations import bentoml_internals  # isort: skip - before BentoML asks whether it may report
+from service.operations import bentoml_internals  # isort: skip - before BentoML reads whether to report usage
 
 import bentoml
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,23 +19,23 @@ from service.worker import Worker
 
 LOADING_SECONDS = 20
 
-logging.getLogger("uvicorn.error").propagate = False  # or every traceback is printed twice
+logging.getLogger("uvicorn.error").propagate = False  # otherwise every traceback is printed twice
 try:
     settings()
 except WrongSettingError as error:
     raise bentoml_internals.refuse_to_start(str(error)) from None
 bentoml_internals.trust_proxies(settings().trusted_proxies)
-_app: ASGIApp | None = None  # of this process
+_app: ASGIApp | None = None  # the application of this process
 
 
 class OwnRoutes:
-    """Routes every HTTP request to our application; BentoML's probes would report ready too early."""
+    """Middleware that routes every HTTP request to our application; BentoML's probes would report ready too early."""
 
     def __init__(self, inner: ASGIApp):
         self._inner = inner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection event."""
+        """Serve one request, or pass on an event that is not HTTP."""
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
         else:
@@ -67,14 +67,15 @@ class Modepath:
         )
         metrics.count_incomplete(self._pulse.incomplete)
         worker.ensembles.follow(chosen.poll_seconds)
-        # A worker that takes no connections yet leaves them to those that can answer. One that loads for very long
-        # begins all the same, or its supervisor would take it for dead; then /readyz says why it is not ready.
+        # Until a worker has loaded its ensembles it leaves connections to workers that can answer. If loading takes
+        # very long it starts anyway, or its supervisor would consider it dead; /readyz then reports why it is not
+        # ready.
         worker.ensembles.wait(LOADING_SECONDS)
-        self._pulse.start()  # what came before may have held up the event loop
+        self._pulse.start()  # last, because loading may have blocked the event loop
 
     @bentoml.on_deployment
     def prepare() -> None:  # pyright: ignore[reportSelfClsParameterName] - the decorator makes it static
-        """Once, in the process that starts the workers."""
+        """Set up what all workers share. Called once, in the process that starts the workers."""
         chosen = settings()
         log_writer.take_over()
         verdicts.prepare()
@@ -90,7 +91,7 @@ class Modepath:
 
     @bentoml.on_shutdown
     def close(self) -> None:
-        """Stop what runs in the background."""
+        """Stop the background threads and processes of the worker."""
         self._worker.close()
         if self._pulse.orphaned:
             metrics.remove_folder()

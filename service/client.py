@@ -1,12 +1,15 @@
-"""A client in Python: numpy in and out, with retries. Needs numpy, httpx and tenacity only (`pip install 'modepath[client]'`).
+"""Python client of the service: numpy in and out, with retries.
+
+It needs only numpy, httpx and tenacity (`pip install 'modepath[client]'`).
 
     with Client("http://127.0.0.1:3000") as client:
         answer = client.predict(images)                    # (batch, C, H, W), floats in [0, 1]
         answer.probs, answer.labels, answer.uncertainty["mutual_information"]
         client.predict([Path("a.png").read_bytes(), …])    # or encoded images
 
-`AsyncClient` is the same with `async with` and `await`. A request that was refused because the service is busy (429, 503),
-or that was lost with its connection, is sent again with growing pauses, and not before the service said to (Retry-After).
+`AsyncClient` is the same with `async with` and `await`. A request that was refused because the service is busy (429,
+503), or that was lost with its connection, is sent again after growing pauses, and not before the time in Retry-After
+has passed.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ Images = ArrayLike | Sequence[bytes]
 
 
 class RefusedError(ModepathError):
-    """The service answered with an error. `.status` is its HTTP status; the message is the service's own."""
+    """The service answered with an error. `.status` is the HTTP status; the message comes from the service."""
 
     def __init__(self, status: int, message: str, retry_after: float | None = None):
         super().__init__(f"{status}: {message}")
@@ -45,25 +48,25 @@ class Answer:
     ensemble: str
     version: int
     mode: str
-    members_used: int | None  # None: a network by itself for each image
+    members_used: int | None  # None in `random` and `keyed`, where one network answers each image
     request_id: str
     labels: NDArray[np.intp]  # (batch,)
     class_names: list[str]  # (batch,)
-    probs: NDArray[np.float64] | None  # (batch, classes); None where the operator shows labels only
-    confidence: NDArray[np.float64] | None  # (batch,)
-    uncertainty: dict[str, NDArray[np.float64]]  # each (batch,); entropies in nats. Empty where it is not shown
-    members: NDArray[np.float64] | None  # (members, batch, classes), when asked for
-    points: NDArray[np.intp] | None = None  # (batch,): which network answered, where the operator shows it
+    probs: NDArray[np.float64] | None  # (batch, classes); None if the operator shows labels only
+    confidence: NDArray[np.float64] | None  # (batch,); None if the operator shows labels only
+    uncertainty: dict[str, NDArray[np.float64]]  # each (batch,); entropies in nats. Empty if it is not shown
+    members: NDArray[np.float64] | None  # (members, batch, classes), if requested
+    points: NDArray[np.intp] | None = None  # (batch,): which network answered, if the operator shows it
 
 
 class Client:
-    """Asks a service."""
+    """Client of one service."""
 
     def __init__(self, url: str = "http://127.0.0.1:3000", *, timeout: float = 30, attempts: int = 5):
-        """Connect to nothing yet.
+        """Create a client; it connects with the first request.
 
         Args:
-            url: where the service listens.
+            url: address of the service.
             timeout: seconds for one attempt.
             attempts: how often a request is sent at most.
         """
@@ -76,14 +79,14 @@ class Client:
         """Classify images: an array (batch, C, H, W) in [0, 1], or the bytes of PNG or JPEG files.
 
         Raises:
-            RefusedError: the service refused, also after all attempts.
-            httpx.TransportError: it cannot be reached, also after all attempts.
+            RefusedError: the service refused the request, in the last attempt if it was retried.
+            httpx.TransportError: the service could not be reached, in the last attempt if it was retried.
         """
         request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None})
         return _answer(self._send("POST", "/predict", **request))
 
     def ensembles(self) -> list[dict[str, Any]]:
-        """The ensembles that are served."""
+        """Return the descriptions of the ensembles that are served."""
         return self._send("GET", "/ensembles")["ensembles"]
 
     def close(self) -> None:
@@ -106,22 +109,22 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio."""
+    """Client of one service for asyncio; the methods are those of Client."""
 
     def __init__(self, url: str = "http://127.0.0.1:3000", *, timeout: float = 30, attempts: int = 5):
-        """As Client."""
+        """See Client."""
         self._http = httpx.AsyncClient(base_url=url, timeout=timeout)
         self._attempts = attempts
 
     async def predict(
         self, images: Images, *, ensemble: str | None = None, mode: str | None = None, members: bool = False
     ) -> Answer:
-        """As Client.predict."""
+        """See Client.predict."""
         request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None})
         return _answer(await self._send("POST", "/predict", **request))
 
     async def ensembles(self) -> list[dict[str, Any]]:
-        """The ensembles that are served."""
+        """Return the descriptions of the ensembles that are served."""
         return (await self._send("GET", "/ensembles"))["ensembles"]
 
     async def close(self) -> None:
@@ -158,7 +161,7 @@ def _read(response: httpx.Response) -> dict[str, Any]:
         return response.json()
     try:
         message = response.json()["error"]
-    except (ValueError, KeyError, TypeError):  # somebody between us and the service answered
+    except (ValueError, KeyError, TypeError):  # not from the service, but from a proxy in front of it
         message = response.text[:200]
     after = response.headers.get("Retry-After", "")
     raise RefusedError(response.status_code, message, float(after) if after.isdecimal() else None)
@@ -205,6 +208,7 @@ def _policy(attempts: int) -> dict[str, Any]:
 
 
 def _passing(error: BaseException) -> bool:
-    # Asking twice does no harm: a prediction changes nothing. But whoever was too slow is not helped by more work.
+    # Repeating a prediction is safe, because it changes no state. A read timeout is not retried: a service that is too
+    # slow must not get more work.
     lost = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.ReadTimeout)
     return lost or (isinstance(error, RefusedError) and error.status in BUSY)

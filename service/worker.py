@@ -1,4 +1,4 @@
-"""What one worker process works with."""
+"""The ensembles, queues, threads and limits of one worker process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("bentoml.modepath")
 
 
 class Worker:
-    """Budgets, queues, ensembles and threads of one process. Nothing is loaded before `ensembles.follow`."""
+    """Limits, queues, ensembles and threads of one process. No ensemble is loaded before `ensembles.follow` runs."""
 
     def __init__(self, chosen: Settings):
         metrics.begin()
@@ -51,12 +51,13 @@ class Worker:
 
     def _warm(self, session: Session, row: Rows) -> None:
         self.batcher.warm(session, row)
-        # Loaded networks live as long as the process. Frozen, they are not scanned by the garbage collector again (it delayed 1 % of answers by 20 ms).
+        # Loaded networks live as long as the process. Freezing them keeps the garbage collector from scanning them
+        # again and again, which delayed 1 % of answers by 20 ms.
         gc.collect()
         gc.freeze()
 
     def close(self) -> None:
-        """Stop what runs in the background."""
+        """Stop the background threads and processes."""
         self.ensembles.close()
         self.trials.close()
         self.batcher.close()

@@ -1,4 +1,4 @@
-"""One JSON line a request on stdout, when asked for (MODEPATH_ACCESS_LOG=true)."""
+"""The access log: one JSON line per request on stdout, if MODEPATH_ACCESS_LOG=true."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MAX_FIELD = 200  # characters
 
 
 class AccessLog:
-    """Middleware: writes a line when the answer is complete, or when its client is gone.
+    """Middleware that writes a line when the answer is complete, or when its client has disconnected.
 
-    What an endpoint puts under scope["log_fields"] is written to the line, too.
+    An endpoint adds fields to the line through the dictionary scope["log_fields"].
     """
 
     def __init__(self, inner: ASGIApp):
         self._inner = inner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on and watch its answer."""
+        """Pass a request on, and log its answer."""
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
@@ -54,5 +54,5 @@ class AccessLog:
                 **fields,
             }
             short = {name: value[:MAX_FIELD] if isinstance(value, str) else value for name, value in line.items()}
-            # JSON keeps a client's line breaks out of the log.
+            # JSON escapes line breaks that a client sends, so that it cannot forge log lines.
             log_writer(1).write(orjson.dumps(short, option=orjson.OPT_APPEND_NEWLINE))

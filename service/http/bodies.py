@@ -1,4 +1,4 @@
-"""From a request's bytes to what it asks: the media types and the JSON fields. Pixels are decoded in images.py."""
+"""Parses request bodies: media types and JSON fields. Pixels are decoded in images.py."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ Open = Callable[[InputSpec, Limits], Images | Encoded]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request whose fields are right and whose pixels are still to be decoded."""
+    """A request whose fields are valid and whose pixels are not decoded yet."""
 
     options: Options
-    open: Open  # to arrays, or to encoded images that are decoded next
-    encoded: bool = False
+    open: Open  # returns arrays, or encoded images that remain to be decoded
+    encoded: bool = False  # True if `open` returns encoded images
 
 
 def read_request(
     content_type: str, query: Sequence[tuple[str, str]], body: bytes | bytearray, shapes: Sequence[Shape], max_rows: int
 ) -> Asked:
-    """Parse a body; for arrays and images the other fields come as query parameters.
+    """Parse a body. With an array or an image, the other fields are query parameters.
 
     Args:
-        content_type: the header.
-        query: names and values.
-        body: as it came.
-        shapes: (C, H, W) of everything that is served.
-        max_rows: images in one request.
+        content_type: the Content-Type header.
+        query: names and values of the query parameters.
+        body: the body as received.
+        shapes: the input shapes (C, H, W) of all ensembles that are served.
+        max_rows: largest number of images in one request.
 
     Raises:
-        TooLargeError: more images than that.
-        MediaTypeError: not a media type we read.
-        BadRequestError: broken JSON, or a field that is unknown, missing, given twice, or wrong.
+        TooLargeError: more than `max_rows` images.
+        MediaTypeError: the media type is not supported.
+        BadRequestError: invalid JSON, or a field that is unknown, missing, duplicate, or invalid.
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == JSON:
@@ -67,7 +67,7 @@ def read_request(
     if media_type in ENCODED:
         return Asked(_read_query(query), partial(images.open_encoded, [bytes(body)], "The body"), encoded=True)
     raise MediaTypeError(
-        f"Content-Type {media_type[:80] or 'none'!r} is not read here; send {JSON}, {NPY} (numpy.save), {' or '.join(ENCODED)}."
+        f"Content-Type {media_type[:80] or 'none'!r} is not supported; send {JSON}, {NPY} (numpy.save), {' or '.join(ENCODED)}."
     )
 
 
@@ -84,7 +84,8 @@ def _read_json(body: bytes, shapes: Sequence[Shape], max_rows: int) -> Asked:
             f"The body is a JSON {type(cast(object, record)).__name__}; send an object like {EXAMPLE}."
         )
     fields = cast(dict[str, Any], record)
-    # orjson keeps the last of duplicate keys without a word. In a valid request every colon follows a key, so that counting colons finds duplicates.
+    # orjson silently keeps the last of duplicate keys. In a valid request every colon follows a key, so counting colons
+    # is a cheap check for duplicates.
     if body.count(b":") != len(fields):
         _refuse_duplicates(body)
     request = _validated(PredictRequest, PredictRequest.model_validate, fields)
@@ -110,7 +111,7 @@ def _read_query(query: Sequence[tuple[str, str]]) -> Options:
 
 def _validated(model: type[Model], validate: Callable[[Any], Model], record: dict[str, Any]) -> Model:
     known = ", ".join(model.model_fields)
-    # Before pydantic, which would describe every one of a million unknown fields.
+    # Checked before pydantic, which would write an error for each of a million unknown fields.
     if unknown := next((name for name in record if name not in model.model_fields), None):
         raise BadRequestError(f"Field {unknown[:80]!r} is unknown. The fields of a request are {known}.")
     try:
@@ -137,14 +138,15 @@ def _refuse_duplicates(body: bytes) -> None:
 
 
 def _refuse_texts(body: bytes, fields: dict[str, Any]) -> None:
-    # One text among numbers would have numpy make texts of all of them, each as long as the longest; and true is 1 to it.
+    # With one string among the numbers, numpy would convert all of them to strings, each as long as the longest. It
+    # would also read true as 1.
     texts = [value for value in fields.values() if isinstance(value, str)]
     quotes = 2 * (len(fields) + len(texts))
     words = sum(isinstance(value, bool) for value in fields.values())
     words += sum(text.count("true") + text.count("false") for text in texts)
     if body.count(b'"') != quotes or body.count(b"true") + body.count(b"false") != words:
         raise BadRequestError(
-            "`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1]."
+            "`inputs` holds a value that is not a number (null, text, true or false); send floats in [0, 1]."
         )
 
 
@@ -153,5 +155,5 @@ def _from_base64(text: str, index: int) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise BadRequestError(
-            f"`images[{index}]` is not base64. Send the bytes of a PNG or JPEG file in base64; addresses are not fetched."
+            f"`images[{index}]` is not base64. Send the bytes of a PNG or JPEG file in base64; URLs are not fetched."
         ) from None

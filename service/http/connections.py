@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection: uvicorn's protocol, with the limits that it lacks.
 
-A request's head and trailers have a bounded size, a head must come in time and an answer must be read in time, idle
-connections give way when descriptors run short, and what cannot be framed without doubt is refused in the service's own form.
-Tested with uvicorn 0.54 and httptools 0.6 and 0.7.
+The head and trailers of a request have a bounded size. A head must arrive in time, and an answer must be read in time.
+Idle connections are closed when file descriptors run short. A request with ambiguous framing is refused with a JSON
+error body. Tested with uvicorn 0.54 and httptools 0.6 and 0.7.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from service.operations import metrics
 from service.operations.settings import settings
 
 MAX_HEADERS = 100
-MAX_PIPELINED = 8  # requests that wait on a connection behind the one that is answered
+MAX_PIPELINED = 8  # requests that wait on a connection behind the one that is being answered
 RESERVED_DESCRIPTORS = 128  # for files, models and logs
-LINGER_SECONDS = 2.0  # a client may take to read a refusal while it is still sending,
-LINGER_BYTES = 4 * 2**20  # and so much it may send meanwhile
-LEFT = "modepath.left"  # scope: a callable, called when the client is gone before its answer
+LINGER_SECONDS = 2.0  # time that a client has to read a refusal while it is still sending
+LINGER_BYTES = 4 * 2**20  # bytes that it may send in this time
+LEFT = "modepath.left"  # key of the scope: a callable, called if the client disconnects before its answer is complete
 log = logging.getLogger("bentoml.modepath")
 
 
 def most_connections() -> int:
-    """How many connections this process may hold: its descriptors, less those that it needs for itself."""
+    """Return how many connections this process may hold: its file descriptors, less those that it needs for itself."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(16, soft - RESERVED_DESCRIPTORS) if soft != resource.RLIM_INFINITY else 2**20
 
 
 class Connection(HttpToolsProtocol):
-    """See the module. Callbacks of the parser come in the order of the bytes; all run on the event loop."""
+    """See the module. The parser's callbacks are called in the order of the bytes; all run on the event loop."""
 
     _most = most_connections()
 
@@ -51,21 +51,21 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head_limit = settings().head_bytes
         self._head_seconds = settings().head_seconds
-        self._since = 0.0  # when it was made, or when its last request came
-        self._head_bytes = 0  # raw, since the request began or since the last byte of its body: a head, or trailers
-        self._header_bytes = 0  # parsed
+        self._since = 0.0  # time at which the connection was opened, or at which its last request arrived
+        self._head_bytes = 0  # raw bytes since the request began, or since the last byte of its body: head or trailers
+        self._header_bytes = 0  # parsed bytes of header names and values
         self._in_head = True
         self._refusal: ServiceError | None = None
         self._late: asyncio.TimerHandle | None = None
-        self._resumed = False  # a second parser reads the body, after a head that asks for another protocol
-        self._answering: Any = None  # uvicorn's record of the request that is answered, or was last
+        self._resumed = False  # True while a second parser is set up to read the body, after an Upgrade header
+        self._answering: Any = None  # uvicorn's record of the request that is being answered, or was answered last
         self._unread: asyncio.TimerHandle | None = None  # runs while an answer waits to be read
-        self._thrown_away: int | None = None  # bytes that came after a refusal; None: there was none
+        self._thrown_away: int | None = None  # bytes discarded since a refusal; None if nothing was refused
 
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Admit it, if need be in place of one that is idle."""
+        """Accept the connection; if too many are open, close an idle one or refuse this one."""
         super().connection_made(transport)
         self._late = self.loop.call_later(self._head_seconds, self._head_is_late)
         self._since = self.loop.time()
@@ -73,39 +73,39 @@ class Connection(HttpToolsProtocol):
             self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop what is done for a client that is gone."""
+        """Stop the work for a client that has disconnected."""
         self._stop_waiting()
         if self._unread is not None:
             self._unread.cancel()
         super().connection_lost(exc)
         if (cycle := self._answering) is not None and not cycle.response_complete:
-            cycle.disconnected = True  # uvicorn says so to the request that came last
+            cycle.disconnected = True  # uvicorn sets this only on the request that arrived last
             if left := cycle.scope.get(LEFT):
                 left()
 
     def _make_room(self) -> None:
-        # Only where descriptors run short: looking at a thousand connections takes 0.1 ms.
+        # Runs only when descriptors run short: scanning a thousand connections takes 0.1 ms.
         others = cast("set[Connection]", self.connections - {self})
         idle = [one for one in others if one.is_idle() or one.transport.is_closing()]
         if idle:
-            # Not `close`, which waits until a client has read what it was sent.
+            # Not `close`, which waits until the client has read all data sent to it.
             min(idle, key=lambda one: one._since).transport.abort()
             return
-        self._answer_outside(BusyError("As many connections are open as this service may hold. Try again in a second."))
+        self._answer_outside(BusyError("The service holds as many connections as it may. Try again in a second."))
 
     @property
     def _current(self) -> Any:
-        """The request that is read or answered, or the last one; None before the first, whatever uvicorn's types say."""
+        """The request being read or answered, or the last one. None before the first, despite uvicorn's types."""
         return self.cycle
 
     def is_idle(self) -> bool:
-        """True while nothing is answered on it."""
+        """Return whether no request is being answered on this connection."""
         return ((cycle := self._current) is None or cycle.response_complete) and not self.transport.is_closing()
 
     def _head_is_late(self) -> None:
         self._late = None
         if self.is_idle():
-            # Without an answer: a client that has sent nothing would take it for that to a later request.
+            # Closed without an answer: a client that has sent nothing would take it for the answer to its next request.
             self.transport.close()
 
     def _stop_waiting(self) -> None:
@@ -113,25 +113,25 @@ class Connection(HttpToolsProtocol):
             self._late.cancel()
             self._late = None
 
-    # Answers that are not read
+    # Answers that the client does not read
 
     def pause_writing(self) -> None:
-        """An answer is larger than what the client and the kernel take at once."""
+        """Called when an answer fills the buffers of the kernel and the transport."""
         super().pause_writing()
         self._watch_reader()
 
     def resume_writing(self) -> None:
-        """Most of it was read."""
+        """Called when most of the answer was read."""
         super().resume_writing()
         self._watch_reader()
 
     def on_response_complete(self) -> None:
-        """Go on with the next request; the answer may still have to be read."""
+        """Continue with the next request; the client may still have to read the answer."""
         super().on_response_complete()
         self._watch_reader()
 
     def _watch_reader(self) -> None:
-        """Cut a client off that does not read its answer at the pace that its body has to have, too."""
+        """Disconnect a client that reads its answer more slowly than it must send a body."""
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
@@ -145,16 +145,19 @@ class Connection(HttpToolsProtocol):
             self._watch_reader()
 
     def _unsent(self) -> int:
-        """Bytes that wait here or in the kernel, which takes more only after it has sent a third of what it holds."""
+        """Return the bytes that wait in the transport and in the kernel.
+
+        The kernel's part counts too: the kernel accepts more only after it has sent a third of what it holds.
+        """
         in_kernel = array.array("i", [0])
         with contextlib.suppress(OSError, ValueError):
             fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_kernel)
         return self.transport.get_write_buffer_size() + in_kernel[0]
 
-    # Its bytes
+    # Received bytes
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser; refuse a head that is too long before it is complete."""
+        """Feed the parser, and refuse a head as soon as it is too long."""
         if self._thrown_away is not None:
             self._thrown_away += len(data)
             if self._thrown_away > LINGER_BYTES:
@@ -179,15 +182,19 @@ class Connection(HttpToolsProtocol):
         if self._head_bytes > self._head_limit:
             self._answer_outside(_too_large())
         elif self._late is None and (self._head_bytes if self._in_head else self.is_idle()):
-            # A head that has begun, or the rest of a body whose request was answered already.
+            # The data is an incomplete head, or the rest of a body whose request was already answered.
             self._late = self.loop.call_later(self._head_seconds, self._head_is_late)
 
     def send_400_response(self, msg: str) -> None:
-        """What cannot be parsed at all."""
+        """Refuse data that cannot be parsed as HTTP."""
         self._answer_outside(BadRequestError("The request is not HTTP/1.1. Is it HTTPS or HTTP/2, or a broken client?"))
 
     def _without_upgrade(self, rest: bytes) -> bytes:
-        """A server may ignore an offer of another protocol, but httptools stops at its head: a new parser reads the body, which `rest` begins."""
+        """Ignore an Upgrade header, as a server may, and return the bytes that remain to be parsed.
+
+        httptools stops parsing after a head with an Upgrade header, so a new parser reads the body, which starts with
+        `rest`.
+        """
         framing = [header for header in self.headers if header[0] in (b"content-length", b"transfer-encoding")]
         if self._refusal is not None:
             return b""
@@ -216,7 +223,7 @@ class Connection(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """See httptools. Trailers, which come after the body, say nothing to us."""
+        """See httptools. Trailers, which follow the body, are ignored."""
         if self._resumed or not self._in_head or self._refusal is not None:
             return
         super().on_header(name, value)
@@ -225,7 +232,7 @@ class Connection(HttpToolsProtocol):
             self._refusal = _too_large()
 
     def on_headers_complete(self) -> None:
-        """Start the answer, or a refusal in its place."""
+        """Start the answer, or refuse the request."""
         if self._resumed:
             return
         self._stop_waiting()
@@ -250,18 +257,19 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def on_message_complete(self) -> None:
-        """Go on reading, or nobody would see that the client leaves while its answer is made."""
+        """Keep reading; otherwise a disconnect during the answer would go unnoticed."""
         if self.parser.should_upgrade() and any(
             name in (b"content-length", b"transfer-encoding") for name, _ in self.headers
         ):
-            return  # its body is still to be read
+            return  # the body is read by a second parser
         super().on_message_complete()
         self._in_head = True
         self._head_bytes = 0
         self._read_on()
 
     def _read_on(self) -> None:
-        # uvicorn does not read behind a request that waits. What else is sent is bounded instead, and few clients send any.
+        # uvicorn stops reading while a pipelined request waits. Here the number of waiting requests and the size of
+        # their bodies are bounded instead; few clients pipeline at all.
         if len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
         else:
@@ -275,17 +283,17 @@ class Connection(HttpToolsProtocol):
         return False
 
     def _unclear(self) -> ServiceError | None:
-        """What another server on the way may read otherwise."""
+        """Return an error if another server on the way could parse this request differently (request smuggling)."""
         hosts = sum(name == b"host" for name, _ in self.headers)
         if hosts != 1 and self.parser.get_http_version() == "1.1":
-            return BadRequestError(f"The request has {hosts} Host headers; HTTP/1.1 asks for exactly one.")
+            return BadRequestError(f"The request has {hosts} Host headers; HTTP/1.1 requires exactly one.")
         encodings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         if encodings and encodings != [b"chunked"]:
             return NotImplementedHereError("Transfer-Encoding may only be `chunked` here. Send the body uncompressed.")
         return None
 
     def _answer_outside(self, error: ServiceError) -> None:
-        """An answer where no request could be read."""
+        """Send a refusal outside of any request, because none could be read, and close the connection."""
         metrics.refused(error.reason)
         body = _body(error)
         head = STATUS_LINE[error.status] + b"".join(
@@ -295,9 +303,9 @@ class Connection(HttpToolsProtocol):
             if cycle.response_started:
                 self.transport.abort()
                 return
-            cycle.disconnected = True  # this answer takes the place of its own
+            cycle.disconnected = True  # this refusal replaces the answer to that request
             cycle.message_event.set()
-        # Closing with bytes unread would reset the connection, and the client might lose the answer.
+        # Closing a socket with unread bytes resets the connection, and the client might lose the answer.
         self._thrown_away = 0
         self._stop_waiting()
         self.transport.write(head + b"\r\n" + body)

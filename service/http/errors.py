@@ -1,23 +1,23 @@
-"""What the service answers when it does not answer. Every class has a status; the body is always {"error": message}.
+"""The errors that refuse a request. Every class has an HTTP status; the body is always {"error": message}.
 
 ServiceError
 ├── BadRequestError        400  malformed or invalid input
-├── ForbiddenError         403  the operator's policy does not open it
-├── NoRouteError           404  no such address, or 405: not with this method
+├── ForbiddenError         403  not allowed by the operator's policy
+├── NoRouteError           404  unknown path, or 405: the path does not have this method
 ├── UnknownEnsembleError   404  no ensemble of that name is served
-├── SlowBodyError          408  the body stopped coming
+├── SlowBodyError          408  the body arrived too slowly
 ├── TooLargeError          413  the body or the batch is over its limit
-├── MediaTypeError         415  a body that is not one of ours
-├── MisdirectedError       421  a Host that is not this service's
-├── TooLargeHeadersError   431  the request's head is over its limit
+├── MediaTypeError         415  the media type of the body is not supported
+├── MisdirectedError       421  the Host header names another host
+├── TooLargeHeadersError   431  the head of the request is over its limit
 ├── QueueFullError         429  more work is waiting than can be done in time
-├── BrokenEnsembleError    500  a member failed, or gave NaN
-├── NotImplementedHereError 501  a transfer coding that is not read here
-├── NotReadyError          503  nothing to serve yet
-├── BusyError              503  more bytes are held than the limit allows
-├── StoppingError          503  the service is about to end
+├── BrokenEnsembleError    500  a member failed, or returned NaN
+├── NotImplementedHereError 501  the transfer coding is not supported
+├── NotReadyError          503  no ensemble can answer yet
+├── BusyError              503  the limit on held bytes or open connections is reached
+├── StoppingError          503  the service is shutting down
 ├── QueueTimeError         503  the request waited too long for its turn
-└── DeadlineError          504  the whole took too long
+└── DeadlineError          504  the request as a whole took too long
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from models_store.errors import ModepathError
 
 
 class ServiceError(ModepathError):
-    """Refused, with a status and a message that says what was wrong, the likely cause, and what to do."""
+    """Refuses a request. The message states what was wrong, the likely cause, and what to do."""
 
-    status: int = 500
+    status: int = 500  # HTTP status
     reason: str = "internal"  # label of the metric refused_total
-    retry_after: int | None = None  # seconds
+    retry_after: int | None = None  # seconds, for the header Retry-After
 
 
 class BadRequestError(ServiceError):
@@ -41,14 +41,14 @@ class BadRequestError(ServiceError):
 
 
 class ForbiddenError(ServiceError):
-    """The operator's policy does not open it."""
+    """The operator's policy does not allow the request."""
 
     status = 403
     reason = "forbidden"
 
 
 class NoRouteError(ServiceError):
-    """No such address, or not with this method."""
+    """The path is unknown, or does not have this method."""
 
     status = 404
     reason = "no_route"
@@ -62,7 +62,7 @@ class UnknownEnsembleError(ServiceError):
 
 
 class SlowBodyError(ServiceError):
-    """The body stopped coming."""
+    """The body arrived too slowly."""
 
     status = 408
     reason = "slow_body"
@@ -76,21 +76,21 @@ class TooLargeError(ServiceError):
 
 
 class MediaTypeError(ServiceError):
-    """A body that is not one of ours."""
+    """The media type of the body is not supported."""
 
     status = 415
     reason = "media_type"
 
 
 class MisdirectedError(ServiceError):
-    """A Host that is not this service's."""
+    """The Host header names a host that this service does not answer for."""
 
     status = 421
     reason = "misdirected"
 
 
 class TooLargeHeadersError(ServiceError):
-    """The request's head is over its limit."""
+    """The head of the request is over its limit."""
 
     status = 431
     reason = "headers_too_large"
@@ -105,21 +105,21 @@ class QueueFullError(ServiceError):
 
 
 class BrokenEnsembleError(ServiceError):
-    """A member failed, or gave NaN."""
+    """A member failed, or returned NaN."""
 
     status = 500
     reason = "broken_ensemble"
 
 
 class NotImplementedHereError(ServiceError):
-    """A transfer coding that is not read here."""
+    """The transfer coding is not supported."""
 
     status = 501
     reason = "not_implemented"
 
 
 class NotReadyError(ServiceError):
-    """Nothing to serve yet."""
+    """No ensemble can answer yet."""
 
     status = 503
     reason = "not_ready"
@@ -127,7 +127,7 @@ class NotReadyError(ServiceError):
 
 
 class BusyError(ServiceError):
-    """More bytes are held than the limit allows."""
+    """The limit on held bytes or on open connections is reached."""
 
     status = 503
     reason = "busy"
@@ -135,7 +135,7 @@ class BusyError(ServiceError):
 
 
 class StoppingError(ServiceError):
-    """The service is about to end."""
+    """The service is shutting down."""
 
     status = 503
     reason = "stopping"
@@ -151,7 +151,7 @@ class QueueTimeError(ServiceError):
 
 
 class DeadlineError(ServiceError):
-    """The whole took too long."""
+    """The request as a whole took too long."""
 
     status = 504
     reason = "deadline"

@@ -1,4 +1,7 @@
-"""Which Host headers are answered. A web page that a name server sends to this machine calls it by the page's own name."""
+"""Checks the Host header against DNS rebinding.
+
+A web page whose domain name is pointed at this machine sends requests with that domain name in the Host header.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,26 @@ from collections.abc import Iterable, Sequence
 
 
 class Hosts:
-    """The names under which the service may be addressed."""
+    """The host names that the service answers to."""
 
     def __init__(self, bound: str, names: Sequence[str]):
-        """Decide once.
+        """Set the accepted names.
 
         Args:
             bound: the address that the service listens on.
-            names: those of the operator; where there are none, a service that is open to the network answers to any name,
-                and one on a loopback address to IP addresses and `localhost`.
+            names: the names that the operator accepts. If empty, a service that is open to the network answers to any
+                name, and a service on a loopback address to IP addresses and `localhost`.
         """
         self._names = {name.strip().lower().rstrip(".") for name in names}
         self._any = not names and not _is_local(bound)
-        self._known: set[bytes] = set()  # headers that were found right, bounded by what is right
+        self._known: set[bytes] = set()  # cache of accepted headers
 
     def foreign(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-        """What is wrong with the Host of a request; None where it is right."""
+        """Return an error message if the Host header of a request is not accepted, else None."""
         if self._any:
             return None
         host = next((value for name, value in headers if name == b"host"), None)
-        if host is None or host in self._known:  # HTTP/1.0 needs none, and browsers always send one
+        if host is None or host in self._known:  # optional in HTTP/1.0; browsers always send it
             return None
         name = _name(host.decode("latin-1"))
         if name in self._names or name == "localhost" or _is_address(name):
@@ -35,12 +38,12 @@ class Hosts:
             return None
         return (
             f"This service does not answer to the name {name[:80]!r}. Address it as localhost or by its IP address, "
-            "or let the operator add the name to MODEPATH_HOSTS."
+            "or ask the operator to add the name to MODEPATH_HOSTS."
         )
 
 
 def _name(host: str) -> str:
-    """Without the port; an IPv6 address without its brackets."""
+    """Return the host in lower case, without the port; an IPv6 address without its brackets."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].strip().lower().rstrip(".")

@@ -1,4 +1,7 @@
-"""From lists, arrays and encoded images to float32 (batch, C, H, W) in [0, 1]. A bad image is refused here, alone."""
+"""Converts lists, arrays and encoded images to float32 (batch, C, H, W) in [0, 1].
+
+An invalid image is refused here, before its request can share a batch with others.
+"""
 
 from __future__ import annotations
 
@@ -30,21 +33,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may hold once it is decoded."""
+    """Limits on the decoded images of one request."""
 
-    rows: int
-    bytes: int  # of float32 pixels as the members take them
-    pixels: int  # of encoded images, before they are resized
-    hold: Callable[[int], None] = lambda size: (
-        None
-    )  # is called with the bytes of its images before they are made, and may refuse them
+    rows: int  # number of images
+    bytes: int  # size of the float32 pixels that the members take as input
+    pixels: int  # number of pixels of encoded images, before they are resized
+    # Called with the size of the images in bytes before they are allocated; may raise to refuse them.
+    hold: Callable[[int], None] = lambda size: None
 
 
 def from_lists(inputs: list[Any], spec: InputSpec, limits: Limits) -> Images:
-    """Nested lists of numbers.
+    """Convert nested lists of numbers.
 
     Raises:
-        BadRequestError: another shape, something that is no number, or a value outside [0, 1].
+        BadRequestError: wrong shape, a value that is not a number, or a value outside [0, 1].
         TooLargeError: too many images.
     """
     _bound(len(inputs), spec, limits)
@@ -54,24 +56,24 @@ def from_lists(inputs: list[Any], spec: InputSpec, limits: Limits) -> Images:
         raise BadRequestError(
             f"`inputs` is ragged: its lists differ in length. Every image must be {_shape(spec)}."
         ) from None
-    # bool, str, None and mixtures end up as other kinds of array.
+    # bool, str, None and mixtures give arrays of another kind.
     if array.dtype.kind not in "iuf":
         raise BadRequestError(
-            "`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1]."
+            "`inputs` holds a value that is not a number (null, text, true or false); send floats in [0, 1]."
         )
     return _checked("`inputs`", array, spec)
 
 
 def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:
-    """The elements of `inputs` as texts, parsed one by one: Python's lock is free between them.
+    """Parse the JSON text of each element of `inputs`, one by one, so that Python's lock is released between them.
 
     Raises:
-        BadRequestError: none at all, or one that is not an image as from_lists takes them.
+        BadRequestError: no image at all, or an image that from_lists would refuse.
         TooLargeError: too many images.
     """
     _bound(len(rows), spec, limits)
     if not rows:
-        raise BadRequestError(f"`inputs` holds not one image; send lists (batch, {_shape(spec)[1:]}.")
+        raise BadRequestError(f"`inputs` is empty; send at least one image, as lists (batch, {_shape(spec)[1:]}.")
     channels, height, _ = spec.shape
     parsed: list[Images] = []
     for index, row in enumerate(rows):
@@ -85,16 +87,16 @@ def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:
         except (ValueError, OverflowError):  # orjson's own error is a ValueError
             raise BadRequestError(f"{where} is ragged or not JSON; every image must be {_shape(spec)}.") from None
         if image.dtype.kind not in "iuf":
-            raise BadRequestError(f"{where} holds something that is no number (null or text); send floats in [0, 1].")
+            raise BadRequestError(f"{where} holds a value that is not a number (null or text); send floats in [0, 1].")
         parsed.append(_checked(where, image[None], spec))
     return np.concatenate(parsed)
 
 
 def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
-    """An array as numpy.save writes it; nothing is ever unpickled.
+    """Read a file written by numpy.save; pickled objects are refused, never loaded.
 
     Raises:
-        BadRequestError: no such file, pickled objects, another shape or type, or a value outside [0, 1].
+        BadRequestError: not such a file, pickled objects, wrong shape or dtype, or a value outside [0, 1].
         TooLargeError: too many images.
     """
     shape, fortran, dtype, start = _npy_header(body)
@@ -112,7 +114,7 @@ def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """PNG or JPEG files whose headers were read; not a pixel is decoded yet."""
+    """PNG or JPEG files of which only the headers were read; the pixels are not decoded yet."""
 
     images: list[Image.Image]
     where: str
@@ -120,10 +122,10 @@ class Encoded:
     pixels: int
 
     def decode(self) -> Images:
-        """All of them.
+        """Decode all files.
 
         Raises:
-            BadRequestError: one is damaged, or has a size that the ensemble does not take.
+            BadRequestError: a file is damaged, or the image has a size that the ensemble does not accept.
         """
         return np.stack(
             [_named(self.where, i, decoding.to_array, image, self.spec) for i, image in enumerate(self.images)]
@@ -131,10 +133,10 @@ class Encoded:
 
 
 def open_encoded(files: Sequence[bytes], where: str, spec: InputSpec, limits: Limits) -> Encoded:
-    """Read the headers of PNG or JPEG files. `where` names file {} in a refusal.
+    """Read the headers of PNG or JPEG files. In error messages, `where` names a file; {} in it is the file's index.
 
     Raises:
-        BadRequestError: none at all, or a file that is not PNG or JPEG.
+        BadRequestError: no file at all, or a file that is not PNG or JPEG.
         TooLargeError: too many images, or too many pixels.
     """
     _bound(len(files), spec, limits)
@@ -144,7 +146,7 @@ def open_encoded(files: Sequence[bytes], where: str, spec: InputSpec, limits: Li
     pixels = sum(image.width * image.height for image in opened)
     if pixels > limits.pixels:
         raise TooLargeError(
-            f"{pixels} pixels to decode in one request; at most {limits.pixels} are. Send smaller images, or fewer."
+            f"{pixels} pixels to decode in one request; at most {limits.pixels} are allowed. Send smaller or fewer images."
         )
     return Encoded(opened, where, spec, pixels)
 
@@ -159,25 +161,26 @@ def _named(where: str, index: int, step: Callable[P, T], *args: P.args, **kwargs
 def _bound(rows: int, spec: InputSpec, limits: Limits) -> None:
     allowed = min(limits.rows, limits.bytes // (4 * math.prod(spec.shape)))
     if rows > allowed:
-        raise TooLargeError(f"{rows} images in one request; at most {allowed} are taken. Send them in parts.")
+        raise TooLargeError(f"{rows} images in one request; at most {allowed} are allowed. Send them in parts.")
     limits.hold(rows * 4 * math.prod(spec.shape))
 
 
 def _npy_header(body: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    # Two bytes of length in version 1, four in versions 2 and 3, which differ only in the encoding of field names.
+    # The header length takes two bytes in version 1, and four in versions 2 and 3. These two differ only in the
+    # encoding of field names.
     lead = 10 if body[6:7] == b"\x01" else 12
     start = lead + int.from_bytes(body[8:lead], "little")
     try:
         if start > MAX_NPY_HEADER:
             raise ValueError("a header longer than any array needs")
         return *_parse_npy_header(body[:start]), start
-    except Exception as error:  # ValueError by contract, but the header is parsed as Python and may fail in many ways
+    except Exception as error:  # documented: ValueError; but the header is parsed as Python and may fail in many ways
         raise BadRequestError(
-            f"The body is not an array as numpy.save writes it ({str(error)[:100]}); send numpy.save(file, images.astype('float32'))."
+            f"The body is not a file written by numpy.save ({str(error)[:100]}); send numpy.save(file, images.astype('float32'))."
         ) from None
 
 
-@lru_cache(maxsize=256)  # a client's arrays have the same few shapes, and numpy parses their headers as Python
+@lru_cache(maxsize=256)  # numpy parses headers as Python, which is slow, and a client's arrays have few distinct shapes
 def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     stream = io.BytesIO(header)
     version = npy.read_magic(stream)
@@ -204,7 +207,7 @@ def _check_shape(what: str, shape: tuple[int, ...], spec: InputSpec) -> None:
 def _checked(what: str, array: NDArray[Any], spec: InputSpec) -> Images:
     _check_shape(what, array.shape, spec)
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):  # also false for NaN
+    if not (low >= 0 and high <= 1):  # also refuses NaN
         raise BadRequestError(
             f"{what} has values from {low!r} to {high!r}; pixels must lie in [0, 1]. Divide bytes by 255; do not normalise, the ensemble does."
         )

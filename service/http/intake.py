@@ -1,4 +1,4 @@
-"""Reading bodies: each within its limit and at its pace, and all together within what the worker may hold."""
+"""Reads bodies. Each has a size limit and a minimum pace; all together are bounded by what the worker may hold."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ GRACE_SECONDS = 0.25
 GRACES = 8
 ON_TIME_SECONDS = 0.02
 PACE_BYTES = 64 * 1024
-SMALL_BYTES = 2**20  # bodies up to this size find room where larger ones do not:
-RESERVE = 1 / 8  # of the bytes that may be held
+SMALL_BYTES = 2**20  # bodies up to this size may also use the reserve
+RESERVE = 1 / 8  # share of the bytes that may be held
 
 
 class Body:
@@ -28,11 +28,11 @@ class Body:
 
     def __init__(self) -> None:
         self.data: bytes | bytearray = b""
-        self.decoded = 0  # bytes that its images take
+        self.decoded = 0  # size of its decoded images, in bytes
         self._works: list[Future[Any]] = []
 
     def add(self, part: bytes) -> None:
-        """Append a part. Most bodies come in one; of those that come byte by byte no part is kept as an object."""
+        """Append a part. Most bodies arrive as one part; of several parts none is kept as an object of its own."""
         if not self.data:
             self.data = part
         elif isinstance(self.data, bytearray):
@@ -41,55 +41,59 @@ class Body:
             self.data = bytearray(self.data) + part
 
     def used_by(self, work: Future[Any]) -> None:
-        """Count it as held until this work is done, also if its request is over before."""
+        """Count the body as held until this work is done, even if its request ends earlier."""
         self._works.append(work)
 
     def unfinished(self) -> Future[Any] | None:
-        """The work that still uses it. A request does one thing after the other, so there is at most one."""
+        """Return the work that still uses the body, or None. Requests do one step at a time, so at most one exists."""
         return next((work for work in self._works if not work.done()), None)
 
 
 class Intake:
-    """Counts the bytes of all bodies that are being read or worked on, and of the images in them. Lives on one event loop."""
+    """Counts the bytes of all bodies that are being read or processed, and of their decoded images.
+
+    An instance belongs to one event loop.
+    """
 
     def __init__(self, body_bytes: int, held_bytes: int, stall_seconds: float):
         """Set the limits.
 
         Args:
-            body_bytes: one body.
-            held_bytes: all bodies together, and again all decoded images; of bodies, the last eighth is kept for those of at most 1 MiB.
-            stall_seconds: how long a body may take for its beginning, and for every 64 KiB after it.
+            body_bytes: largest size of one body.
+            held_bytes: largest total size of all bodies, and again of all decoded images. The last eighth for bodies is
+                reserved for those of at most 1 MiB.
+            stall_seconds: time that the first 64 KiB of a body, and each further 64 KiB, may take.
         """
         self._body_bytes = body_bytes
         self._held_bytes = held_bytes
         self._stall_seconds = stall_seconds
         self.held = 0
         self.decoded = 0
-        self._lock = threading.Lock()  # of the last: threads decode
+        self._lock = threading.Lock()  # guards `decoded`, which threads change
 
     def decode(self, body: Body, size: int) -> None:
-        """Before its images are decoded, in any thread: count their bytes until the request is over.
+        """Count the bytes of a request's images until the request ends. Called before they are decoded, in any thread.
 
         Raises:
-            QueueFullError: together with those of other requests it is more than may be held.
+            QueueFullError: together with the images of other requests, they exceed the limit.
         """
         with self._lock:
             if self.decoded and self.decoded + size > self._held_bytes:
                 raise QueueFullError(
-                    f"Decoded images of {self.decoded} bytes wait already (MODEPATH_HELD_BYTES: {self._held_bytes}). Try again later, or send fewer at a time."
+                    f"{self.decoded} bytes of decoded images are waiting (MODEPATH_HELD_BYTES: {self._held_bytes}). Try again later, or send fewer images at a time."
                 )
             self.decoded += size
             body.decoded += size
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request) -> AsyncGenerator[Body]:
-        """The body of a request; its bytes count as held until the block ends and no thread uses them.
+        """Read the body of a request. Its bytes count as held until the block ends and no thread uses them.
 
         Raises:
-            TooLargeError: it is larger than a body may be, whatever Content-Length says.
-            BusyError: together with the others it is more than may be held.
-            SlowBodyError: it came too slowly, or stopped.
-            BadRequestError: the client went away in the middle.
+            TooLargeError: the body exceeds its limit, by its Content-Length or by the bytes received.
+            BusyError: together with the other bodies it exceeds the limit on held bytes.
+            SlowBodyError: it arrived too slowly, or stopped.
+            BadRequestError: the client disconnected before the end.
         """
         body = Body()
         try:
@@ -108,13 +112,14 @@ class Intake:
             self.decoded -= body.decoded
 
     def _release_later(self, loop: asyncio.AbstractEventLoop, body: Body) -> None:
-        with contextlib.suppress(RuntimeError):  # the service is going down, and its loop is closed
+        with contextlib.suppress(RuntimeError):  # the service is shutting down, and its loop is closed
             loop.call_soon_threadsafe(self._release, body)
 
     async def _read(self, request: Request, body: Body) -> None:
         more = True
         try:
-            # Announced too large: told at once. Content-Length may also be missing or lie, so bytes are counted as they come.
+            # A Content-Length over the limit is refused at once. It may also be missing or wrong, so bytes are counted
+            # as they arrive.
             announced = request.headers.get("content-length", "")
             if announced.isdecimal() and int(announced[:20]) > self._body_bytes:
                 raise TooLargeError(self._too_large())
@@ -133,7 +138,8 @@ class Intake:
                     raise TooLargeError(self._too_large())
                 if self.held > self._held_bytes * (1 if size <= SMALL_BYTES else 1 - RESERVE):
                     raise BusyError("The service holds as many bytes of requests as it may. Try again in a second.")
-                # A byte now and then is no progress, and what came fast before is none either: held bytes would never be given back.
+                # Only another 64 KiB extends the deadline. A client that sends single bytes, even after a fast start,
+                # would otherwise hold memory for ever.
                 if size - paced >= PACE_BYTES:
                     paced, deadline = size, loop.time() + self._stall_seconds
         except TimeoutError:
@@ -141,7 +147,7 @@ class Intake:
                 f"The body came too slowly: {PACE_BYTES} bytes may take {self._stall_seconds:g} s. Is Content-Length larger than what was sent?"
             ) from None
         except (TooLargeError, BusyError):
-            # A client that waits to be asked for its body has sent nothing yet.
+            # A client that sent `Expect: 100-continue` has not sent its body yet, so there is nothing to drain.
             if more and "expect" not in request.headers:
                 await drain(request.receive)
             raise
@@ -151,7 +157,10 @@ class Intake:
 
 
 async def _receive(request: Request, deadline: float) -> Message:
-    """The next message. It is late only if the loop was on time to see that: another request's parsing may hold it up."""
+    """Return the next message, or raise TimeoutError after the deadline.
+
+    If the event loop itself was late, for example because another request was being parsed, the client gets more time.
+    """
     loop = asyncio.get_running_loop()
     graces = GRACES
     while True:
@@ -166,7 +175,10 @@ async def _receive(request: Request, deadline: float) -> Message:
 
 
 async def drain(receive: Receive) -> None:
-    """Read on for a moment: a client that is still sending may not look at the answer, and closing under it would throw the answer away."""
+    """Keep reading for up to DRAIN_SECONDS after a refusal.
+
+    A client that is still sending may not read the answer yet, and closing the connection would discard the answer.
+    """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
             more = True

@@ -1,8 +1,8 @@
 """Large JSON bodies: bounded before they are parsed, and parsed one image at a time.
 
-A parser holds Python's lock until it is done, and makes an object of every number and every list. So a large body is first
-measured by its brackets, quotes and commas, `inputs` is cut out of it as bytes, and each image becomes an array by itself:
-requests on other connections wait for one image at most.
+A parser holds Python's lock until it is done, and creates an object for every number and every list. So the brackets,
+quotes and commas of a large body are counted first. Then `inputs` is cut out as bytes, and each image is parsed
+separately: requests on other connections wait for at most one image.
 """
 
 from __future__ import annotations
@@ -16,33 +16,35 @@ import numpy as np
 from service.http.errors import BadRequestError, TooLargeError
 
 LARGE_BYTES = 64 * 1024  # smaller bodies are parsed at once
-_FIELDS = 32  # brackets, names, texts and commas that the other fields of a request may need, generously
+_FIELDS = 32  # generous bound on the brackets, names, strings and commas of the other fields of a request
 _INPUTS = re.compile(rb'"inputs"\s*:\s*\[')
 Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The text of one element of `inputs`."""
+    """One element of `inputs` as JSON text."""
 
     text: bytes
-    lists: int  # how many lists it is made of, itself among them
+    lists: int  # number of lists in it, the outermost included
 
 
 def cut(body: bytes, shapes: Sequence[Shape], max_rows: int) -> tuple[bytes, list[Row] | None]:
-    """Take the elements of `inputs` out of a body.
+    """Cut the elements of `inputs` out of a body.
 
     Args:
-        body: the whole of it.
-        shapes: (C, H, W) of everything that is served; a body that fits none of them is refused unparsed.
-        max_rows: images in one request.
+        body: the complete body.
+        shapes: the input shapes (C, H, W) of all ensembles that are served. A body with more lists than any of them
+            allows is refused unparsed.
+        max_rows: largest number of images in one request.
 
     Returns:
-        The body with an empty list for `inputs`, and the elements; or the body as it is and None where it has no `inputs`.
+        The body with an empty list for `inputs`, and the elements. If the body has no `inputs`: the unchanged body and
+        None.
 
     Raises:
-        BadRequestError: it cannot be a request.
-        TooLargeError: more images than a request may have.
+        BadRequestError: the body cannot be a valid request.
+        TooLargeError: more than `max_rows` images.
     """
     if max(body.count(b"["), body.count(b"]")) > _most_lists(len(body), shapes, max_rows) + _FIELDS:
         raise BadRequestError(
@@ -50,7 +52,7 @@ def cut(body: bytes, shapes: Sequence[Shape], max_rows: int) -> tuple[bytes, lis
         )
     if body.count(b'"') > 2 * (max_rows + _FIELDS):
         raise BadRequestError(
-            f"The body has more texts than {max_rows} encoded images and the other fields of a request need."
+            f"The body has more strings than {max_rows} encoded images and the other fields of a request need."
         )
     found = _INPUTS.search(body)
     if found is None:
@@ -71,7 +73,7 @@ def cut(body: bytes, shapes: Sequence[Shape], max_rows: int) -> tuple[bytes, lis
 
 
 def _most_lists(size: int, shapes: Sequence[Shape], max_rows: int) -> int:
-    # A number takes two bytes at least, with its comma.
+    # A number takes at least two bytes, its comma included.
     return 1 + max((min(max_rows, 1 + size // (2 * c * h * w)) * (1 + c + c * h) for c, h, w in shapes), default=0)
 
 
@@ -86,10 +88,10 @@ def _rows(inputs: bytes, at: np.ndarray, depth: np.ndarray, max_rows: int) -> li
     opening = np.diff(depth, prepend=0) > 0
     starts, ends = np.flatnonzero(opening & (depth == 2)), np.flatnonzero(~opening & (depth == 1))
     if len(starts) > max_rows:
-        raise TooLargeError(f"{len(starts)} images in one request; at most {max_rows} are taken. Send them in parts.")
+        raise TooLargeError(f"{len(starts)} images in one request; at most {max_rows} are allowed. Send them in parts.")
     if b'"' in inputs or b"true" in inputs or b"false" in inputs:
         raise BadRequestError(
-            "`inputs` holds something that is no number (null, text, true or false); send floats in [0, 1]."
+            "`inputs` holds a value that is not a number (null, text, true or false); send floats in [0, 1]."
         )
     rows: list[Row] = []
     before = 1
@@ -97,7 +99,7 @@ def _rows(inputs: bytes, at: np.ndarray, depth: np.ndarray, max_rows: int) -> li
         begin, end = int(at[first]), int(at[last]) + 1
         if inputs[before:begin].strip() != (b"," if rows else b""):
             raise BadRequestError(
-                "`inputs` is not a list of images: between two of them stands something else than a comma."
+                "`inputs` is not a list of images: two of its elements are not separated by exactly one comma."
             )
         rows.append(Row(inputs[begin:end], (last - first + 1) // 2))
         before = end

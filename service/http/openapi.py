@@ -1,4 +1,4 @@
-"""GET /docs.json: every route, from the schemas that parse and answer, with the image shapes of what is served now."""
+"""GET /docs.json: every route, generated from the request and response schemas, with the image shapes served now."""
 
 from __future__ import annotations
 
@@ -20,37 +20,40 @@ _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
     (ErrorBody, "serialization"), (Status, "serialization"),
 )  # fmt: skip
 REFUSALS = {
-    400: "malformed or invalid",
-    403: "not open here, by the operator's policy",
-    404: "no such ensemble or address",
-    408: "the body stopped coming",
-    413: "too large",
-    415: "a media type that is not read here",
-    421: "addressed by a name that is not this service's",
-    429: "too much waits already",
-    431: "the request's head is too large",
+    400: "malformed or invalid input",
+    403: "not allowed by the operator's policy",
+    404: "unknown ensemble or path",
+    408: "the body arrived too slowly",
+    413: "the body, the batch or the answer is too large",
+    415: "the media type is not supported",
+    421: "the Host header names another host",
+    429: "too much work is waiting",
+    431: "the head of the request is too large",
     500: "the ensemble or the service is broken",
-    501: "a transfer coding that is not read here",
+    501: "the transfer coding is not supported",
     503: "not ready, or too busy",
     504: "not answered in time",
 }
 
 
 def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *, has_metrics: bool) -> dict[str, Any]:
-    """OpenAPI 3.1. `served` are the ensembles' manifests, `modes` those that some of them open."""
+    """Return the OpenAPI 3.1 document.
+
+    `served` are the manifests of the served ensembles, `modes` the modes that at least one of them opens.
+    """
     schemas = dict(_schemas())
     for name in ("Options", "PredictRequest"):
         schemas[name] = _with_modes(schemas[name], modes)
     schemas["PredictRequest"] = _either(schemas["PredictRequest"], served, max_rows)
     predict = {
         "summary": "Classify images",
-        "description": "JSON has all fields in the body. For an array or one encoded image they are query parameters, "
-        "which a JSON request does not take.",
+        "description": "A JSON body holds all fields. With an array or one encoded image, the other fields are query parameters; "
+        "with a JSON body, query parameters are refused.",
         "requestBody": {
             "required": True,
             "content": {
                 JSON: {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
-                NPY: {"schema": _binary("an array (batch, C, H, W) as numpy.save writes it")},
+                NPY: {"schema": _binary("an array (batch, C, H, W) written by numpy.save")},
                 **{media_type: {"schema": _binary("the bytes of one image file")} for media_type in ENCODED},
             },
         },
@@ -65,16 +68,16 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
         "/predict": {"post": predict},
         "/ensembles": {"get": _get("The ensembles that are served", "EnsembleList")},
         "/ensembles/{name}": {"get": {**_get("One ensemble", "EnsembleInfo", 404, 503), "parameters": [name]}},
-        "/livez": {"get": _get("Does the process answer", "Status")},
-        "/readyz": {"get": _get("Would a request be answered", "Status", 503)},
+        "/livez": {"get": _get("Whether the process answers", "Status")},
+        "/readyz": {"get": _get("Whether a request would be answered", "Status", 503)},
         "/docs.json": {"get": _get("This document", None)},
     }
     if has_metrics:
         text = {"text/plain": {"schema": {"type": "string"}}}
         paths["/metrics"] = {
             "get": {
-                "summary": "For Prometheus",
-                "responses": {"200": {"description": "all workers' numbers", "content": text}},
+                "summary": "Metrics for Prometheus",
+                "responses": {"200": {"description": "the metrics of all workers", "content": text}},
             }
         }
     return {
@@ -82,7 +85,7 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
         "info": {
             "title": "modepath",
             "version": "1",
-            "description": "Averaged predictions of an ensemble, and how uncertain they are.",
+            "description": "Averaged predictions of an ensemble, with their uncertainty.",
         },
         "paths": paths,
         "components": {"schemas": schemas},
@@ -103,7 +106,7 @@ def _with_modes(schema: dict[str, Any], modes: Sequence[Mode]) -> dict[str, Any]
 
 
 def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -> dict[str, Any]:
-    # A nullable field would say that null is as good as an array.
+    # The generated schema of a nullable field would present null as a valid choice.
     properties = dict(schema["properties"])
     shapes = list(dict.fromkeys(manifest.input.shape for manifest in served)) or [None]
     batches = [_batch(shape, max_rows) for shape in shapes]
@@ -148,7 +151,7 @@ def _get(summary: str, schema: str | None, *refusals: int) -> dict[str, Any]:
 def _answers(schema: str | None, *refusals: int) -> dict[str, Any]:
     answers = {"200": {"description": "the answer", "content": _content(schema)}}
     for status in refusals:
-        headers = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+        headers = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds to wait before a retry"}}
         answers[str(status)] = {
             "description": REFUSALS[status],
             "content": _content("ErrorBody"),

@@ -1,4 +1,4 @@
-"""What goes in and what comes out, field by field. A new response field is added here and nowhere else."""
+"""The fields of requests and responses. A new response field is added only here."""
 
 from __future__ import annotations
 
@@ -18,38 +18,43 @@ log = logging.getLogger("bentoml.modepath")
 
 
 class Options(BaseModel):
-    """What every request may say: fields of a JSON body, query parameters with an array or an image."""
+    """Options of every request: fields of a JSON body, or query parameters with an array or an image."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     ensemble: str | None = Field(
-        default=None, max_length=64, description="which ensemble answers (default: the service's)"
+        default=None,
+        max_length=64,
+        description="name of the ensemble that answers (default: the default ensemble of the service)",
     )
     mode: Mode | None = Field(
         default=None,
-        description="average: all members together; random: a network of its own for each image; keyed: the same, but the same "
-        "image gets the same network for a while (default: the first one that is open)",
+        description="how the ensemble answers. average: all members together; random: one randomly drawn network for each image; keyed: like "
+        "random, but the same image gets the same network until the key changes (default: the first mode that the policy opens)",
     )
-    members: bool = Field(default=False, description="also give each member's probabilities")
+    members: bool = Field(default=False, description="also return each member's probabilities")
 
 
 class PredictRequest(Options):
     """The JSON body of POST /predict: either `inputs` or `images`."""
 
-    # Checked by images.py: pydantic would walk every pixel.
-    inputs: list[Any] | None = Field(default=None, description="(batch, C, H, W), floats in [0, 1]")
+    # images.py checks the pixels: pydantic would visit each of them in Python.
+    inputs: list[Any] | None = Field(default=None, description="images (batch, C, H, W) of floats in [0, 1]")
     images: list[str] | None = Field(default=None, fail_fast=True, description="PNG or JPEG files in base64")
 
 
-# The answer is made of plain dictionaries: it is written for every row of every request, and nobody parses it here.
+# Answers are plain dictionaries: they are written for every row of every request and never parsed here, so models
+# would only cost time.
 class Uncertainty(TypedDict):
     """Entropies in nats; see models_store/uncertainty.py."""
 
-    predictive_entropy: Annotated[float, Field(description="entropy of the averaged distribution: all uncertainty")]
+    predictive_entropy: Annotated[float, Field(description="entropy of the averaged distribution: total uncertainty")]
     expected_entropy: Annotated[
-        float, Field(description="mean of the members' entropies: what each is unsure of by itself")
+        float, Field(description="mean entropy of the members: the uncertainty of each member alone")
     ]
-    mutual_information: Annotated[float, Field(description="their difference: what the members disagree on")]
+    mutual_information: Annotated[
+        float, Field(description="predictive minus expected entropy: what the members disagree on")
+    ]
     disagreement: Annotated[float, Field(description="share of members whose top class is not the ensemble's")]
 
 
@@ -59,10 +64,16 @@ class RowPrediction(TypedDict):
     label: int
     class_name: str
     confidence: NotRequired[float]
-    probs: NotRequired[Annotated[list[float], Field(description="rounded, or left out, as the operator has it")]]
-    uncertainty: NotRequired[Annotated[Uncertainty, Field(description="only in `average`")]]
-    point: NotRequired[Annotated[int, Field(description="which network answered; only where the operator shows it")]]
-    members: NotRequired[Annotated[list[list[float]], Field(description="only when asked: (members, classes)")]]
+    probs: NotRequired[
+        Annotated[list[float], Field(description="probabilities (classes); the policy may round or omit them")]
+    ]
+    uncertainty: NotRequired[Annotated[Uncertainty, Field(description="uncertainty measures; only in `average`")]]
+    point: NotRequired[Annotated[int, Field(description="which network answered; only if the policy shows it")]]
+    members: NotRequired[
+        Annotated[
+            list[list[float]], Field(description="each member's probabilities (members, classes); only if requested")
+        ]
+    ]
 
 
 class PredictResponse(TypedDict):
@@ -71,30 +82,36 @@ class PredictResponse(TypedDict):
     ensemble: str
     version: int
     mode: Mode
-    members_used: NotRequired[Annotated[int, Field(description="only in `average`")]]
+    members_used: NotRequired[Annotated[int, Field(description="number of members that answered; only in `average`")]]
     request_id: str
     predictions: list[RowPrediction]
 
 
 class PoolInfo(BaseModel):
-    """Single networks that are ready to answer, in each worker."""
+    """The single networks that each worker holds ready to run."""
 
     mebibytes: int = Field(
-        description="of memory, about; where the ensemble is defended, what they may take at most, because what they take tells how many there are"
+        description="memory that the networks take, approximately, in MiB; of a defended ensemble the limit instead, because the actual size "
+        "would reveal the number of networks"
     )
     networks: int | None = Field(
-        description="null where the ensemble is defended: how many there are helps an attacker"
+        description="number of networks that are ready; null for a defended ensemble, because the number helps an attacker"
     )
-    of: int | None = Field(description="that the ensemble has; those that are not ready take turns")
+    of: int | None = Field(
+        description="number of networks of the ensemble; those that are not ready replace others in turn; null for a defended ensemble"
+    )
 
 
 class EnsembleInfo(BaseModel):
-    """What a client may know of an ensemble: a whitelist. With seeds, commits or fingerprints training could be repeated."""
+    """What a client may know about an ensemble: a whitelist.
+
+    Seeds, commits and fingerprints are left out, because training could be repeated with them.
+    """
 
     name: str
     version: int
     method: str
-    members: int | None = Field(description="null where the ensemble is defended")
+    members: int | None = Field(description="number of members; null for a defended ensemble")
     input_shape: tuple[int, int, int]
     resize: str
     classes: list[str]
@@ -112,13 +129,13 @@ class EnsembleList(BaseModel):
 
 
 class Status(BaseModel):
-    """The answer of the probes."""
+    """The answer to GET /livez and GET /readyz."""
 
     status: str
 
 
 class ErrorBody(BaseModel):
-    """Every refusal."""
+    """The body of every refusal."""
 
     error: str = Field(description="what was wrong, the likely cause, and what to do")
 
@@ -133,7 +150,10 @@ def respond(
     members: bool,
     points: Sequence[int] = (),
 ) -> PredictResponse:
-    """Put arrays into the response: what the policy shows of them. `points` are the networks of the rows, where each has its own."""
+    """Build the response from the parts of an answer that the policy shows.
+
+    `points` are the numbers of the networks that answered, one per row, in modes where a network is drawn for each row.
+    """
     rows = _rows(manifest.classes, answer, policy.digits(mode))
     if mode != "average":
         if policy.point:
@@ -181,18 +201,19 @@ def _rows(classes: list[str], answer: Answer, digits: Literal["exact", "none"] |
 
 
 def padded(reply: bytes, manifest: Manifest, policy: Policy, mode: Mode, rows: int) -> bytes:
-    """The answer followed by blanks, so that its length does not depend on what is in it.
+    """Pad a reply with blanks, so that its length does not depend on its content.
 
-    The length is an upper bound of what respond can write; a longer answer is filled up to whole kilobytes, and logged.
+    The length is an upper bound of what `respond` can write. A longer reply is padded to whole KiB and logged as an
+    error.
     """
     digits = policy.digits(mode)
-    number = {"none": 0, "exact": 25}.get(str(digits)) if isinstance(digits, str) else digits + 4  # with its comma
+    number = {"none": 0, "exact": 25}.get(str(digits)) if isinstance(digits, str) else digits + 4  # the comma included
     name = max(len(orjson.dumps(one)) for one in manifest.classes)
     row = 100 + name + (len(manifest.classes) + 1) * (number or 0)
     length = 200 + len(manifest.name) + rows * row
     if len(reply) > length:
         log.error(
-            "An answer of %s has %d bytes where at most %d were expected: its length may tell what is in it. Report this, please.",
+            "An answer of %s has %d bytes where at most %d were expected: its length may reveal its content. Please report this.",
             manifest.name, len(reply), length,
         )  # fmt: skip
         length = -(-len(reply) // 1024) * 1024
@@ -202,7 +223,7 @@ def padded(reply: bytes, manifest: Manifest, policy: Policy, mode: Mode, rows: i
 def describe(
     manifest: Manifest, providers: list[str], policy: Policy, pool: PoolInfo | None, *, is_default: bool
 ) -> EnsembleInfo:
-    """What `/ensembles` shows."""
+    """Return the description of an ensemble that `/ensembles` shows."""
     return EnsembleInfo(
         name=manifest.name,
         version=manifest.version,

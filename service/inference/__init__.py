@@ -1,1 +1,1 @@
-"""Ensembles that answer: opening, following activations, batching, modes and policies."""
+"""Running ensembles: opening them, following activations, batching, modes and policies."""

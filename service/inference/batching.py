@@ -1,9 +1,9 @@
-"""Rows of many requests run together, fairly, and only as many wait as can be answered in time.
+"""Rows of many requests run together in batches, fairly, and only as many may wait as can be answered in time.
 
-Nobody waits for a batch to fill: a batch is half of the rows that are there, so that while one half runs, the answers
-to the other are written and its next questions read. The tasks of a batch are spread over the worker's threads, and a
-thread that finds none left begins with the next batch: no core waits for another. Requests take turns: a large one runs
-in pieces, and small ones pass between them. How many rows a batch may have follows from how long a row takes.
+No request waits for a batch to fill. A batch takes half of the waiting rows: while one half runs, the answers to the
+other half are written, and the next requests are read. The tasks of a batch are spread over the worker's threads. A
+thread that finds no task left starts the next batch, so no core waits for another. Requests take turns: a large request
+runs in pieces, and small ones pass between them. The number of rows of a batch follows from the measured time per row.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from service.http.errors import BrokenEnsembleError, QueueFullError, QueueTimeEr
 from service.inference.session import Rows, Session
 
 log = logging.getLogger("bentoml.modepath")
-SMOOTHING = 0.2  # weight of the newest batch in the mean time of a row
+SMOOTHING = 0.2  # weight of the newest batch in the moving average of the time per row
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Bounds of one worker's queue and of its batches."""
+    """Limits of one worker's queue and of its batches."""
 
-    batch_rows: int
-    batch_seconds: float
-    rows: int
-    seconds: float
+    batch_rows: int  # rows that run together
+    batch_seconds: float  # time that a batch should take
+    rows: int  # rows that may wait
+    seconds: float  # time that a request may wait
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came out for one request, and where its time went."""
+    """The result for one request, and how its time was spent."""
 
     member_probs: Floats
     prediction: Prediction
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One request: its rows, how many of them are in a batch already, and what has come out."""
+    """One request: its rows, how many of them are in batches already, and the results so far."""
 
     session: Session
     rows: Rows
@@ -60,16 +60,16 @@ class _Job:
     taken: int = 0
     answered: int = 0
     left: bool = False
-    turn_seconds: float = 0.0  # that its next piece will take
-    parts: dict[int, tuple[Floats, Prediction]] = field(default_factory=lambda: {})  # by first row
+    turn_seconds: float = 0.0  # estimated time of its next piece
+    parts: dict[int, tuple[Floats, Prediction]] = field(default_factory=lambda: {})  # results, by first row
 
     def tell(self, outcome: Answer | ServiceError) -> None:
-        """Give the waiting request its outcome, from any thread."""
-        with contextlib.suppress(RuntimeError):  # the service is going down, and its loop is closed
+        """Deliver the outcome to the waiting request; may be called from any thread."""
+        with contextlib.suppress(RuntimeError):  # the service is shutting down, and its loop is closed
             self.future.get_loop().call_soon_threadsafe(self._set, outcome)
 
     def _set(self, outcome: Answer | ServiceError) -> None:
-        if self.future.done():  # its client gave up
+        if self.future.done():  # the request was cancelled
             return
         if isinstance(outcome, Answer):
             self.future.set_result(outcome)
@@ -79,7 +79,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Some rows of a request."""
+    """A range of rows of one request."""
 
     job: _Job
     start: int
@@ -92,19 +92,19 @@ class _Piece:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Pieces of one ensemble that run together, and how far its tasks are."""
+    """Pieces for one session that run together, and the progress of their tasks."""
 
     session: Session
     pieces: list[_Piece]
-    results: list[NDArray[np.float32] | None]  # of each task
+    results: list[NDArray[np.float32] | None]  # one per task
     joined: Rows | None = None
-    begun: int = 0
-    ended: int = 0
-    seconds: float = 0.0  # of all tasks
+    begun: int = 0  # tasks started
+    ended: int = 0  # tasks finished
+    seconds: float = 0.0  # total time of all tasks
     error: Exception | None = None
 
     def rows(self) -> Rows:
-        """All of them. Not joined before a thread needs them, so that nobody waits for that with the queue locked."""
+        """Return all rows. They are joined only when a thread needs them, because then the queue is not locked."""
         if self.joined is None:
             self.joined = Rows.joined([piece.rows for piece in self.pieces])
         return self.joined
@@ -114,30 +114,30 @@ class _Batch:
 
 
 class Batcher:
-    """The queue of one worker and the threads that empty it."""
+    """The queue of one worker, and the threads that process it."""
 
     def __init__(self, limits: QueueLimits, threads: int):
         self._limits = limits
         self._threads = threads
-        # Guards all that follows.
+        # Guards the fields below.
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
-        self._open: _Batch | None = None  # has tasks that nobody has begun
-        self._rows = 0  # of all requests that are not answered yet
-        self._seconds = 0.0  # until a newcomer's turn
+        self._open: _Batch | None = None  # batch that still has tasks to start
+        self._rows = 0  # rows of all requests that are not answered yet
+        self._seconds = 0.0  # estimated time that a new request would wait
         self._row_seconds: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         self._closed = False
-        self._since: dict[int, float] = {}  # of each thread that works: when it began with what it does
+        self._since: dict[int, float] = {}  # start of the current task, by thread
         for number in range(threads):
             threading.Thread(target=self._work, name=f"batches-{number}", daemon=True).start()
 
     async def run(self, session: Session, rows: Rows) -> Answer:
-        """Wait for the rows' turn and for their answers.
+        """Queue the rows of a request and return its answer.
 
         Raises:
-            QueueFullError: more rows wait than the limits allow, or than can be answered in time.
-            QueueTimeError: its turn did not come in time.
-            BrokenEnsembleError: a member failed or gave NaN.
+            QueueFullError: more rows are waiting than the limits allow, or than can be answered in time.
+            QueueTimeError: the request's turn did not come in time.
+            BrokenEnsembleError: a member failed or returned NaN.
         """
         job = _Job(session, rows, asyncio.get_running_loop().create_future())
         with self._changed:
@@ -146,13 +146,13 @@ class Batcher:
             self._changed.notify_all()
         try:
             return await job.future
-        except asyncio.CancelledError:  # its client left, or its time is over
+        except asyncio.CancelledError:  # the client disconnected, or the request timed out
             self._withdraw(job)
             raise
 
     def warm(self, session: Session, row: Rows) -> None:
-        """Run one row and the largest batch, so that no client waits for allocations; learn how long a row takes."""
-        self._run_alone(session, row)  # loads libraries, chooses algorithms: no measure of anything
+        """Run one row and the largest batch, so that no client waits for allocations, and measure the time per row."""
+        self._run_alone(session, row)  # not measured: the first run loads libraries and selects algorithms
         spent = self._run_alone(session, row)
         with self._changed:
             self._learn(session, spent)
@@ -167,32 +167,32 @@ class Batcher:
         return (time.perf_counter() - began) / min(self._threads, tasks) / len(rows)
 
     def longest_seconds(self) -> float:
-        """For how long the thread that has worked longest on one task of a batch has done so."""
+        """Return the time in seconds that the longest-running current task has taken so far."""
         return time.monotonic() - min(list(self._since.values()), default=time.monotonic())
 
     def close(self) -> None:
-        """Let the threads end after what they are doing."""
+        """Let the threads end after their current tasks."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def refuse_if_full(self) -> None:
-        """Before a request costs any work: would it wait for too long?
+        """Refuse a request that would wait too long, before any work is spent on it.
 
         Raises:
-            QueueFullError: it would.
+            QueueFullError: it would wait longer than the limit.
         """
         if self._seconds > self._limits.seconds:
             raise self._full()
 
     def _admit(self, job: _Job) -> None:
-        # Whoever finds nobody waiting is taken, whatever its size: its own limits were checked when it was decoded.
+        # If no other request waits, a request of any size is accepted: its own limits were checked when it was decoded.
         if self._rows and (self._rows + len(job.rows) > self._limits.rows or self._seconds > self._limits.seconds):
             raise self._full()
         self._rows += len(job.rows)
 
     def _withdraw(self, job: _Job) -> None:
-        """Rows that have not begun never will; those that run are thrown away."""
+        """Remove a request: its waiting rows will not run, and the results of its running rows are discarded."""
         with self._changed:
             self._leave(job)
             if job in self._waiting:
@@ -200,7 +200,7 @@ class Batcher:
                 self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
 
     def _queue(self, job: _Job, *, first: bool = False) -> None:
-        # Everybody gets a piece in turn, so a newcomer waits for one piece of each of those in front.
+        # Requests run one piece each in turn, so a new request waits for one piece of each request before it.
         rows = min(len(job.rows) - job.taken, self._batch_rows(job.session))
         job.turn_seconds = rows * self._row_seconds.get(job.session, 0.0)
         self._seconds += job.turn_seconds
@@ -213,7 +213,7 @@ class Batcher:
 
     def _full(self) -> QueueFullError:
         error = QueueFullError(
-            f"{self._rows} images wait, the next for about {self._seconds:.1f} s; no more are taken. Try again later, or send fewer at a time."
+            f"{self._rows} images are waiting, and a new request would wait for about {self._seconds:.1f} s. Try again later, or send fewer images at a time."
         )
         error.retry_after = max(1, round(self._seconds))
         return error
@@ -225,8 +225,8 @@ class Batcher:
                     return
                 self._since[threading.get_ident()] = time.monotonic()
                 self._run(*task)
-                del task  # or a thread that waits would keep the last ensemble in memory
-            except Exception:  # a thread that is gone would never come back
+                del task  # otherwise an idle thread would keep the last ensemble in memory
+            except Exception:  # an ended thread would not be replaced
                 log.exception("a batch was lost")
             finally:
                 self._since.pop(threading.get_ident(), None)
@@ -245,7 +245,7 @@ class Batcher:
             self._finish(batch)
 
     def _next(self) -> tuple[_Batch, int] | None:
-        """A task of a batch that nobody has begun."""
+        """Wait for a task that no thread has started, and return its batch and number; None after `close`."""
         with self._changed:
             while not self._closed:
                 if self._open is None:
@@ -260,7 +260,11 @@ class Batcher:
             return None
 
     def _take(self) -> _Batch | None:
-        """The next batch, of one ensemble: those in front first, each as many rows as there is room."""
+        """Build the next batch, or return None if no request waits.
+
+        All its pieces are for the session of the first waiting request. In the order of the queue, each request
+        contributes as many rows as still fit.
+        """
         now = time.perf_counter()
         pieces: list[_Piece] = []
         passed: list[_Job] = []
@@ -268,7 +272,7 @@ class Batcher:
         room = 0
         while self._waiting and (not pieces or room):
             job = self._unqueue()
-            if job.future.done():  # its client gave up
+            if job.future.done():  # the request was cancelled
                 self._leave(job)
                 continue
             if not job.taken and now - job.arrived > self._limits.seconds:
@@ -315,7 +319,7 @@ class Batcher:
             if len(batch.pieces) == 1:
                 self._fail(batch.pieces[0].job, error)
                 return
-            for piece in batch.pieces:  # one of them must not cost the others their answers
+            for piece in batch.pieces:  # run separately, so that one request cannot fail the others
                 try:
                     rows = piece.rows
                     results = [batch.session.run(task, rows) for task in range(batch.session.tasks(len(rows)))]
@@ -343,7 +347,11 @@ class Batcher:
     def _fail(self, job: _Job, error: Exception) -> None:
         log.error("a member failed", exc_info=error)
         self._withdraw(job)
-        job.tell(BrokenEnsembleError(f"A member failed on these images: {type(error).__name__}. The log says more."))
+        job.tell(
+            BrokenEnsembleError(
+                f"A member failed on these images: {type(error).__name__}. The service's log has the details."
+            )
+        )
 
     def _learn(self, session: Session, row_seconds: float) -> None:
         known = self._row_seconds.get(session, row_seconds)

@@ -1,8 +1,9 @@
-"""Which network answers a query, where each query gets one of its own.
+"""Draws the network that answers each row in the modes `random` and `keyed`.
 
-`random`: from the operating system's entropy, so that no seed, log or restart tells or repeats it, and processes that were forked
-draw apart. `keyed`: a keyed hash of what was asked, so that the same pixels get the same answer until the key turns. One level of one pixel
-is another question: near-duplicates of an image draw other networks, and their answers can be averaged like those of `random`.
+`random` uses the operating system's entropy: no seed or log reveals a draw, no restart repeats one, and forked
+processes draw independently. `keyed` uses a keyed hash of the query: the same pixels get the same answer until the key
+changes. A difference of one level in one pixel makes another query. So near-duplicates of an image draw other networks,
+and a client can average their answers, as it can in `random`.
 """
 
 from __future__ import annotations
@@ -20,36 +21,39 @@ from numpy.typing import NDArray
 
 from service.http.images import Images
 
-Choice = NDArray[np.int64]  # (batch,): an index of a network for each row
-LEVELS = 255  # pixels are rounded to 8 bits before they are hashed, so that invisible changes select no other network
+Choice = NDArray[np.int64]  # (batch,): the index of the network for each row
+LEVELS = 255  # pixels are rounded to 8 bits before hashing, so that invisible changes do not select another network
 
 
 class Draw(Protocol):
     """Chooses a network for each row of a request."""
 
     def __call__(self, images: Images, count: int, asked: bytes) -> Choice:
-        """(batch,) indices in [0, count). `asked` names what is asked in addition to the images, and who asks."""
+        """Return (batch,) indices in [0, count). `asked` identifies the ensemble version and the caller."""
         ...
 
 
 def at_random(images: Images, count: int, asked: bytes) -> Choice:
-    """See Draw."""
+    """Draw independently for each row; see Draw."""
     return np.array([secrets.randbelow(count) for _ in images], np.int64)
 
 
 def quantised(image: Images) -> NDArray[np.uint8]:
-    """An image in [0, 1] in the levels of an 8-bit file."""
+    """Round an image in [0, 1] to the levels of an 8-bit file, 0 to 255."""
     return np.rint(image * LEVELS).astype(np.uint8)
 
 
 class Keyed:
-    """Draws by a hash under a key that turns after some time, or after so many rows."""
+    """Draws by a keyed hash. The key changes after `seconds`, and also after `rows` rows if that is set."""
 
     def __init__(self, secret: bytes, seconds: float, rows: int | None, now: Callable[[], float] = time.time):
-        """Processes with one secret draw alike, as long as they turn by time alone: each counts its own rows, and begins elsewhere."""
-        if rows:  # or a restart would begin to count anew, and repeat the keys of before
+        """Processes with the same `secret` draw alike only if `rows` is None.
+
+        Otherwise each process counts its own rows, and starts from a key of its own.
+        """
+        if rows:  # otherwise a restart would reset the count and reuse earlier keys
             secret += secrets.token_bytes(16)
-        self._secret = hashlib.blake2b(secret).digest()  # of the length that BLAKE2b takes as a key
+        self._secret = hashlib.blake2b(secret).digest()  # gives the length that BLAKE2b accepts as a key
         self._seconds, self._rows, self._now = seconds, rows, now
         self._lock = threading.Lock()
         self._answered = 0
@@ -61,13 +65,16 @@ class Keyed:
         return np.array([self._index(key, asked, quantised(image), count) for image in images], np.int64)
 
     def order(self, count: int) -> list[int]:
-        """The numbers 0 … count − 1 in an order of this key's: for pools that hold some networks only, and must be alike."""
+        """Return the numbers 0 … count − 1 in an order that depends only on the secret.
+
+        With it, pools that hold only some of the networks hold the same ones in every worker.
+        """
         seed = hashlib.blake2b(b"order", key=self._secret).digest()
         return random.Random(seed).sample(range(count), count)
 
     def _key(self, rows: int) -> bytes:
         with self._lock:
-            # The latest seen: with a clock that is set back, an earlier key would answer its questions a second time.
+            # Never an earlier turn: after the clock was set back, an earlier key would be used a second time.
             self._turn = turn = max(self._turn, int(self._now() // self._seconds))
             counted = self._answered // self._rows if self._rows else 0
             self._answered += rows
@@ -76,5 +83,5 @@ class Keyed:
     @staticmethod
     def _index(key: bytes, asked: bytes, pixels: NDArray[np.uint8], count: int) -> int:
         said = hashlib.blake2b(len(asked).to_bytes(4, "big") + asked + pixels.tobytes(), key=key, digest_size=16)
-        # 128 bits, so that the remainder favours no network by more than 2⁻¹¹⁶.
+        # With 128 bits, the remainder favours no network by more than 2⁻¹¹⁶.
         return int.from_bytes(said.digest(), "big") % count

@@ -1,7 +1,7 @@
-"""The ensembles that are served: the active version of each, loaded, verified, and followed as activations change.
+"""The ensembles that are served: the active version of each is loaded and verified, and replaced on a new activation.
 
-One thread looks at the store; each version that is new there is brought in by a thread of its own, so that none waits for another that
-hangs. A version is what its manifest's digest says it is, whatever its number.
+One thread polls the store. Each new version is loaded in a thread of its own, so that a version that hangs does not
+delay others. A version is identified by the digest of its manifest, not by its number.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from service.inference.relations import Relations
 from service.inference.trial import NOT_COMPARED, NOT_SERVED, Direct, Trial, failed, load_exactly
 from service.inference.verdicts import Refusal, RefusedError, Verdicts
 
-AT_ONCE = 2  # versions that are brought in side by side
-OVERTAKEN_SECONDS = 3.0  # after which one that is still being tried holds up no other
+AT_ONCE = 2  # versions that are loaded in parallel
+OVERTAKEN_SECONDS = 3.0  # after this time, a version still in its trial no longer delays others
 LOADING = "The ensembles are being loaded; ask again in a moment."
-log = logging.getLogger("bentoml.modepath")  # BentoML shows what is below its own name
+log = logging.getLogger("bentoml.modepath")  # BentoML prints the logs of loggers below its own name
 
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """What readers see: replaced as a whole, never changed."""
+    """The state that requests read. Immutable: an update replaces it as a whole."""
 
     loaded: Mapping[str, Ensemble]
     closed: Closed
-    latest: str | None  # the one activated last
+    latest: str | None  # the ensemble activated last
 
     def open(self) -> list[str]:
-        """Names of those that answer."""
+        """Return the names of the ensembles that answer."""
         return sorted(self.loaded.keys() - self.closed.related - self.closed.uncertain)
 
 
 @dataclass(slots=True)
 class _Task:
-    """A version that is being brought in."""
+    """A version that is being loaded or compared."""
 
     began: float
-    trying: bool = True  # which may take for ever
+    trying: bool = True  # True during its trial, which may take for ever
 
 
 class Ensembles:
@@ -69,19 +69,19 @@ class Ensembles:
         trial: Trial | None = None,
         verdicts: Verdicts | None = None,
     ):
-        """Nothing is loaded yet.
+        """Create the object; `follow` or `refresh` loads the ensembles.
 
         Args:
-            store: where published ensembles lie.
-            providers: what the members run on.
-            default: the ensemble that answers when none is named; None: the one that was activated last.
-            threads: that run members.
-            policies: what is open, by name; see policy.of.
-            pool_bytes: memory for single networks of one ensemble.
-            keyed: draws for the mode of that name.
-            warm: is called with each new session and a black image, before the session serves.
-            trial: what a version has to pass before it is opened; None: nothing.
-            verdicts: shared with the service's other workers; None: this process is alone.
+            store: the store of published ensembles.
+            providers: ONNX Runtime providers that run the members.
+            default: the ensemble that answers requests that name none; None: the ensemble activated last.
+            threads: number of threads that run members; None: all that the process may use.
+            policies: policies by ensemble name; see policy.of.
+            pool_bytes: memory for the single networks of one ensemble.
+            keyed: draws networks in the mode `keyed`.
+            warm: called with each new session and a black image before the session serves.
+            trial: tries a version before it is opened; None: versions are opened without a trial.
+            verdicts: shared with the other workers of the service; None: this process is the only one.
         """
         self._store = store
         self._threads = threads
@@ -93,29 +93,29 @@ class Ensembles:
         self._default = default
         self._trial: Trial = trial or Direct(store)
         self._verdicts = verdicts or Verdicts(None)
-        # Guards all that follows; readers take it only where they refuse.
+        # Guards the fields below. Requests take it only when they are refused.
         self._changed = threading.Condition()
         self._look = Look()
         self._looked = False
         self._reachable = True
-        self._absent = self._policies.keys() - {"*"}  # named by policies, and not in the store since the start
+        self._absent = self._policies.keys() - {"*"}  # named by policies, but never seen in the store since the start
         self._relations = Relations(self._policies)
-        self._refused: dict[tuple[str, bool], Refusal] = {}  # by identity: for serving, or for comparing
-        self._tasks: dict[tuple[str, bool], _Task] = {}  # likewise
+        self._refused: dict[tuple[str, bool], Refusal] = {}  # by identity, and whether it is for serving or comparing
+        self._tasks: dict[tuple[str, bool], _Task] = {}  # with the same keys
         self._served = _Served({}, Closed(), None)
         self._stopped = False
 
-    # Readers
+    # For requests
 
     def why_not_ready(self) -> str | None:
-        """None when a request could be answered now; else for clients: the log names what is wrong."""
+        """Return None if a request could be answered now, else a reason for clients; the log has the details."""
         served = self._served
         if not self._looked:
             return LOADING
         if self._absent:
             return (
-                "The service is not ready: its policies name an ensemble that is not published. The operator's log says which one. "
-                "Nothing is answered until it is published, or the policies are corrected."
+                "The service is not ready: its policies name an ensemble that is not published. The operator's log names it. "
+                "Requests are refused until it is published, or the policies are corrected."
             )
         if not served.open():
             return self._why_none(served)
@@ -131,20 +131,18 @@ class Ensembles:
         if served.loaded.keys() & served.closed.uncertain:
             return policy.UNCERTAIN
         if served.loaded:
-            return (
-                "No ensemble may answer: all share networks with one that the operator defends, and that is not loaded."
-            )
+            return "No ensemble may answer: all of them share networks with an ensemble that the operator defends, which is not loaded."
         if found:
             return "No ensemble can be served at the moment. The operator's log says why."
-        return "The store holds no active ensemble. Train one: python -m training.fge; it is picked up by itself."
+        return "The store holds no active ensemble. Train one with: python -m training.fge. The service loads it automatically."
 
     def get(self, name: str | None) -> Ensemble:
-        """The ensemble of that name, or the default one.
+        """Return the ensemble of that name, or the default ensemble if `name` is None.
 
         Raises:
-            NotReadyError: nothing is loaded, or not yet, or it is not known whether it may answer.
-            ForbiddenError: it shares networks with a defended one.
-            UnknownEnsembleError: no such ensemble.
+            NotReadyError: the ensemble is not loaded (yet), or it is not known whether it may answer.
+            ForbiddenError: it shares networks with a defended ensemble.
+            UnknownEnsembleError: no ensemble of that name is active.
         """
         served = self._served
         if name is None or not self._looked or self._absent:
@@ -177,69 +175,75 @@ class Ensembles:
 
     @property
     def default_name(self) -> str | None:
-        """Who answers when nobody is named: the setting, else the one that was activated last."""
+        """Name of the ensemble that answers requests that name none: the setting, else the ensemble activated last."""
         return self._default or self._served.latest
 
     def all(self) -> list[Ensemble]:
-        """Every ensemble that answers, by name."""
+        """Return all ensembles that answer, sorted by name."""
         served = self._served
         return [] if self._absent else [served.loaded[name] for name in served.open()]
 
     # Following
 
     def refresh(self) -> None:
-        """Look at the store, and load what was activated since; a version that cannot be served is named once, and the old one goes on."""
+        """Read the store, load all new activations, and return when that is done.
+
+        A version that cannot be served is logged once, and the previous version keeps answering.
+        """
         self._look_again()
         with self._changed:
             while self._begin() or self._tasks:
                 self._changed.wait(0.1)
 
     def follow(self, seconds: float) -> None:
-        """Refresh in the background, at once and then every so often, until `close`."""
+        """Refresh in the background, at once and then every `seconds` seconds, until `close`."""
         threading.Thread(target=self._follow, args=(seconds,), name="activations", daemon=True).start()
 
     def wait(self, seconds: float) -> None:
-        """Until all that the first look found is loaded or refused, but no longer than that, and not for one whose trial takes its time."""
+        """Wait at most `seconds` seconds until all versions of the first look are loaded or refused.
+
+        Does not wait for a version whose trial takes longer than OVERTAKEN_SECONDS.
+        """
         until = time.monotonic() + seconds
         with self._changed:
             while (not self._looked or self._busy()) and (left := until - time.monotonic()) > 0:
                 self._changed.wait(min(left, 0.1))
 
     def close(self) -> None:
-        """Stop following."""
+        """Stop the background thread of `follow`."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def open(self, name: str, number: int) -> Ensemble:
-        """Make one version ready, whether it is active or not."""
+        """Open one version, active or not, and return it ready to answer."""
         return self._opened(Candidate(name, number, self._store.digest(name, number), None))
 
     def _follow(self, seconds: float) -> None:
         while not self._stopped:
             try:
                 self._look_again()
-            except Exception:  # the thread must outlive whatever the store does
+            except Exception:  # the thread must survive every error of the store
                 log.exception("looking for activations failed; trying again")
             until = time.monotonic() + seconds
             with self._changed:
                 while not self._stopped and (left := until - time.monotonic()) > 0:
                     self._begin()
-                    self._changed.wait(min(left, 0.5))  # one may be overtaken meanwhile
+                    self._changed.wait(min(left, 0.5))  # a trial may exceed OVERTAKEN_SECONDS meanwhile
 
     # Looking
 
     def _look_again(self) -> None:
         try:
             look = look_at(self._store, self._policies, self._say)
-        except Exception as error:  # what is loaded goes on, whatever the store does
+        except Exception as error:  # loaded ensembles keep answering, whatever happens to the store
             look, why = None, str(error)
         else:
-            why = f"the store {self._store.root} is empty all at once"
+            why = f"the store {self._store.root} has suddenly become empty"
         with self._changed:
             lost = look is None or (not look.names and bool(self._served.loaded))
             if lost and self._reachable:
-                log.error("%s. What is loaded goes on; the store is looked at again and again.", why)
+                log.error("%s. Loaded ensembles keep answering; the store is checked again at every poll.", why)
             if not lost and not self._reachable:
                 log.warning("the store %s can be read again", self._store.root)
             self._reachable = not lost
@@ -249,19 +253,19 @@ class Ensembles:
             self._publish()
 
     def _say(self, level: int, message: str) -> None:
-        """Once in the log of the service."""
+        """Log a message once for the whole service."""
         if self._verdicts.first(message):
             log.log(level, "%s", message)
 
     def _take(self, look: Look) -> None:
         for name in self._served.loaded.keys() - look.names:
-            log.warning("%s was removed from the store, and is not served any more", name)
+            log.warning("%s was removed from the store, and is no longer served", name)
         self._look = look
         self._absent -= look.names
         for name in sorted(self._absent):
             self._say(
                 logging.ERROR,
-                f"MODEPATH_POLICIES names {name!r}, which the store does not hold: nothing is answered until it is published there. "
+                f"MODEPATH_POLICIES names {name!r}, which is not in the store: all requests are refused until it is published there. "
                 "Is the name misspelt?",
             )
         if self._default is not None and self._default not in look.active:
@@ -269,13 +273,13 @@ class Ensembles:
         for name in self._relations.removed(look):
             self._say(
                 logging.WARNING,
-                f"{name}, which a policy defends, was removed from the store; what shares networks with it stays closed until the service starts anew",
+                f"{name}, which a policy defends, was removed from the store; ensembles that share networks with it stay disabled until the service restarts",
             )
 
-    # Bringing in: all of it with the lock
+    # Loading and comparing; the caller holds the lock
 
     def _begin(self) -> bool:
-        """Start what is due, and say whether anything was."""
+        """Start tasks that are due, and return whether any was started."""
         began = False
         for candidate, serve in self._due():
             if sum(self._holds_up(task) for task in self._tasks.values()) >= AT_ONCE:
@@ -287,12 +291,12 @@ class Ensembles:
         return began
 
     def _due(self) -> Iterator[tuple[Candidate, bool]]:
-        """What is to be compared, which decides who may answer, and then what is to be served."""
+        """Yield the versions to compare, which decide who may answer, and then the versions to load."""
         look = self._look
         for candidate in self._relations.unknown(look):
             if self._is_due(candidate, serve=False):
                 yield candidate, False
-        # Those that failed before come last, and those that are asked most come first.
+        # The default ensemble comes first, then the latest activation; versions that failed before come last.
         names = list(reversed(look.order))
         names.sort(key=lambda name: ((look.active[name].identity, True) in self._refused, name != self._default))
         for candidate in (look.active[name] for name in names):
@@ -310,20 +314,21 @@ class Ensembles:
         return not task.trying or time.monotonic() - task.began < OVERTAKEN_SECONDS
 
     def _busy(self) -> bool:
-        """Will more be ready in a moment?"""
+        """Return whether more ensembles will probably be ready within moments."""
         tasks = (key for key, task in self._tasks.items() if self._holds_up(task))
         due = ((candidate.identity, serve) for candidate, serve in self._due())
-        return any(key not in self._refused for key in itertools.chain(tasks, due))  # what failed before may fail again
+        # A version that failed before may fail again, so it does not count.
+        return any(key not in self._refused for key in itertools.chain(tasks, due))
 
     def _is_on_its_way(self, name: str) -> bool:
-        """Is it being brought in, however long that takes, or about to be?"""
+        """Return whether the ensemble's active version is being loaded, however long that takes, or is about to be."""
         candidate = self._look.active.get(name)
         if candidate is None or (candidate.identity, True) in self._refused:
             return False
         return (candidate.identity, True) in self._tasks or self._is_due(candidate, serve=True)
 
     def _bring_in(self, candidate: Candidate, serve: bool) -> None:
-        """In a thread of its own, without the lock."""
+        """Load or compare one version. Runs in a thread of its own, without the lock."""
         key, began = (candidate.identity, serve), time.monotonic()
         refused: Refusal | None = None
         known: Known | None = None
@@ -335,7 +340,7 @@ class Ensembles:
                 known = self._trial.known(candidate)
         except RefusedError as error:
             refused = error.refusal
-        except Exception as error:  # ONNX Runtime's share no base class
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
             what = NOT_SERVED if serve else NOT_COMPARED
             spent = time.monotonic() - began
             refused = failed(self._verdicts, self._refused.get(key), error, candidate, what, spent)
@@ -353,7 +358,7 @@ class Ensembles:
         self._trial.opens(candidate, self._recipe(candidate.name))
         self._tasks[candidate.identity, True].trying = False
         try:
-            # One that passed its trial may still need more memory than the others leave.
+            # A version that passed its trial may still need more memory than the other ensembles leave.
             with self._verdicts.surviving(f"opening {candidate.identity} {candidate.token}", candidate.token):
                 ensemble = self._opened(candidate)
         except RefusedError as error:
@@ -374,14 +379,15 @@ class Ensembles:
     def _recipe(self, name: str) -> Recipe:
         return Recipe(policy.of(name, self._policies), self._providers, self._threads, self._pool_bytes)
 
-    # Publishing to readers: with the lock
+    # Publishing to requests; the caller holds the lock
 
     def _publish(self, ensemble: Ensemble | None = None) -> None:
         look = self._look
         loaded = dict(self._served.loaded)
         if ensemble is not None:
             wanted = look.active.get(ensemble.manifest.name)
-            if wanted is not None and wanted.identity == ensemble.identity:  # another one may have been activated since
+            # Otherwise another version was activated meanwhile.
+            if wanted is not None and wanted.identity == ensemble.identity:
                 loaded[ensemble.manifest.name] = ensemble
         loaded = {name: one for name, one in loaded.items() if name in look.names}
         identities = {name: one.identity for name, one in loaded.items()}
@@ -389,9 +395,7 @@ class Ensembles:
         closed = self._relations.closed(look, identities, self._compares_soon, complete=complete)
         served = _Served(loaded, closed, None)
         for name in sorted(closed.related & look.active.keys()):
-            self._say(
-                logging.WARNING, f"{name} answers nobody: it shares networks with an ensemble that a policy defends"
-            )
+            self._say(logging.WARNING, f"{name} is disabled: it shares networks with an ensemble that a policy defends")
         answering = set(served.open())
         latest = next((name for name in reversed(look.order) if name in answering), None)
         self._served = _Served(loaded, closed, latest)

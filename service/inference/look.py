@@ -1,4 +1,4 @@
-"""What one look at the store finds: which versions are active, and which others count."""
+"""One look at the store: which versions are active, and which others must be compared with them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from models_store.store import Store
 from service.inference import policy
 from service.inference.policy import Policy
 
-Say = Callable[[int, str], None]  # a level of logging and a message, which is logged once
+Say = Callable[[int, str], None]  # logs a message once; arguments: log level and message
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A published version as it was found."""
+    """A published version as read from the store."""
 
     name: str
     number: int
-    digest: str  # of its manifest, which has the hashes of all its files
-    token: str | None  # of its activation; None: it is not active
+    digest: str  # hash of the manifest, which contains the hashes of all files of the version
+    token: str | None  # identifies the activation; None if the ensemble is not active
 
     @property
     def identity(self) -> str:
-        """What it is, and where: a copied folder holds the same manifest, but is no version."""
+        """Name, number and digest. The digest alone does not suffice: a copied folder holds the same manifest."""
         return f"{self.name}@{self.number} {self.digest}"
 
     def __str__(self) -> str:
@@ -34,21 +34,22 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look."""
+    """The state of the store at one moment."""
 
-    names: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()  # all ensembles in the store
     active: Mapping[str, Candidate] = field(default_factory=dict[str, Candidate])
-    versions: Mapping[str, list[Candidate]] = field(default_factory=dict[str, list[Candidate]])  # of defended ones, all
-    unread: frozenset[str] = frozenset()  # defended ones whose versions cannot be listed
-    order: tuple[str, ...] = ()  # of the active ones: what was activated last comes last
+    # All versions of each defended ensemble.
+    versions: Mapping[str, list[Candidate]] = field(default_factory=dict[str, list[Candidate]])
+    unread: frozenset[str] = frozenset()  # defended ensembles whose versions cannot be listed
+    order: tuple[str, ...] = ()  # active ensembles by time of activation, the latest last
 
     def counting(self) -> Mapping[str, list[Candidate]]:
-        """Versions that decide who may answer: of a defended ensemble all, of others the active one."""
+        """Return the versions that decide who may answer: all of a defended ensemble, of others the active one."""
         return {**{name: [one] for name, one in self.active.items()}, **self.versions}
 
 
 def look_at(store: Store, policies: Mapping[str, Policy], say: Say) -> Look:
-    """Read what is active now. What is wrong with one ensemble is said, and stops no other.
+    """Read which versions are active. A problem with one ensemble is logged and does not affect the others.
 
     Raises:
         StoreError, OSError: the store cannot be read.
@@ -81,6 +82,6 @@ def _active(store: Store, name: str, say: Say) -> Candidate | None:
             )
             return None
         return Candidate(name, number, store.digest(name, number), str(store.activation_token(name)))
-    except Exception as error:  # whatever somebody put there
+    except Exception as error:  # the folder may contain anything
         say(logging.ERROR, f"the active version of {name} cannot be read, and is not served: {error}")
         return None

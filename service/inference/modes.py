@@ -1,6 +1,6 @@
-"""How an ensemble answers: all members together (`average`), or a network of its own for each row (`random`, `keyed`).
+"""How an ensemble answers: all members together (`average`), or one drawn network for each row (`random`, `keyed`).
 
-Each is a session (session.py) that batching.py runs; they share nothing but that.
+Each class implements session.Session, and batching.py runs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.inference.session import Rows
 
 
 class Average:
-    """The weighted mean of all members; a task is some members on all rows."""
+    """Answers with the weighted mean of all members. A task runs some of the members on all rows."""
 
     def __init__(self, session: EnsembleSession):
         self._session = session
@@ -45,16 +45,17 @@ class Average:
 
 
 class OneEach:
-    """The network that each row has drawn, at that network's own temperature; a task is every n-th row, with n tasks.
+    """Answers each row with the network drawn for it, at that network's temperature. A task runs every n-th row of n
+    tasks.
 
-    The same work for every network, so that the time tells none of them.
+    Every network does the same work, so that the response time does not reveal which network answered.
     """
 
     def __init__(self, threads: int):
         self._threads = threads
 
     def tasks(self, rows: int) -> int:
-        """See session.Session. No more than there are threads: taking up a task costs a small network's time."""
+        """See session.Session. At most one task per thread, because starting one costs as much as a small network."""
         return min(rows, self._threads)
 
     def run(self, task: int, rows: Rows) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
-"""Work that would hold up the event loop: done in threads, bounded before it begins, withdrawn when its request is over.
+"""Work that would block the event loop: run in threads, bounded before it starts, withdrawn when its request ends.
 
-Two lanes: decoding large encoded images takes up to half a second each, and must not stand before parsing, small images
-and answers. A thread cannot be stopped; what it works on stays counted until it is done, but its request does not wait for it.
+There are two lanes. Decoding a large encoded image takes up to half a second and must not delay parsing, small images
+and answers. A thread cannot be stopped: its work stays counted until it is done, but the request does not wait for it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from service.http.errors import QueueFullError
 from service.http.intake import Body
 
 T = TypeVar("T")
-SMALL_PIXELS = 2**18  # 512 × 512: decoded within some milliseconds
+SMALL_PIXELS = 2**18  # 512 × 512, decoded within a few milliseconds
 
 
 class Offload:
     """The threads of one worker, other than those that run members."""
 
     def __init__(self, threads: int, queue_pixels: int):
-        """Start nothing yet.
+        """Create the lanes; their threads start with the first work.
 
         Args:
-            threads: for parsing and answers; large images get one less, but at least one.
-            queue_pixels: of large images that may wait to be decoded, or are being decoded.
+            threads: number of threads for parsing and answers. Large images get one thread less, but at least one.
+            queue_pixels: largest number of pixels of large images that wait to be decoded, or are being decoded.
         """
         self._light = ThreadPoolExecutor(max(2, threads), "light")
         self._heavy = ThreadPoolExecutor(max(1, threads - 1), "decode")
@@ -36,21 +36,21 @@ class Offload:
         self.pixels = 0
 
     async def run(self, body: Body, work: Callable[[], T]) -> T:
-        """Do something that takes some milliseconds, in a thread."""
+        """Run work that takes a few milliseconds in a thread, and return its result."""
         return await _awaited(body, self._light.submit(work))
 
     async def decode(self, body: Body, pixels: int, work: Callable[[], T]) -> T:
-        """Decode images of so many pixels.
+        """Run the decoding of images with `pixels` pixels in a thread, and return its result.
 
         Raises:
-            QueueFullError: others wait already, and together it would be too much.
+            QueueFullError: other large images are waiting, and together they exceed the limit.
         """
         if pixels <= SMALL_PIXELS:
             return await self.run(body, work)
         with self._lock:
             if self.pixels and self.pixels + pixels > self._queue_pixels:
                 raise QueueFullError(
-                    f"{self.pixels} pixels wait to be decoded (MODEPATH_QUEUE_PIXELS: {self._queue_pixels}). Try again later, or send smaller images."
+                    f"{self.pixels} pixels are waiting to be decoded (MODEPATH_QUEUE_PIXELS: {self._queue_pixels}). Try again later, or send smaller images."
                 )
             self.pixels += pixels
         future = self._heavy.submit(work)
@@ -64,5 +64,5 @@ class Offload:
 
 async def _awaited(body: Body, future: Future[T]) -> T:
     body.used_by(future)
-    # Cancelled, it withdraws the work if that has not begun.
+    # Cancelling the awaited future also cancels work that has not started.
     return await asyncio.wrap_future(future)

@@ -1,4 +1,7 @@
-"""One ensemble made ready to answer: its sessions are opened, warmed, and their answers checked; alike in a trial and in a worker."""
+"""Opens one ensemble: creates its sessions, checks their answers and warms them up.
+
+A trial and a worker run the same code.
+"""
 
 from __future__ import annotations
 
@@ -34,27 +37,27 @@ class Recipe:
 
     policy: Policy
     providers: ProviderChoice
-    threads: int | None  # that run members; None: all that the process may use
-    pool_bytes: int  # memory for single networks
+    threads: int | None  # number of threads that run members; None: all that the process may use
+    pool_bytes: int  # memory for the single networks
 
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """One of them, ready to answer in the modes that its policy opens."""
+    """An ensemble that is ready to answer in the modes that its policy opens."""
 
     manifest: Manifest
     identity: str  # see look.Candidate
     policy: Policy
     providers: list[str]
     sessions: dict[Mode, Session]
-    pool: Pool | None  # of single networks, where a mode needs them
+    pool: Pool | None  # the single networks, if a mode needs them
     draws: dict[Mode, Draw]
 
     def mode(self, asked: Mode | None) -> Mode:
-        """The mode of a request.
+        """Return the mode of a request: `asked`, or the first open mode if it is None.
 
         Raises:
-            ForbiddenError: it is not open.
+            ForbiddenError: the policy does not open the mode.
         """
         if asked is None:
             return self.policy.modes[0]
@@ -65,32 +68,33 @@ class Ensemble:
         return asked
 
     def rows(self, mode: Mode, images: Images, caller: str = "") -> Rows:
-        """What is run for a request; a network is drawn for each image where each gets one of its own.
+        """Return the input for a request; in `random` and `keyed` a network is drawn for each image.
 
-        `caller` is who asks, where somebody who can be trusted says so.
+        `caller` identifies the caller if a trusted proxy names one.
         """
         if self.pool is None or mode not in self.draws:
             return Rows(images)
         asked = f"{self.manifest.name}@{self.manifest.version} {caller}".encode()
         if mode == "keyed":
-            # The network sees what the key sees: else a question could be varied within its cell, and one network be asked all of it.
+            # The network gets the same rounded pixels as the hash. Otherwise an attacker could vary an image below the
+            # rounding, and query one and the same network with all variants.
             images = (quantised(images) / np.float32(LEVELS)).astype(np.float32)
         slots = self.draws[mode](images, len(self.pool), asked)
         return Rows(images, tuple(self.pool[int(slot)] for slot in slots))
 
 
 def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Warm) -> Ensemble:
-    """Make a version ready.
+    """Open a version and return it ready to answer.
 
     Args:
-        version: whose files were verified.
-        recipe: how.
-        keyed: draws for the mode of that name.
-        warm: is called with each session and a black image.
+        version: a version whose files were verified.
+        recipe: how the version is opened.
+        keyed: draws networks in the mode `keyed`.
+        warm: called with each session and a black image.
 
     Raises:
-        MemberError: a member is refused, or the answers are not what clients can be given.
-        ProviderError: an execution provider is asked for and missing.
+        MemberError: a member is refused, or the answers are not valid for clients.
+        ProviderError: a requested execution provider is missing.
         CorruptionError: the bank cannot be read.
     """
     modes, providers = recipe.policy.modes, list[str]()
@@ -107,7 +111,7 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         pool = Pool(source, recipe.pool_bytes, order)
         providers = pool[0].session.providers
         if source.count == 1:
-            log.warning("%s has one network: every query is answered by it, whatever its modes", version.name)
+            log.warning("%s has only one network, which answers every query in every mode", version.name)
         each = OneEach(recipe.threads or default_threads())
         for mode in alone:
             sessions[mode], draws[mode] = each, _draw(mode, keyed)
@@ -138,7 +142,7 @@ def _check_listing(ensemble: Ensemble) -> None:
     try:
         shown = describe(manifest, ensemble.providers, ensemble.policy, None, is_default=False)
         orjson.dumps(shown.model_dump(mode="json"))
-    except Exception as error:  # pydantic's and orjson's share no base class
+    except Exception as error:  # the exceptions of pydantic and orjson share no base class
         raise MemberError(
             f"{manifest.name}@{manifest.version} cannot be shown to clients as JSON ({error}): a class name is likely not valid Unicode. "
             "Publish it again with other names."
@@ -146,13 +150,13 @@ def _check_listing(ensemble: Ensemble) -> None:
 
 
 def _check_answer(ensemble: Ensemble, mode: Mode, images: Images) -> None:
-    """Hold an answer against what clients expect of it."""
+    """Raise MemberError if an answer is not valid for clients."""
     manifest, policy, session = ensemble.manifest, ensemble.policy, ensemble.sessions[mode]
     rows = ensemble.rows(mode, images)
-    with np.errstate(all="ignore"):  # what comes out is looked at
+    with np.errstate(all="ignore"):  # the result is checked for NaN below
         try:
             logits = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
-        except Exception as error:  # ONNX Runtime's share no base class
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise MemberError(
                 f"A member of {manifest.name}@{manifest.version} fails on a plain image: {error}"
             ) from None

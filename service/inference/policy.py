@@ -1,7 +1,8 @@
-"""What the operator lets clients ask of an ensemble, and what its answers show.
+"""Policies: which modes of an ensemble clients may use, and what its answers show.
 
-An ensemble without the mode `average` is *defended*: an attacker who could ask for the average beside it, or ask another ensemble that
-shares its networks, would attack those instead. So the policy follows lineage: who shares networks with a defended ensemble is closed.
+An ensemble without the mode `average` is *defended*. If an attacker could also ask for the average, or query another
+ensemble that shares its networks, the attacker would attack that instead. So the policy follows lineage: ensembles that
+share networks with a defended ensemble are disabled.
 """
 
 from __future__ import annotations
@@ -16,46 +17,53 @@ from models_store.lineage import Marks, families
 
 Mode = Literal["average", "random", "keyed"]
 Digits = Annotated[int, Field(ge=1, le=6)]
-DIGITS = 2  # of a single network's probabilities, where the policy does not say
+DIGITS = 2  # default number of digits of a single network's probabilities
 
 
 class Policy(BaseModel):
-    """Of one ensemble; a field that is not given is as open as its modes allow."""
+    """The policy of one ensemble. A field that is not set is as open as its modes allow."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     modes: tuple[Mode, ...] = Field(
-        default=("average",), min_length=1, description="that are open; the first one answers when none is named"
+        default=("average",),
+        min_length=1,
+        description="modes that are open; the first one answers requests that name no mode",
     )
     probabilities: Literal["exact", "none"] | Digits | None = Field(
         default=None,
-        description="exact, rounded to so many digits, or none: the label only (default: exact in `average`, else 2)",
+        description="how probabilities are shown: exact; a number of digits to round them to; or none, the label only (default: exact in "
+        "`average`, else 2 digits)",
     )
     uncertainty: bool | None = Field(
-        default=None, description="in `average`: entropies and disagreement (default: where probabilities are exact)"
+        default=None, description="in `average`: show entropies and disagreement (default: if probabilities are exact)"
     )
     members: bool | None = Field(
-        default=None, description="in `average`: each member's probabilities, when asked (default: likewise)"
+        default=None,
+        description="in `average`: show each member's probabilities on request (default: if probabilities are exact)",
     )
-    point: bool = Field(default=False, description="in `random` and `keyed`: which network answered")
+    point: bool = Field(default=False, description="in `random` and `keyed`: show which network answered")
 
     @property
     def defended(self) -> bool:
-        """True if `average` is closed, so that every answer comes from one network that is drawn for its query."""
+        """True if `average` is closed, so that every answer comes from one network drawn for its query."""
         return "average" not in self.modes
 
     @property
     def shows_uncertainty(self) -> bool:
-        """In `average`."""
+        """True if answers in `average` include the uncertainty."""
         return self.digits("average") == "exact" and self.uncertainty is not False
 
     @property
     def shows_members(self) -> bool:
-        """In `average`, when asked."""
+        """True if answers in `average` include each member's probabilities on request."""
         return self.digits("average") == "exact" and self.members is not False
 
     def hides(self, mode: Mode) -> bool:
-        """True if histograms of each row would show more than the answers do: the change of a sum over one request is that request's value."""
+        """Return whether histograms over rows would reveal more than the answers.
+
+        The change of a histogram's sum over one request is the exact value of that request.
+        """
         exact = self.digits(mode) == "exact" and (mode != "average" or self.shows_uncertainty)
         return self.defended or not exact
 
@@ -63,46 +71,47 @@ class Policy(BaseModel):
     def _consistent(self) -> Self:
         if (self.uncertainty or self.members) and self.digits("average") != "exact":
             raise ValueError(
-                f"uncertainty and members are exact numbers, and probabilities are {self.probabilities}: they would show what that hides"
+                f"uncertainty and members are exact numbers, but probabilities is {self.probabilities}: they would show what that hides"
             )
         return self
 
     def digits(self, mode: Mode) -> Literal["exact", "none"] | int:
-        """How probabilities are shown in a mode."""
+        """Return how probabilities are shown in a mode: exact, none, or a number of digits."""
         return self.probabilities or ("exact" if mode == "average" else DIGITS)
 
 
 def of(name: str, policies: Mapping[str, Policy]) -> Policy:
-    """The policy of an ensemble: its own, else that of `*`, else the average for everybody."""
+    """Return the policy of an ensemble: the one under its name, else that of `*`, else the default (`average` only)."""
     return policies.get(name) or policies.get("*") or Policy()
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What decides whether an ensemble may answer."""
+    """What is known about an ensemble to decide whether it may answer."""
 
-    marks: Marks  # of the versions that answer or are about to; of a defended ensemble, of all its versions
-    networks: int  # that a query may get
-    whole: bool = True  # of a defended ensemble: could all of these versions be read?
+    marks: Marks  # fingerprints of the versions that answer or soon will; of a defended ensemble, of all its versions
+    networks: int  # number of networks that a query may draw from
+    whole: bool = True  # False if a version of a defended ensemble could not be read
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """Which ensembles answer nobody."""
+    """The ensembles that are disabled."""
 
-    related: frozenset[str] = frozenset()  # they share networks with a defended one
-    uncertain: frozenset[str] = frozenset()  # they may: a version of a defended one cannot be read
+    related: frozenset[str] = frozenset()  # they share networks with a defended ensemble
+    uncertain: frozenset[str] = frozenset()  # they may share networks: a version of a defended ensemble cannot be read
 
 
 def closed(known: Mapping[str, Known], policies: Mapping[str, Policy]) -> Closed:
-    """Which ensembles answer nobody, because they share networks with a defended one, or may do so.
+    """Return the ensembles that are disabled because they share networks with a defended ensemble, or may do so.
 
-    Of several defended relatives one answers, or whoever asks all of them would have several answers to one question: one that has a policy of its
-    own before those that `*` defends, and of these the one with the most networks.
+    Of several defended ensembles that share networks only one answers; otherwise a client could collect several answers
+    to one query. Ensembles with a policy under their own name come before those defended by `*`; among equals, the one
+    with the most networks answers.
 
     Args:
-        known: all that are published, loaded or not.
-        policies: by name, and `*`.
+        known: all published ensembles by name, loaded or not.
+        policies: policies by ensemble name, and `*`.
     """
     defended = {name for name in known if of(name, policies).defended}
     named = defended & policies.keys()
@@ -114,8 +123,8 @@ def closed(known: Mapping[str, Known], policies: Mapping[str, Policy]) -> Closed
     return Closed(frozenset(related), frozenset(uncertain - related))
 
 
-CLOSED = "The ensemble {!r} is not open here, by the operator's policy. GET /ensembles lists those that are."
+CLOSED = "The operator's policy does not allow requests to the ensemble {!r}. GET /ensembles lists the ensembles that are open."
 UNCERTAIN = (
     "It cannot be determined at the moment which ensembles share networks with one that the operator defends, so only that one may answer. "
-    "The operator's log says which version cannot be read, and what to do. Try again later."
+    "The operator's log names the version that cannot be read, and explains what to do. Try again later."
 )

@@ -1,4 +1,4 @@
-"""Networks that one query each may get, ready to run: the whole bank where it fits into memory, else a part that is renewed."""
+"""The pool of single networks, ready to run: the whole bank if it fits into memory, else a changing part of it."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from models_store.graphs.runtime import MemberSession, ProviderChoice
 from models_store.store import Version
 from models_store.uncertainty import softmax
 
-FAILED_SECONDS = 30
-RENEWING = 0.05  # share of its time that a thread spends on new networks
-# What a session takes: its weights as they are, once more in ONNX Runtime, once laid out for the processor, and something beside them; with preresnet8's 0.3 MB
-# of weights 0.99 MB were measured. Activations are in an arena that all of them share: with one each, a batch of 32 small images left 6 MB in every session.
+FAILED_SECONDS = 30  # pause after a network could not be opened
+RENEWING = 0.05  # share of its time that the thread spends on opening new networks
+# Memory of one session: a constant overhead and three copies of the weights (the original, ONNX Runtime's, and one in a
+# layout for the processor). Measured for preresnet8 with 0.3 MB of weights: 0.99 MB. All sessions share one arena for
+# activations: with an arena each, a batch of 32 small images left 6 MB in every session.
 SESSION_BYTES, COPIES = 128 * 1024, 3
 log = logging.getLogger("bentoml.modepath")
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """One of them."""
+    """A single network that is ready to run."""
 
-    number: int  # among all that the ensemble has
+    number: int  # index among all networks of the ensemble
     session: MemberSession
     temperature: float
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an ensemble's single networks come from."""
+    """Opens the single networks of an ensemble."""
 
-    count: int
-    bytes_each: int  # that one takes in memory, ready to run
-    open: Callable[[int], Network]
+    count: int  # number of networks of the ensemble
+    bytes_each: int  # estimated memory of one open network
+    open: Callable[[int], Network]  # opens a network by its number
 
 
 def source(version: Version, providers: ProviderChoice) -> Source:
-    """The points of its bank, or its members where it has none."""
+    """Return the source of a version's single networks: the points of its bank, or its members if it has no bank."""
     manifest = version.manifest
     black = np.zeros((1, *manifest.input.shape), np.float32)
 
     def ready(number: int, session: MemberSession, temperature: float) -> Network:
-        with np.errstate(all="ignore"):  # what comes out is looked at
-            # The first answer takes longer: it would tell a network that was not asked before.
+        with np.errstate(all="ignore"):  # the result is checked for NaN below
+            # The first run of a session takes longer. On a client's query it would reveal a network not used before.
             probs = softmax(session.logits(black) / np.float32(temperature))
         if probs.shape != (1, len(manifest.classes)) or not np.isfinite(probs).all():
             raise MemberError(
@@ -79,16 +80,16 @@ def source(version: Version, providers: ProviderChoice) -> Source:
 
 
 class Pool:
-    """Some networks of an ensemble, by slot. Several threads may ask at once."""
+    """Open networks of an ensemble, by slot. Several threads may read it at once."""
 
     def __init__(self, source: Source, most_bytes: int, order: Sequence[int] | None = None):
-        """Open as many as fit.
+        """Open as many networks as fit into memory.
 
         Args:
-            source: opens them.
-            most_bytes: of memory; one network is held even where it takes more.
-            order: the networks in the order of their slots, for pools that must be alike. None: those that do not fit take turns
-                with those that do, one slot after the other, for as long as the pool lives.
+            source: opens the networks.
+            most_bytes: largest size of the pool in memory; one network is held even if it is larger.
+            order: network numbers in the order of the slots, for pools that must be alike. None: a random choice; the
+                networks that do not fit replace others, slot after slot, as long as the pool exists.
         """
         self.source = source
         slots = min(source.count, max(1, most_bytes // source.bytes_each))
@@ -99,7 +100,7 @@ class Pool:
 
     @property
     def bytes(self) -> int:
-        """Of memory, about."""
+        """Estimated memory of all open networks, in bytes."""
         return len(self) * self.source.bytes_each
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class Pool:
         return self._networks[slot]
 
     def renew(self, slot: int) -> None:
-        """Put a network there that is in no slot, each as likely."""
+        """Replace the network in a slot by one that is in no slot, chosen uniformly at random."""
         held = {network.number for network in self._networks}
         number = secrets.choice([number for number in range(self.source.count) if number not in held])
         self._networks[slot] = self.source.open(number)
@@ -121,11 +122,11 @@ def _renew(pool: weakref.ref[Pool]) -> None:
         began = time.perf_counter()
         try:
             held.renew(slot % len(held))
-        except Exception:  # the networks that are there go on answering
+        except Exception:  # the networks already open keep answering
             log.exception("a network of the pool could not be renewed")
             pause = FAILED_SECONDS
         else:
             pause = (time.perf_counter() - began) * (1 / RENEWING - 1)
         slot += 1
-        del held  # or it would never be let go
+        del held  # otherwise this thread would keep the pool alive for ever
         time.sleep(pause)

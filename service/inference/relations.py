@@ -1,4 +1,4 @@
-"""Which ensembles share networks with a defended one, as far as that is known by now."""
+"""Determines which ensembles share networks with a defended one, as far as their versions have been compared."""
 
 from __future__ import annotations
 
@@ -13,44 +13,51 @@ Question = Callable[[Candidate], bool]
 
 
 class Relations:
-    """What versions hold, by identity, and what follows for who may answer. Its caller holds a lock."""
+    """Collects which networks each version holds, and derives which ensembles may answer.
+
+    Not thread-safe: the caller must hold a lock.
+    """
 
     def __init__(self, policies: Mapping[str, Policy]):
         self._policies = policies
         self.matter = any(one.defended for one in policies.values())
         self._known: dict[str, Known] = {}
-        # What each defended ensemble ever had, those that were removed included: who had one of them answered from it.
+        # All versions that each defended ensemble ever had, removed ones included: clients may have answers from them.
         self._defended: dict[str, set[str]] = {}
-        self._settled = False  # was all that there was to compare compared once, or given up?
-        self._judged: dict[str, tuple[frozenset[str], bool]] = {}  # what the answer below is for
+        self._settled = False  # True once all versions of one look were compared, or could not be compared
+        self._judged: dict[str, tuple[frozenset[str], bool]] = {}  # the input from which `_closed` was computed
         self._closed = Closed()
 
     def learn(self, candidate: Candidate, known: Known) -> None:
-        """Keep what a version holds."""
+        """Record which networks a version holds."""
         self._known[candidate.identity] = known
 
     def unknown(self, look: Look) -> list[Candidate]:
-        """Versions that are to be compared."""
+        """Return the versions that are not compared yet."""
         if not self.matter:
             return []
         return [one for many in look.counting().values() for one in many if one.identity not in self._known]
 
     def allow(self, candidate: Candidate) -> bool:
-        """May it be opened? Not before it is known what it holds, so that nobody can ask it before its relatives are closed."""
+        """Return whether a version may be opened.
+
+        It may not before its networks are known: clients could query it before the ensembles that share them are
+        disabled.
+        """
         return not self.matter or candidate.identity in self._known
 
     def removed(self, look: Look) -> set[str]:
-        """Defended ensembles that are not in the store any more."""
+        """Return the defended ensembles that are no longer in the store."""
         return self._defended.keys() - look.names
 
     def closed(self, look: Look, loaded: Mapping[str, str], soon: Question, *, complete: bool) -> Closed:
-        """Which ensembles answer nobody.
+        """Return the ensembles that are disabled.
 
         Args:
-            look: what there is.
+            look: the state of the store.
             loaded: identities of the versions that answer, by name.
-            soon: is one likely to be compared in a moment?
-            complete: was the store read, and did it have all that the policies name?
+            soon: returns True if a version will probably be compared within moments.
+            complete: True if the store was read, and holds every ensemble that the policies name.
         """
         if not self.matter:
             return Closed()
@@ -66,13 +73,14 @@ class Relations:
             if policy.of(name, self._policies).defended:
                 held |= self._defended.get(name, set())
                 self._defended[name] = held
-                # A version that is about to be compared closes nobody who answered before; one that cannot be, or takes its time, does.
+                # While a version is about to be compared, ensembles that answered before keep answering. If it cannot
+                # be compared, or if that takes long, they are disabled.
                 read = all(one.identity in self._known or soon(one) for one in versions)
                 whole = self._settled and read and name not in look.unread
             found[name] = frozenset(held), whole
         for name in self.removed(look):
             found[name] = frozenset(self._defended[name]), True
-        if found != self._judged:  # comparing all of them takes its time
+        if found != self._judged:  # computed only on a change: comparing all ensembles takes time
             gone = self.removed(look)
             known = {name: self._joined(held, whole, name in gone) for name, (held, whole) in found.items()}
             self._judged, self._closed = found, policy.closed(known, self._policies)

@@ -1,4 +1,4 @@
-"""What a mode gives the queue to run, and what is asked of it: modes.py has the modes, batching.py the queue."""
+"""The interface between modes and the queue: modes.py implements sessions, batching.py runs them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from service.inference.pool import Network
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is asked of an ensemble, one image a row."""
+    """The input of an ensemble, one image per row."""
 
-    images: Images
-    networks: tuple[Network, ...] = ()  # of each row, where each has one of its own
+    images: Images  # (rows, C, H, W)
+    networks: tuple[Network, ...] = ()  # the network of each row; empty in `average`
 
     def __len__(self) -> int:
         return len(self.images)
@@ -29,7 +29,7 @@ class Rows:
 
     @classmethod
     def joined(cls, pieces: Sequence[Rows]) -> Rows:
-        """One after the other; all of one ensemble, asked in one way."""
+        """Concatenate pieces that are for one ensemble and one mode."""
         if len(pieces) == 1:
             return pieces[0]
         networks = tuple(network for piece in pieces for network in piece.networks)
@@ -37,24 +37,24 @@ class Rows:
 
 
 class Session(Protocol):
-    """What is run: all members of an ensemble or a network of its own for each row."""
+    """Runs an ensemble in one mode: all members on all rows, or one drawn network for each row."""
 
     def tasks(self, rows: int) -> int:
-        """Into how many parts a batch of so many rows falls, which threads run side by side."""
+        """Return the number of tasks for a batch of `rows` rows; threads run them in parallel."""
         ...
 
     def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
-        """One of them."""
+        """Run one task and return its logits."""
         ...
 
     def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """What all of them gave, as logits (members, batch, classes)."""
+        """Join the results of all tasks, in order, to logits (members, batch, classes)."""
         ...
 
     def probs(self, logits: NDArray[np.float32]) -> Floats:
-        """(members, batch, classes), both."""
+        """Convert logits (members, batch, classes) to probabilities of the same shape."""
         ...
 
     def combine(self, member_probs: Floats) -> Prediction:
-        """(members, batch, classes) -> the answers."""
+        """Combine probabilities (members, batch, classes) to one prediction per row."""
         ...

@@ -1,6 +1,7 @@
-"""A version is opened in a process of its own before a worker opens it: one that hangs, crashes or takes all memory ends that process alone.
+"""Trials: a version is opened in a separate process before a worker opens it.
 
-A worker starts one process that has the libraries imported; it forks for each trial, and ends with the worker.
+If the version hangs, crashes or takes all memory, only that process is lost. A worker starts one process that imports
+the libraries once. It forks for each trial, and ends with the worker.
 """
 
 from __future__ import annotations
@@ -37,37 +38,37 @@ from service.inference.verdicts import Refusal, RefusedError, Verdicts, refusal
 from service.operations.memory import available_bytes
 
 WATCH_SECONDS = 0.05
-START_SECONDS = 60.0  # for the process that forks to import its libraries, once
-NICENESS = 5  # requests come first
+START_SECONDS = 60.0  # time for the forking process to import its libraries, once
+NICENESS = 5  # trials run at a lower priority than requests
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from service.inference.trial import serve_trials; serve_trials(int(sys.argv[1]))"
-PARENT_DEATH = 1  # of prctl: PR_SET_PDEATHSIG
-NOT_SERVED = "is not served, and what was served before goes on"
-NOT_COMPARED = "cannot be compared with other ensembles (where a policy defends it, others do not answer until it is restored from a copy, or its folder removed)"
+PARENT_DEATH = 1  # prctl option PR_SET_PDEATHSIG
+NOT_SERVED = "is not served; a version served before keeps answering"
+NOT_COMPARED = "cannot be compared with other ensembles (if a policy defends it, others do not answer until it is restored from a copy, or its folder removed)"
 log = logging.getLogger("bentoml.modepath")
 
 
 class Trial(Protocol):
-    """Finds out about versions. Several threads may ask at once."""
+    """Examines versions before they are opened. Implementations are thread-safe."""
 
     def opens(self, candidate: Candidate, recipe: Recipe) -> None:
-        """Return if the version can be opened and answers.
+        """Check that the version can be opened and answers.
 
         Raises:
-            RefusedError: not, and that was logged.
+            RefusedError: it cannot be opened, or does not answer; the reason was logged.
         """
         ...
 
     def known(self, candidate: Candidate) -> Known:
-        """Which networks it holds.
+        """Return which networks the version holds.
 
         Raises:
-            RefusedError: that cannot be read, which was logged.
+            RefusedError: the version cannot be read; the reason was logged.
         """
         ...
 
 
 class TrialError(ModepathError):
-    """Why a version cannot be opened; the message says it all, so that the log needs no traceback."""
+    """A version cannot be opened. The message is complete, so that it is logged without a traceback."""
 
     def __init__(self, kind: str, why: str):
         super().__init__(why)
@@ -77,7 +78,7 @@ class TrialError(ModepathError):
 def failed(
     verdicts: Verdicts, before: Refusal | None, error: Exception, candidate: Candidate, what: str, spent: float
 ) -> Refusal:
-    """Log a failure, once for each activation and kind of error, and say when the version is tried again."""
+    """Log a failure, once for each activation and kind of error, and return until when the version is refused."""
     kind = error.kind if isinstance(error, TrialError) else type(error).__name__
     if verdicts.first(what, candidate.identity, candidate.token, kind):
         understood = isinstance(error, StoreError | ProviderError | OSError | TrialError)
@@ -86,26 +87,26 @@ def failed(
 
 
 def load_exactly(store: Store, candidate: Candidate) -> Version:
-    """Read that version and no other.
+    """Load exactly the version whose manifest has the candidate's digest.
 
     Raises:
-        StoreError: it cannot be read, or was replaced since it was found.
+        StoreError: the version cannot be read, or was replaced since the store was read.
     """
     version = store.load(candidate.name, candidate.number)
     if version.digest != candidate.digest:
-        raise CorruptionError(f"{candidate} was replaced while it was read; it is looked at again.")
+        raise CorruptionError(f"{candidate} was replaced while it was read; it will be read again.")
     return version
 
 
 def known(store: Store, candidate: Candidate) -> Known:
-    """What a version holds."""
+    """Return which networks a version holds."""
     version = load_exactly(store, candidate)
     bank = version.manifest.bank
     return Known(lineage.marks(version), bank.points if bank else len(version.manifest.members))
 
 
 class Direct:
-    """In this process, without trials: for programs that open versions they trust."""
+    """Opens versions in this process, without trials: for programs that trust their versions."""
 
     def __init__(self, store: Store):
         self._store = store
@@ -114,7 +115,7 @@ class Direct:
         """See Trial."""
 
     def known(self, candidate: Candidate) -> Known:
-        """See Trial; raises what comes."""
+        """See Trial; errors of reading are raised unchanged."""
         return known(self._store, candidate)
 
 
@@ -122,13 +123,13 @@ class Direct:
 class _Request:
     root: Path
     candidate: Candidate
-    recipe: Recipe | None  # None: its networks are asked for
+    recipe: Recipe | None  # None: do not open the version, only return which networks it holds
     limits: QueueLimits
-    most_bytes: int  # of memory
+    most_bytes: int  # memory that the trial may take
 
 
 class Trials:
-    """Trials in processes of their own, each version once for all workers of the service."""
+    """Runs trials in separate processes, each version once for all workers of the service."""
 
     def __init__(
         self,
@@ -140,15 +141,16 @@ class Trials:
         most_bytes: int | None,
         workers: int,
     ):
-        """Nothing is started yet.
+        """Create the object; the forking process starts with the first trial.
 
         Args:
-            store: where the versions lie.
-            limits: of the batches that will be run.
-            verdicts: shared with the other workers.
-            seconds: that a trial may take.
-            most_bytes: memory that it may take; None: its share of what is left when it begins, one for each worker and one for itself.
-            workers: that will open the version.
+            store: the store that holds the versions.
+            limits: limits of the batches that will be run.
+            verdicts: results shared with the other workers.
+            seconds: time that a trial may take.
+            most_bytes: memory that a trial may take; None: the memory that is free when it starts, divided by the
+                number of workers plus one.
+            workers: number of workers that will open the version.
         """
         self._store = store
         self._limits = limits
@@ -157,7 +159,8 @@ class Trials:
         self._most_bytes = most_bytes
         self._workers = workers
         self._starting = threading.Lock()
-        self._forking: tuple[subprocess.Popen[bytes], socket.socket] | None = None  # and how it is asked
+        # The forking process, and the socket for its requests.
+        self._forking: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     def opens(self, candidate: Candidate, recipe: Recipe) -> None:
         """See Trial."""
@@ -170,7 +173,7 @@ class Trials:
         return found
 
     def close(self) -> None:
-        """End the process that forks, and with it all trials."""
+        """End the forking process, and with it all trials."""
         with self._starting:
             self._end()
 
@@ -214,7 +217,7 @@ class Trials:
                 with contextlib.suppress(OSError):
                     socket.send_fds(self._forking[1], [b"1"], [theirs.fileno()])
                     return
-                self._end()  # somebody else ended it
+                self._end()  # the process has ended unexpectedly; clean up and start another
             self._forking = _started()
             socket.send_fds(self._forking[1], [b"1"], [theirs.fileno()])
 
@@ -227,7 +230,7 @@ class Trials:
             process.wait()
 
     def _watched(self, connection: Connection, most: int) -> object:
-        """What the trial's process says, which is ended when it goes beyond its limits."""
+        """Return the result of a trial. Its process is killed at the end, or as soon as it exceeds a limit."""
         deadline = time.monotonic() + max(self._seconds, START_SECONDS)
         process: psutil.Process | None = None
         begun = False
@@ -243,16 +246,16 @@ class Trials:
                 if time.monotonic() > deadline:
                     raise TrialError(
                         "hang",
-                        f"it was not ready within {self._seconds:g} seconds (MODEPATH_LOAD_SECONDS): a member computes without end, the disk does not "
-                        "answer, or the time is too short for it. It is tried again when it is activated anew, and now and then.",
+                        f"it was not ready within {self._seconds:g} seconds (MODEPATH_LOAD_SECONDS): a member runs for ever, the disk does not respond, "
+                        "or the time is too short. It is tried again after its next activation, and periodically.",
                     )
                 if process is not None and _resident(process) > most:
                     raise TrialError("memory", _too_large(most))
         except (EOFError, ConnectionError):
             raise TrialError(
                 "crash",
-                "the process that tried it ended without an answer: the system ended it, likely for lack of memory, or ONNX Runtime crashed on it. "
-                "Publish another version; this one is tried again when it is activated anew, and now and then.",
+                "its trial process ended without an answer: the system killed it, probably for lack of memory, or ONNX Runtime crashed on it. "
+                "Publish another version; this one is tried again after its next activation, and periodically.",
             ) from None
         finally:
             if process is not None:
@@ -261,7 +264,7 @@ class Trials:
 
 
 def _process(number: int) -> psutil.Process | None:
-    """None where it has ended already; its answer may be on its way."""
+    """Return the process, or None if it has already ended; its answer may still arrive."""
     try:
         return psutil.Process(number)
     except psutil.Error:
@@ -269,7 +272,7 @@ def _process(number: int) -> psutil.Process | None:
 
 
 def _resident(process: psutil.Process) -> int:
-    """Bytes that it has in memory; 0 where it has ended."""
+    """Return the resident memory of a process in bytes; 0 if it has ended."""
     try:
         return process.memory_info().rss
     except psutil.Error:
@@ -278,7 +281,7 @@ def _resident(process: psutil.Process) -> int:
 
 def _too_large(most: int) -> str:
     return (
-        f"it needs more than the {most >> 20} MiB that one version may take (MODEPATH_LOAD_BYTES; by default a share of the memory that is left). "
+        f"it needs more than the {most >> 20} MiB that one version may take (MODEPATH_LOAD_BYTES; by default a share of the free memory). "
         "Give the service more memory, or fewer workers."
     )
 
@@ -291,23 +294,23 @@ def _result(message: Any) -> object:
 
 
 def _started() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The process that forks, and the socket that it is asked through. It ends when that is closed."""
+    """Start the forking process; return it and the socket for its requests. It ends when the socket is closed."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-c", BOOT, str(theirs.fileno()), *sys.path],
             pass_fds=[theirs.fileno()],
-            # A process of several threads could not be forked safely.
+            # Keeps the process single-threaded, because one with several threads cannot be forked safely.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"},
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the service, which then closes the socket
+            start_new_session=True,  # Ctrl-C must reach only the service, which then closes the socket
         )
     return process, ours
 
 
 def serve_trials(descriptor: int) -> None:
-    """In the process that forks: a trial for each connection that comes, until the worker is gone."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended trials need no burial
+    """Fork a trial for each connection received, until the worker ends. Runs in the forking process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended trials leave no zombies
     logging.disable()  # the worker logs
     asks = socket.socket(fileno=descriptor)
     while True:
@@ -321,10 +324,10 @@ def serve_trials(descriptor: int) -> None:
 
 
 def _answer_and_end(descriptor: int) -> None:
-    """Whatever happens: a trial must never go on as the process that forks."""
+    """Run a trial and exit in every case: a trial must never return into the loop of the forking process."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        with contextlib.suppress(AttributeError, OSError):  # Linux has these
+        with contextlib.suppress(AttributeError, OSError):  # only Linux has these
             ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
             Path("/proc/self/oom_score_adj").write_text("1000")
         os.nice(NICENESS)

@@ -1,7 +1,7 @@
-"""What was found out about versions: whether one can be opened, and when it is tried again. The workers of a service share it.
+"""Results of trials, shared by the workers of a service: whether a version can be opened, and when it is tried again.
 
-It lies in a folder that the process which starts the workers makes, as service/operations/metrics.py does. Where the folder is lost or cannot be
-written, each worker goes on by itself.
+They are stored in a folder that the process that starts the workers creates, as service/operations/metrics.py does. If
+the folder is lost or cannot be written, each worker continues with its own results.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from models_store.errors import ModepathError
 
 FOLDER = "MODEPATH_VERDICTS_FOLDER"
 FIRST_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds
-COSTLY = 10.0  # times what a failed trial took, it is not repeated
-DEATH_PAUSE = 30.0  # seconds after the death of a worker: it costs the requests that the worker had
+COSTLY = 10.0  # the pause after a failed trial is at least this many times its duration
+DEATH_PAUSE = 30.0  # seconds; long, because the death of a worker fails all its requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +34,23 @@ class Refusal:
     """Why a version is not opened, and until when."""
 
     why: str
-    token: str | None  # of the activation it was tried for
+    token: str | None  # identifies the activation for which the version was tried
     pause: float  # seconds
-    again: float  # of time.monotonic, which the processes of a machine share
+    again: float  # end of the pause on time.monotonic, which is the same for all processes of a machine
 
     def holds(self, token: str | None) -> bool:
-        """False when it is to be tried again: it was activated anew, or the pause is over."""
+        """Return False if the version must be tried again: it was activated again, or the pause is over."""
         return token == self.token and time.monotonic() < self.again
 
 
 def refusal(before: Refusal | None, why: str, token: str | None, spent: float) -> Refusal:
-    """The pause grows from one failure to the next, and is long where a trial was.
+    """Return a refusal whose pause doubles with each failure, and is longer after a long trial.
 
     Args:
-        before: the failure before this one.
-        why: it failed.
-        token: of the activation.
-        spent: seconds until it failed.
+        before: the previous failure of this version.
+        why: the reason of the failure.
+        token: identifies the activation.
+        spent: duration of the failed trial in seconds.
     """
     pause = FIRST_PAUSE if before is None or before.token != token else min(2 * before.pause, MAX_PAUSE)
     pause = max(pause, COSTLY * spent)
@@ -58,7 +58,7 @@ def refusal(before: Refusal | None, why: str, token: str | None, spent: float) -
 
 
 class RefusedError(ModepathError):
-    """It was tried, by this worker or another, and is not to be tried again now."""
+    """A version failed, in this worker or another, and must not be tried again yet."""
 
     def __init__(self, refusal: Refusal):
         super().__init__(refusal.why)
@@ -66,22 +66,22 @@ class RefusedError(ModepathError):
 
 
 class Verdicts:
-    """Records by name, and turns: one worker at a time finds out about one thing."""
+    """Records by key, and a lock per key, so that one worker at a time examines a version."""
 
     def __init__(self, folder: Path | None):
-        """Args: folder: shared by the workers; None: these verdicts are this process's alone."""
+        """Use a folder that the workers share; None: the records belong to this process alone."""
         self._folder = folder
         self._own: dict[str, object] = {}
 
     @classmethod
     def shared(cls) -> Verdicts:
-        """Those of the service that this process is a worker of."""
+        """Return the verdicts shared by the workers of this process's service."""
         folder = os.environ.get(FOLDER)
         return cls(Path(folder) if folder else None)
 
     @contextlib.contextmanager
     def turn(self, key: str) -> Generator[None]:
-        """Wait until no other worker is at it. The system ends the turn of a worker that dies."""
+        """Hold the lock of a key. The operating system releases the lock of a worker that dies."""
         with contextlib.ExitStack() as stack:
             if (folder := self._usable()) is not None:
                 with contextlib.suppress(OSError):
@@ -90,15 +90,15 @@ class Verdicts:
             yield
 
     def read(self, key: str) -> object:
-        """What was recorded; None: nothing."""
+        """Return the record of a key, or None."""
         if (folder := self._usable()) is not None:
-            # Whatever a damaged pickle raises: then it is found out again.
+            # A damaged pickle may raise any exception. The version is then examined again.
             with contextlib.suppress(Exception):
                 return pickle.loads((folder / _file(key)).read_bytes())
         return self._own.get(key)
 
     def write(self, key: str, record: object) -> None:
-        """Record something for all workers."""
+        """Store a record for all workers."""
         self._own[key] = record
         if (folder := self._usable()) is not None:
             with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
@@ -108,10 +108,10 @@ class Verdicts:
 
     @contextlib.contextmanager
     def surviving(self, key: str, token: str | None) -> Generator[None]:
-        """Do what may cost this process its life. Where it cost others theirs, it is not done again before a pause is over.
+        """Guard work that may kill this process. After it has killed a worker, it is refused until a pause is over.
 
         Raises:
-            RefusedError: that pause is not over.
+            RefusedError: the pause is not over.
         """
         with self.turn(key):
             begun = self._begun(key)
@@ -135,7 +135,7 @@ class Verdicts:
         return dict(cast("dict[int, float]", found)) if isinstance(found, dict) else {}
 
     def first(self, *what: object) -> bool:
-        """Is this the first worker to say so? The log names each thing once."""
+        """Return True only for the first call with these arguments in any worker, so that each event is logged once."""
         key = f"said {what}"
         if key in self._own:
             return False
@@ -150,7 +150,10 @@ class Verdicts:
         return True
 
     def _usable(self) -> Path | None:
-        """The folder, made again where it was cleaned away. What lies in it is unpickled: it must be nobody else's."""
+        """Return the folder, created again if it was removed; None if it cannot be used.
+
+        It must belong to this user and be private, because its files are unpickled.
+        """
         if self._folder is None:
             return None
         try:
@@ -163,7 +166,7 @@ class Verdicts:
 
 
 def prepare() -> None:
-    """In the process that starts the workers: make the folder that they will share, and remove it at the end."""
+    """Create the folder that the workers share, and remove it at exit. For the process that starts the workers."""
     folder = tempfile.mkdtemp(prefix="modepath-verdicts-")
     os.environ[FOLDER] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Running the service: settings, metrics, logs, supervision, and all that touches BentoML internals."""
+"""Running the service: settings, metrics, logs, supervision, and everything that touches BentoML internals."""

@@ -1,19 +1,23 @@
-"""Everything that reaches into BentoML and what it stands on: circus, which keeps the workers, and uvicorn, which serves in them.
+"""Every change to the internals of BentoML, circus (which manages the workers) and uvicorn (which serves in them).
 
-None of it is a documented interface. Each change below says why it is made; where the part that it changes does not look as it
-did in the versions it was tested on, it is left alone, and the log says so once. `tests/service/test_bentoml_internals.py` and
-`test_operations.py` fail without each of them. What touches prometheus_client's internals is in metric_files.py.
+None of these parts is a documented interface. Each change states its reason. If a part differs from the tested
+versions, it is left unchanged and that is logged once. `tests/service/operations/test_bentoml_internals.py` and
+`tests/service/test_operations.py` fail without each change. Changes to prometheus_client's internals are in
+metric_files.py.
 
-| part | why | tested on |
+| part | why it is changed | tested with |
 |---|---|---|
-| `usage_stats.do_not_track` | it is asked, and remembers the answer, before our code is imported | bentoml 1.4.40 |
-| `traffic.TimeoutMiddleware` | leaves a timer for each request until its limit | bentoml 1.4.40 |
-| `FORWARDED_ALLOW_IPS` | any process on this machine could name another client | uvicorn 0.54.0 |
-| `uvicorn.config.HTTP_PROTOCOLS` | BentoML cannot choose the protocol, and uvicorn's bounds neither heads nor idle connections | uvicorn 0.54.0 |
-| `uvicorn.Server.shutdown` | resets connections whose request is not read yet, and may wait for ever | uvicorn 0.54.0 |
-| `circus.arbiter.Arbiter.initialize` | a taken port gives a traceback; dead workers are noticed after 10 s, hanging ones never | circus 0.18.3 |
-| `circus.arbiter.Arbiter.stop` | a signal that comes while a worker is being started is lost | circus 0.18.3 |
-| `circus.arbiter.Arbiter._stop_watchers` | connections that no worker takes any more wait, and are reset | circus 0.18.3 |
+| `usage_stats.do_not_track` | it is called, and caches its result, before our code is imported | bentoml 1.4.40 |
+| `traffic.TimeoutMiddleware` | keeps a timer for each request until its limit | bentoml 1.4.40 |
+| `FORWARDED_ALLOW_IPS` | any process on this machine could claim another client address | uvicorn 0.54.0 |
+| `uvicorn.config.HTTP_PROTOCOLS` | the default protocol bounds neither heads nor idle connections | uvicorn 0.54.0 |
+| `uvicorn.Server.shutdown` | resets connections whose request is not read yet; may wait for ever | uvicorn 0.54.0 |
+| `circus.arbiter.Arbiter.initialize` | see below | circus 0.18.3 |
+| `circus.arbiter.Arbiter.stop` | a signal that arrives while a worker is being started is lost | circus 0.18.3 |
+| `circus.arbiter.Arbiter._stop_watchers` | connections that no worker accepts any more are reset | circus 0.18.3 |
+
+BentoML has no setting for uvicorn's protocol class, so its default is replaced. Without the change of `initialize`, a
+port in use gives a traceback, dead workers are noticed after 10 s, and hanging workers never.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # a server of ours reports to nobody
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # the service sends no usage reports
 
 import uvicorn
 import uvicorn.config
@@ -41,24 +45,27 @@ from starlette.types import ASGIApp
 from service.operations.stopping import Refusals
 from service.operations.supervision import SECONDS, Watch
 
-HEAD_SECONDS = 5.0  # how long a request that has begun may take for its headers when the worker is to end
-IDLE_SECONDS = 1.0  # how long a connection without a request is kept then: one may be on its way
-LISTENER, WORKERS = "_bento_api_server", "service"  # as BentoML names them
+HEAD_SECONDS = 5.0  # during shutdown: time that a request that has begun may take for its headers
+IDLE_SECONDS = 1.0  # during shutdown: time that an idle connection is kept, because a request may be in transit
+LISTENER, WORKERS = "_bento_api_server", "service"  # BentoML's names for the socket and the watcher of the workers
 
 log = logging.getLogger("bentoml.modepath")
 
 
-# --- In every process, as soon as this is imported -------------------------------------------------------------------------
+# --- In every process, as soon as this is imported --------------------------------------------------------------------
 
 
 def change(owner: Any, name: str, make: Callable[[Any], Any], parameters: Sequence[str]) -> bool:
-    """Replace `owner.name` by `make(it)`, if it takes these parameters; else say so."""
+    """Replace `owner.name` by `make(original)` if the original has these parameters; else log an error.
+
+    Returns whether it was replaced.
+    """
     found = getattr(owner, name, None)
     if not callable(found) or list(inspect.signature(found).parameters) != list(parameters):
         owned = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__qualname__', owner)}".lstrip(".")
         log.error(
-            "%s.%s is not what it was in the versions that this service was tested with: it is left as it is. "
-            "service/operations/bentoml_internals.py says what is missing now; install the versions that are named there.",
+            "%s.%s differs from the versions that this service was tested with, so it is not patched. "
+            "service/operations/bentoml_internals.py explains what the patch does; install the versions that are named there.",
             owned, name,
         )  # fmt: skip
         return False
@@ -67,15 +74,16 @@ def change(owner: Any, name: str, make: Callable[[Any], Any], parameters: Sequen
 
 
 def track_nothing() -> None:
-    """BentoML's command asks whether it may report before it imports the service, and remembers the answer: ask anew."""
+    """Clear the cached result of do_not_track: BentoML's command calls it before it imports the service."""
     usage_stats.do_not_track.cache_clear()
 
 
 def _without_limit(original: Any) -> Any:
     def unlimited(app: ASGIApp, timeout: float) -> ASGIApp:
-        """In place of BentoML's limit, which leaves a timer of six objects for each request until the time is over, answered
-        or not: with 2000 requests a second 720 000 of them, and each of Python's searches through them for garbage held
-        everybody up for 0.4 s. `predict` has a limit that ends with it.
+        """Replace BentoML's middleware, which keeps a timer for each request until its limit, even after the answer.
+
+        A timer is six objects: at 2000 requests/s there were 720 000 of them, and each garbage collection blocked all
+        requests for 0.4 s. `predict` has a limit of its own, which ends with the request.
         """
         return app
 
@@ -87,21 +95,26 @@ uvicorn.config.HTTP_PROTOCOLS["auto"] = "service.http.connections:Connection"
 change(traffic, "TimeoutMiddleware", _without_limit, ["app", "timeout"])
 
 
-# --- In a worker -----------------------------------------------------------------------------------------------------------
+# --- In a worker ------------------------------------------------------------------------------------------------------
 
 
 def worker_number() -> int | None:
-    """1, 2, …, of those that live at the same time each another one; None where BentoML did not start the process."""
+    """Return this worker's number: 1, 2, …, unique among living workers. None if BentoML did not start the process."""
     return server_context.worker_index
 
 
 def trust_proxies(addresses: str) -> None:
-    """Whose X-Forwarded-For uvicorn takes for the client's address. By default it trusts everybody on this machine."""
+    """Set the proxies whose X-Forwarded-For uvicorn accepts. By default it trusts every process on this machine."""
     os.environ["FORWARDED_ALLOW_IPS"] = addresses
 
 
 def end_gently(grace_seconds: float, at_the_end: Callable[[], None]) -> None:
-    """Let uvicorn answer what clients have already sent when it is to end, but not wait for ever."""
+    """Let uvicorn answer requests that clients have already sent when it shuts down, but not wait for ever.
+
+    Args:
+        grace_seconds: time that requests may still take.
+        at_the_end: called when uvicorn has shut down.
+    """
 
     def make(original: Any) -> Any:
         async def shutdown(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
@@ -121,8 +134,8 @@ def end_gently(grace_seconds: float, at_the_end: Callable[[], None]) -> None:
 
 
 async def _let_requests_begin(server: uvicorn.Server) -> None:
-    # uvicorn closes every connection that has no complete head yet. A socket that is closed with bytes unread is reset.
-    # Requests that begin from now on are the last ones of their connections.
+    # uvicorn closes every connection that has no complete head yet, and a socket closed with unread bytes is reset.
+    # Every request that begins from now on is the last on its connection.
     server.server_state.default_headers = [*server.server_state.default_headers, (b"connection", b"close")]
     began = asyncio.get_running_loop().time()
     while not server.force_exit:
@@ -132,7 +145,7 @@ async def _let_requests_begin(server: uvicorn.Server) -> None:
             if cycle is not None and not cycle.response_complete:
                 cycle.keep_alive = False
             elif scope is not None and (cycle is None or cycle.scope is not scope):
-                begun = True  # its head is on the way
+                begun = True  # its head has not arrived completely
             else:
                 idle = True
         waited = asyncio.get_running_loop().time() - began
@@ -141,18 +154,18 @@ async def _let_requests_begin(server: uvicorn.Server) -> None:
         await asyncio.sleep(0.02)
 
 
-# --- In the process that starts the workers ---------------------------------------------------------------------------------
+# --- In the process that starts the workers ---------------------------------------------------------------------------
 
 
 def refuse_to_start(message: str) -> BentoMLException:
-    """What BentoML's command prints as one line."""
+    """Return an exception that BentoML's command prints as one line."""
     return BentoMLConfigException(message)
 
 
 def supervise(watch: Watch, archive: Callable[[set[int]], None]) -> None:
-    """Let BentoML's supervisor look after its workers every second, and answer while they end.
+    """Let BentoML's supervisor check its workers every second, and answer connections while they end.
 
-    `archive` is called with the processes of the workers that live.
+    `archive` is called with the process ids of the living workers.
     """
     from circus.arbiter import Arbiter  # pyright: ignore[reportMissingTypeStubs] - workers do not need it
 
@@ -164,7 +177,7 @@ def supervise(watch: Watch, archive: Callable[[set[int]], None]) -> None:
 def _initialize(original: Any, watch: Watch, archive: Callable[[set[int]], None]) -> Any:
     def initialize(self: Any) -> None:
         circus = logging.getLogger("circus")
-        circus.disabled = True  # it would say the same before us
+        circus.disabled = True  # it would log the same error as the exception below
         try:
             original(self)
         except OSError as error:
@@ -186,18 +199,18 @@ async def _tick(arbiter: Any, watch: Watch, archive: Callable[[set[int]], None])
 
     arbiter.loop.call_later(SECONDS, _tick, arbiter, watch, archive)
     try:
-        # By whether they are workers of the service: with --reload BentoML runs a process of its own, which does not count.
+        # Pairs of (whether it is a worker, process): with --reload, BentoML also runs a process that is not a worker.
         children = [(watcher.name == WORKERS, c) for watcher in arbiter.watchers for c in watcher.processes.values()]
         living = {child.pid: ours for ours, child in children if child.status not in (DEAD_OR_ZOMBIE, UNEXISTING)}
         for process in watch.tick([process for process, ours in living.items() if ours]):
-            log.error("Worker %d has stood still for too long (MODEPATH_HANG_SECONDS): it is replaced.", process)
+            log.error("Worker %d has been blocked for too long (MODEPATH_HANG_SECONDS) and is replaced.", process)
             os.kill(process, signal.SIGKILL)
         if len(living) < len(children):
-            with contextlib.suppress(ConflictError):  # it is just starting or stopping workers
+            with contextlib.suppress(ConflictError):  # the supervisor is starting or stopping workers
                 await arbiter.manage_watchers()
         archive({worker.pid for watcher in arbiter.watchers for worker in watcher.processes.values()})
     except Exception:
-        log.exception("The supervisor could not look after its workers.")
+        log.exception("The supervisor could not check its workers.")
 
 
 def _stop(original: Any) -> Any:
@@ -206,7 +219,7 @@ def _stop(original: Any) -> Any:
     def stop(self: Any) -> Any:
         try:
             return original(self)
-        except ConflictError:  # it is just starting workers; the signal would be lost
+        except ConflictError:  # the supervisor is starting workers, and the signal would be lost
             self.loop.call_later(0.1, self.stop)
             return None
 

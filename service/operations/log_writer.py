@@ -1,7 +1,7 @@
-"""Logs that never hold anybody up: lines wait in a bounded queue for a thread that writes them.
+"""Logs that never block a request: lines wait in a bounded queue for a thread that writes them.
 
-A log's reader may stop, its disk may be full, its pipe may be closed. None of that may cost a request: what the queue does not
-hold, and what cannot be written, is dropped and counted.
+The reader of a log may stop, its disk may be full, or its pipe may be closed. None of this may fail or delay a request:
+lines that do not fit into the queue, or cannot be written, are dropped and counted.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-LINES = 10_000  # that wait at most
-TOGETHER = 4096  # bytes in one write: so many a pipe takes whole, so that lines of several workers do not mix
-MAX_LINE = 64 * 1024
+LINES = 10_000  # lines that may wait
+TOGETHER = 4096  # bytes per write; writes to a pipe are atomic up to this size, so that lines of workers do not mix
+MAX_LINE = 64 * 1024  # bytes; longer lines are cut
 DRAIN_SECONDS = 0.5
 
 
 class LogWriter:
-    """Writes lines to a file descriptor from a thread of its own."""
+    """Writes lines to a file descriptor in a separate thread."""
 
     def __init__(self, file: int, lines: int = LINES):
-        """Begin. At most `lines` wait, or a few more."""
+        """Start the thread. At most about `lines` lines wait."""
         self._file = file
         self._lines = lines
-        # One that may be filled from a signal handler, while the same thread is filling it.
+        # A SimpleQueue is reentrant: a signal handler may add a line while the interrupted thread is adding one.
         self._waiting: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
-        self._torn = False  # the last line was written in part
+        self._torn = False  # True if the last line was written only in part
         self._dropped = 0
         self._count: Callable[[int], None] | None = None
         self._lock = threading.RLock()
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def write(self, line: bytes) -> None:
-        """Add a line, with its end. Returns at once."""
+        """Queue a line that includes its line break. Returns at once."""
         if self._waiting.qsize() < self._lines:
             self._waiting.put(line if len(line) <= MAX_LINE else line[:MAX_LINE] + b"\n")
         else:
@@ -49,18 +49,18 @@ class LogWriter:
 
     @property
     def dropped(self) -> int:
-        """How many lines were lost."""
+        """Number of lines that were dropped."""
         return self._dropped
 
     def count_with(self, count: Callable[[int], None]) -> None:
-        """Report lines that are dropped, those until now included. `count` must not log."""
+        """Call `count` with the number of dropped lines, past ones included. `count` must not log."""
         with self._lock:
             self._count = count
             if self._dropped:
                 count(self._dropped)
 
     def drain(self, seconds: float) -> None:
-        """Before the process ends: wait for what is waiting, but not longer."""
+        """Wait at most `seconds` seconds until all queued lines are written. For the end of the process."""
         written = threading.Event()
         self._waiting.put(written)
         written.wait(seconds)
@@ -96,7 +96,7 @@ class LogWriter:
             try:
                 rest = rest[os.write(self._file, rest) :]
                 self._torn = bool(rest)
-            except BlockingIOError:  # somebody else made it non-blocking
+            except BlockingIOError:  # the descriptor was made non-blocking elsewhere
                 select.select([], [self._file], [], 1.0)
             except OSError:
                 return False
@@ -104,7 +104,7 @@ class LogWriter:
 
 
 class LogStream(io.TextIOBase):
-    """A text stream over a LogWriter, in place of stdout and stderr."""
+    """A text stream on top of a LogWriter, as a replacement for stdout and stderr."""
 
     def __init__(self, writer: LogWriter):
         self._writer = writer
@@ -112,7 +112,7 @@ class LogStream(io.TextIOBase):
         self._lock = threading.RLock()
 
     def write(self, text: str, /) -> int:
-        """Add text; whole lines go on."""
+        """Add text, pass complete lines to the writer, and return the length of the text."""
         with self._lock:
             *lines, self._line = (self._line + text).split("\n")
         if lines:
@@ -120,33 +120,33 @@ class LogStream(io.TextIOBase):
         return len(text)
 
     def writable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def flush(self) -> None:
-        """Returns at once: nothing here waits for a log."""
+        """Do nothing, because a caller must not wait for the log."""
 
 
 @functools.cache
 def log_writer(file: int) -> LogWriter:
-    """The process's writer to stdout (1), or to stderr (2)."""
+    """Return the writer of this process for stdout (1) or stderr (2)."""
     return LogWriter(file)
 
 
 def count_with(count: Callable[[int], None]) -> None:
-    """Report all lines that are dropped; see LogWriter."""
+    """Report dropped lines of both writers; see LogWriter.count_with."""
     for file in (1, 2):
         log_writer(file).count_with(count)
 
 
 def drain() -> None:
-    """Before the process ends: wait for what is waiting, for a moment."""
+    """Wait at most DRAIN_SECONDS for each writer to write its queued lines. For the end of the process."""
     for file in (1, 2):
         log_writer(file).drain(DRAIN_SECONDS)
 
 
 def take_over() -> None:
-    """Let everything that this process logs or prints go through threads: the handlers of all loggers, stdout and stderr."""
+    """Send all logs and prints of this process through LogWriters: the handlers of all loggers, stdout and stderr."""
     streams = {file: LogStream(log_writer(file)) for file in (1, 2)}
     atexit.register(drain)
     files = {stream: number for number, stream in ((1, sys.__stdout__), (2, sys.__stderr__)) if stream is not None}

@@ -1,4 +1,4 @@
-"""How much memory a process may still take, the limits of its container included."""
+"""Determines how much memory this process may still take, with regard to the limits of its container."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ OWN = Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int:
-    """The least of what the machine and each control group around this process have left."""
+    """Return the free memory in bytes: the minimum over the machine and all control groups around this process."""
     left = [psutil.virtual_memory().available]
     for folder in _folders():
-        # A group without a limit says "max", or in version 1 a number beyond all memory.
+        # A control group without a limit has the limit "max", or in version 1 a number larger than all memory.
         with contextlib.suppress(OSError, ValueError):
             left.append(_left(folder))
     return max(0, min(left))
 
 
 def _folders() -> list[Path]:
-    """Of this process's control groups and of those around them, in both versions of the file system."""
+    """Return the folders of this process's control groups and of their parents, for both cgroup versions."""
     try:
         lines = OWN.read_text().splitlines()
     except OSError:  # not Linux
@@ -33,7 +33,8 @@ def _folders() -> list[Path]:
         if number == "0" or "memory" in controllers.split(","):
             root = GROUPS if number == "0" else GROUPS / "memory"
             inner = root / path.lstrip("/")
-            # Inside a container the path may be the host's, which is not there: then the root is the container's own group.
+            # Inside a container the path may be that of the host, which does not exist there. The root is then the
+            # container's own group.
             found += [inner, *inner.parents[: len(inner.parts) - len(root.parts)]]
     return found
 
@@ -42,6 +43,6 @@ def _left(folder: Path) -> int:
     new = (folder / "memory.max").exists()
     limit = int((folder / ("memory.max" if new else "memory.limit_in_bytes")).read_text())
     used = int((folder / ("memory.current" if new else "memory.usage_in_bytes")).read_text())
-    wanted = "inactive_file" if new else "total_inactive_file"  # cached files, which give way
+    wanted = "inactive_file" if new else "total_inactive_file"  # file cache, which the kernel frees on demand
     lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
     return limit - used + sum(int(value) for name, value in lines if name == wanted)

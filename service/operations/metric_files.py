@@ -1,10 +1,12 @@
-"""Where the numbers of several workers are kept: a file a worker and kind of metric, which whoever is asked sums up.
+"""The files that hold the metrics of several workers: one per worker and kind of metric. The scraped process sums them
+up.
 
-The files have the format of prometheus_client's multiprocess mode. Its own are sparse and mapped: on a full file system a
-write to one kills the process with SIGBUS, without a word. Here a file's blocks are allocated before it is mapped. Where that
-fails, or where somebody removes the file, a worker goes on in its memory, and comes back to a file when there is room.
+The files have the format of prometheus_client's multiprocess mode. The library's own files are sparse and
+memory-mapped: on a full file system, a write to one kills the process with SIGBUS, without a message. Here the blocks
+of a file are allocated before it is mapped. If that fails, or if the file is removed, a worker continues in its memory,
+and returns to a file when there is space.
 
-Tested with prometheus_client 0.21.1 and 0.26.0. It uses `values.ValueClass`, `mmap_dict.mmap_key`, and
+Tested with prometheus_client 0.21.1 and 0.26.0. This module uses `values.ValueClass`, `mmap_dict.mmap_key`, and
 `multiprocess.MultiProcessCollector._accumulate_metrics`, none of which is a documented interface.
 """
 
@@ -33,21 +35,21 @@ SUFFIX = ".db"
 ARCHIVE = "archive"
 LOCK = "lock"
 LOCK_SECONDS = 1.0
-KINDS = ("counter", "histogram")  # what summing up is right for
+KINDS = ("counter", "histogram")  # kinds whose values may be summed
 _HEADER = 8
 _used = struct.Struct("i")
 _number = struct.Struct("d")
 _lock = threading.Lock()
 _own: dict[str, Pages] = {}  # by kind
 
-Values = dict[str, float]  # by the key that prometheus_client makes of a metric's name and labels
+Values = dict[str, float]  # by the key that prometheus_client builds from a metric's name and labels
 
 
 class Pages:
-    """The values of one process and kind, in memory that is a file's where it can be. Not thread-safe by itself."""
+    """The values of one process and kind, in a memory-mapped file if possible, else in memory. Not thread-safe."""
 
     def __init__(self, path: Path):
-        """`path` is taken over where it exists: a new process may have the number of a dead one."""
+        """Values in an existing file are kept: a new process may have the process id of a dead one."""
         self.path = path
         self._capacity = CAPACITY
         self._map = mmap.mmap(-1, CAPACITY)
@@ -61,11 +63,11 @@ class Pages:
 
     @property
     def in_file(self) -> bool:
-        """Whether others can read them."""
+        """True if other processes can read the values."""
         return self._inode is not None
 
     def position(self, key: str) -> int:
-        """Where the value of a key stands; a new one is 0."""
+        """Return the position of a key's value; a new key gets the value 0."""
         if (found := self._positions.get(key)) is not None:
             return found
         entry = _entry(key, 0.0)
@@ -74,36 +76,36 @@ class Pages:
         self._map[self._end : self._end + len(entry)] = entry
         self._end += len(entry)
         self._positions[key] = self._end - 16
-        self._map[:4] = _used.pack(self._end)  # last: who reads meanwhile sees whole entries
+        self._map[:4] = _used.pack(self._end)  # written last, so that readers see complete entries only
         return self._positions[key]
 
     def read(self, position: int) -> float:
-        """The value there."""
+        """Return the value at a position."""
         return _number.unpack_from(self._map, position)[0]
 
     def write(self, position: int, value: float) -> None:
-        """Set it. An assignment: pack_into would write zeros first, which others could read."""
+        """Set the value at a position. By assignment: pack_into would write zeros first, which others could read."""
         self._map[position : position + 8] = _number.pack(value)
 
     def values(self) -> Values:
-        """All of them."""
+        """Return all values by key."""
         return {key: self.read(position) for key, position in self._positions.items()}
 
     def look(self) -> None:
-        """Make the file if there is none (any more); where that fails, go on in memory."""
+        """Create the file if it is missing or was removed; if that fails, continue in memory."""
         if not self.is_there():
             self._inode = None
             with contextlib.suppress(OSError):
                 self._move_into_file()
 
     def is_there(self) -> bool:
-        """Whether others can still read them: the file may be gone."""
+        """Return whether other processes can still read the values: the file may have been removed."""
         with contextlib.suppress(OSError):
             return self._inode is not None and _inode(self.path.stat()) == self._inode
         return False
 
     def close(self) -> None:
-        """Forget them."""
+        """Release the memory."""
         self._map.close()
 
     def _grow(self) -> None:
@@ -114,7 +116,7 @@ class Pages:
 
     def _move_into_file(self) -> None:
         _own_folder(self.path.parent)
-        begun = self.path.with_suffix(".new")  # renamed when it is whole
+        begun = self.path.with_suffix(".new")  # renamed when it is complete
         file = os.open(begun, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             _allocate(file, self._capacity)
@@ -131,7 +133,7 @@ class Pages:
 
 
 class Value:
-    """One number, as prometheus_client's metrics use it in place of their own `ValueClass`."""
+    """One value of a metric; replaces prometheus_client's `ValueClass`."""
 
     _multiprocess = True
 
@@ -156,47 +158,50 @@ class Value:
             self._value = self._pages.read(self._position)
 
     def inc(self, amount: float) -> None:
-        """Add to it."""
+        """Add to the value."""
         with _lock:
             self._value += amount
             self._pages.write(self._position, self._value)
 
     def set(self, value: float, timestamp: float | None = None) -> None:
-        """Set it."""
+        """Set the value."""
         with _lock:
             self._value = value
             self._pages.write(self._position, value)
 
     def get(self) -> float:
-        """What it is."""
+        """Return the value."""
         return self._value
 
     def set_exemplar(self, exemplar: Any) -> None:
-        """There are none in files."""
+        """Do nothing: the files hold no exemplars."""
 
     def get_exemplar(self) -> None:
-        """There are none in files."""
+        """Do nothing: the files hold no exemplars."""
 
 
 def look() -> bool:
-    """In each worker, now and then: make files that are missing. False if some numbers are in this process's memory only."""
+    """Create missing files, and return False if some values are only in this process's memory.
+
+    Called in each worker, periodically.
+    """
     for pages in list(_own.values()):
-        if not pages.is_there():  # asked without the lock: a disk may be slow, and nobody is to wait for it meanwhile
+        if not pages.is_there():  # checked without the lock, because a slow disk must not block requests
             with _lock:
                 pages.look()
     return all(pages.in_file for pages in list(_own.values()))
 
 
 class Sum(Collector):
-    """The numbers of all workers, living and dead, for Prometheus. Those of this process are read from its memory."""
+    """Collects the metrics of all workers, living and dead. The values of this process are read from its memory."""
 
     def __init__(self, folder: Path, incomplete: Callable[[], int]):
-        """`incomplete` says how many processes have numbers in their memory only."""
+        """`incomplete` returns how many processes have values that are only in their memory."""
         self._folder = folder
         self._incomplete = incomplete
 
     def collect(self) -> Iterator[Metric]:
-        """Each metric once."""
+        """Yield each metric once."""
         with _lock:
             own = {f"{kind}_{os.getpid()}{SUFFIX}": pages.values() for kind, pages in _own.items()}
         summed: dict[str, Values] = {kind: {} for kind in KINDS}
@@ -215,23 +220,23 @@ class Sum(Collector):
         yield from collector._accumulate_metrics(metrics, accumulate=True)  # adds up the buckets of histograms
         yield GaugeMetricFamily(
             "modepath_metrics_incomplete",
-            "workers whose numbers are in their memory only: their folder is full, or not writable",
+            "workers whose metrics are only in their memory, because their folder is full or not writable",
             value=self._incomplete(),
         )
 
 
 class Archive:
-    """In the process that starts the workers: the numbers of those that died, in one file of each kind."""
+    """The values of dead workers, merged into one file per kind. Used in the process that starts the workers."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._values: dict[str, Values] = {}
 
     def merge(self, living: Collection[int]) -> None:
-        """Take in the files of processes that are neither among the `living` nor alive otherwise.
+        """Merge the files of processes that are not among the `living` and have ended.
 
         Raises:
-            OSError: there is no room for the merged file; all files stay as they are.
+            OSError: there is no space for the merged file; all files stay unchanged.
         """
         dead: dict[str, list[Path]] = {kind: [] for kind, values in self._values.items() if values and self._lost(kind)}
         for file in self._folder.glob("*" + SUFFIX):
@@ -242,7 +247,7 @@ class Archive:
             return
         with locked(self._folder, fcntl.LOCK_EX) as held:
             if not held:
-                return  # next time
+                return  # merged next time
             for kind, files in dead.items():
                 if kind in KINDS:
                     self._take_in(kind, files)
@@ -272,10 +277,10 @@ class Archive:
 
 @contextlib.contextmanager
 def locked(folder: Path, how: int) -> Generator[bool]:
-    """Hold the folder's lock; False if another process does not give it back, or if there is none."""
+    """Hold the folder's lock. Yields False if another process does not release it in time, or if it does not exist."""
     try:
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:  # the folder is gone or read-only: nothing is merged in it either
+    except OSError:  # the folder was removed or is read-only, so no process merges files in it
         yield False
         return
     try:
@@ -288,7 +293,7 @@ def locked(folder: Path, how: int) -> Generator[bool]:
 
 
 def read(file: Path) -> Values:
-    """What a file holds; nothing, if it is gone, or none of ours."""
+    """Return the values in a file; empty if the file is missing or has another format."""
     values: Values = {}
     with contextlib.suppress(OSError, struct.error, UnicodeDecodeError):
         data = file.read_bytes()
@@ -317,7 +322,7 @@ def _entry(key: str, value: float) -> bytes:
 
 
 def _padded(length: int) -> int:
-    return length + 8 - (length + 4) % 8  # so that numbers stand at multiples of 8
+    return length + 8 - (length + 4) % 8  # so that values are at multiples of 8
 
 
 def _kind(name: str) -> str:
@@ -332,7 +337,7 @@ def _allocate(file: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     elif os.pwrite(file, bytes(size), 0) < size:  # macOS
-        raise OSError("no room")
+        raise OSError("no space")
 
 
 def _own_folder(folder: Path) -> None:
@@ -340,7 +345,7 @@ def _own_folder(folder: Path) -> None:
         folder.mkdir(0o700, parents=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise PermissionError(f"{folder} is not ours")  # /tmp is everybody's
+        raise PermissionError(f"{folder} is not a folder of this user")  # any user may create folders in /tmp
 
 
 def _try_lock(file: int, how: int) -> bool:

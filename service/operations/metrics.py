@@ -1,7 +1,7 @@
-"""What Prometheus reads. Labels {ensemble, mode}; uncertainties one observation a row, times one a request.
+"""The Prometheus metrics, with the labels {ensemble, mode}. Uncertainties are observed per row, times per request.
 
-Workers write into files of one folder, made by the process that starts them, and the one that is asked sums them up: the
-numbers are those of all workers, and those of a worker that died stay counted (see metric_files.py).
+Workers write to files in one folder, which the process that starts them creates. The worker that is scraped sums up all
+files: the metrics are those of all workers, and the counts of a worker that died are kept (see metric_files.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 FOLDER = "MODEPATH_METRICS_FOLDER"
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 if FOLDER in os.environ:
-    # BentoML names a folder under its home, and wipes it when a second server starts there.
+    # BentoML would use a folder under its home, which is emptied when a second server starts there.
     os.environ[_MULTIPROCESS] = os.environ[FOLDER]
 
 import prometheus_client  # noqa: E402 - it reads the folder's variable when it is imported
@@ -30,7 +30,7 @@ from service.inference.batching import Answer  # noqa: E402
 from service.inference.policy import Mode  # noqa: E402
 from service.operations import metric_files  # noqa: E402
 
-prometheus_client.disable_created_metrics()  # they would double the series
+prometheus_client.disable_created_metrics()  # they would double the number of series
 if FOLDER in os.environ:
     values.ValueClass = metric_files.Value  # pyright: ignore[reportAttributeAccessIssue]
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -38,7 +38,7 @@ RATIO = [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 
 SECONDS = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 MEMBERS = [1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0]
 LABELS = ["ensemble", "mode"]
-CLIENT_LEFT = "client_left"  # reason of a request that was dropped because its client was gone
+CLIENT_LEFT = "client_left"  # reason of a request that was dropped because its client had disconnected
 _own = CollectorRegistry()
 
 
@@ -49,33 +49,36 @@ def _histogram(name: str, what: str, buckets: list[float]) -> Histogram:
 _ROW = {
     "predictive_entropy": _histogram("predictive_entropy_ratio", "entropy of the average, over ln(classes)", RATIO),
     "expected_entropy": _histogram("expected_entropy_ratio", "mean entropy of the members, over ln(classes)", RATIO),
-    "mutual_information": _histogram("mutual_information_ratio", "their difference, over ln(classes)", RATIO),
+    "mutual_information": _histogram(
+        "mutual_information_ratio", "predictive minus expected entropy, over ln(classes)", RATIO
+    ),
     "disagreement": _histogram("disagreement_ratio", "share of members with another top class", RATIO),
     "confidence": _histogram("confidence_ratio", "probability of the top class", RATIO),
 }
 _ENTROPIES = {"predictive_entropy", "expected_entropy", "mutual_information"}
-_OF_ONE = [(name, _ROW[name]) for name in ("predictive_entropy", "confidence")]  # what a network by itself has
+_OF_ONE = [(name, _ROW[name]) for name in ("predictive_entropy", "confidence")]  # measures of a single network
 _members_used = _histogram("members_used", "members that answered a row", MEMBERS)
 _TIMES = {
-    "decode": _histogram("decode_seconds", "from the body's bytes to an array", SECONDS),
-    "queue": _histogram("queue_seconds", "waiting for its turn", SECONDS),
-    "members": _histogram("members_seconds", "running members, in turn with others", SECONDS),
-    "reply": _histogram("reply_seconds", "from arrays to the answer's bytes", SECONDS),
+    "decode": _histogram("decode_seconds", "time from the bytes of the body to an array", SECONDS),
+    "queue": _histogram("queue_seconds", "time that a request waited for its turn", SECONDS),
+    "members": _histogram("members_seconds", "time of running members, in turn with other requests", SECONDS),
+    "reply": _histogram("reply_seconds", "time from arrays to the bytes of the answer", SECONDS),
 }
 _predictions = Counter("modepath_predictions", "rows answered", [*LABELS, "class"], registry=_own)
 _refused = Counter("modepath_refused", "requests that were refused", ["reason"], registry=_own)
 _dropped = Counter("modepath_log_lines_dropped", "lines that could not be written to the log", registry=_own)
 _archive: metric_files.Archive | None = None
-_said: set[str] = set()  # what was logged, and has not ended since
+_said: set[str] = set()  # topics of problems that were logged and still persist
 log = logging.getLogger("bentoml.modepath")
 
 
 def answered(
     manifest: Manifest, mode: Mode, answer: Answer, decode_seconds: float, reply_seconds: float, *, each: bool = True
 ) -> None:
-    """Count one request that was answered. Without `each`, nothing that tells one answer from another but its class:
+    """Count one request that was answered.
 
-    a histogram's sum before and after one query is that query's own number.
+    Without `each`, only the predicted classes are counted: the change of a histogram's sum over one query would reveal
+    the exact value of that query.
     """
     labels = (manifest.name, mode)
     prediction = answer.prediction
@@ -111,33 +114,39 @@ def refused(reason: str) -> None:
 
 
 def dropped(lines: int) -> None:
-    """Count lines that the log did not take."""
+    """Count log lines that were dropped."""
     _dropped.inc(lines)
 
 
 def begin() -> None:
-    """In each worker: let every reason stand at 0, so that its first refusal is an increase that alerts can see."""
+    """Set the counter of every refusal reason to 0, so that alerts see the first refusal as an increase.
+
+    Called in each worker.
+    """
     for reason in (CLIENT_LEFT, *(error.reason for error in (ServiceError, *ServiceError.__subclasses__()))):
         _refused.labels(reason)
 
 
 def look() -> bool:
-    """In each worker, every second: make files that are missing. False if some numbers are in this process's memory only."""
+    """Create missing files, and return False if some values are only in this process's memory.
+
+    Called in each worker, every second.
+    """
     complete = metric_files.look()
     _say_once(
-        "files", not complete, "The folder of the metrics cannot be written: is its file system full? /metrics lacks "
-        "what this worker counts, unless this worker is asked. It goes on: %s", os.environ.get(FOLDER),
+        "files", not complete, "The metrics folder %s cannot be written: is its file system full? This worker keeps counting in memory; "
+        "/metrics includes its counts only if it answers the request itself.", os.environ.get(FOLDER),
     )  # fmt: skip
     return complete
 
 
 def exposition() -> bytes:
-    """All workers' numbers in Prometheus's text format."""
+    """Return the metrics of all workers in Prometheus's text format."""
     return prometheus_client.generate_latest(_all_workers())
 
 
 def prepare() -> None:
-    """In the process that starts the workers: make the folder that they will share, and remove it at the end.
+    """Create the folder that the workers share, and remove it at exit. Called in the process that starts the workers.
 
     Raises:
         OSError: no temporary folder can be written.
@@ -146,34 +155,34 @@ def prepare() -> None:
     try:
         folder = tempfile.mkdtemp(prefix="modepath-metrics-")
     except OSError as error:
-        raise OSError(f"No temporary folder can be written: {error}. Name one that can with TMPDIR.") from None
+        raise OSError(f"No temporary folder can be written: {error}. Name a writable folder with TMPDIR.") from None
     os.environ[FOLDER] = folder
     _archive = metric_files.Archive(Path(folder))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def archive(living: Collection[int]) -> None:
-    """In the process that starts the workers, now and then: merge the files of those that died."""
+    """Merge the files of dead workers. Called periodically in the process that starts the workers."""
     assert _archive is not None, "prepare comes first"
     failed = None
     try:
         _archive.merge(living)
-    except OSError as error:  # the files stay, and count, as they are
+    except OSError as error:  # the files stay unchanged, and are still counted
         failed = error
     _say_once("archive", failed is not None, "The metrics of dead workers cannot be merged: %s", failed)
 
 
 def remove_folder() -> None:
-    """In a worker whose parent is gone: there is nobody else who would."""
+    """Remove the folder. Called in a worker whose parent has ended, because the parent can no longer do it."""
     if (folder := os.environ.get(FOLDER)) is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def listen(host: str, port: int, incomplete: Callable[[], int]) -> None:
-    """In the process that starts the workers: serve the numbers on a listener of their own.
+    """Serve the metrics on a separate listener. Called in the process that starts the workers.
 
     Raises:
-        OSError: the port is taken, or the address is not this machine's.
+        OSError: the port is in use, or the address does not belong to this machine.
     """
     count_incomplete(incomplete)
     try:
@@ -186,7 +195,7 @@ def listen(host: str, port: int, incomplete: Callable[[], int]) -> None:
 
 
 def count_incomplete(count: Callable[[], int]) -> None:
-    """How it is known of how many workers the numbers are incomplete; without it, a process knows of itself."""
+    """Set the function that returns how many workers have incomplete metrics; the default counts only this process."""
     global _incomplete
     _incomplete = count
 

@@ -1,4 +1,4 @@
-"""Settings of the service, from environment variables MODEPATH_…; a wrong one stops the start and says why."""
+"""Settings of the service, from environment variables MODEPATH_…; a wrong value stops the start with a message."""
 
 from __future__ import annotations
 
@@ -24,46 +24,51 @@ KEY_BYTES = 16
 
 
 class WrongSettingError(ModepathError):
-    """A setting is not what it may be; the message names all such."""
+    """At least one setting has an invalid value; the message names all of them."""
 
 
 class Settings(BaseSettings):
-    """Each field is read from MODEPATH_<FIELD>. What is said of a queue or of held bytes holds for each worker."""
+    """Each field is read from MODEPATH_<FIELD>. Limits of queues and of held bytes apply to each worker separately."""
 
     model_config = SettingsConfigDict(env_prefix="MODEPATH_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     store: Path = Field(default_factory=default_root, validation_alias=AliasChoices("MODELS_STORE"))
-    default: str | None = Field(default=None, description="ensemble that answers when none is named")
-    providers: ProviderChoice = Field(default="auto", description="auto, cpu or cuda")
-    poll_seconds: float = Field(default=0.5, gt=0, description="seconds between two looks for a new activation")
+    default: str | None = Field(default=None, description="ensemble that answers when a request names none")
+    providers: ProviderChoice = Field(default="auto", description="ONNX Runtime provider: auto, cpu or cuda")
+    poll_seconds: float = Field(default=0.5, gt=0, description="seconds between two checks for a new activation")
 
     load_seconds: float = Field(
-        default=120, gt=0, description="seconds in which a new version must become ready, in the process that tries it"
+        default=120, gt=0, description="seconds within which a new version must become ready in the trial process"
     )
     load_bytes: int | None = Field(
         default=None,
         gt=0,
-        description="memory that one version may take there; default: what is left when it is tried, over the workers and one more",
+        description="bytes of memory that one version may take in the trial process; default: the memory that is free when the trial starts, "
+        "divided by the number of workers plus one",
     )
 
     host: str = Field(
-        default="127.0.0.1", description="an address or the name of one; 0.0.0.0 opens the service to the network"
+        default="127.0.0.1",
+        description="address to listen on, or a name for it; 0.0.0.0 opens the service to the network",
     )
     port: int = Field(default=3000, gt=0, lt=65536)
     hosts: tuple[str, ...] = Field(
         default=(),
-        description="Host headers that are answered, as a JSON list of names without ports. Default: any where the service is open to the "
-        "network; on a loopback address IP addresses and localhost only, so that no web page can reach it under a name of its own",
+        description="accepted Host headers, as a JSON list of names without ports. Default: any name if the service is open to the network; "
+        "on a loopback address only IP addresses and localhost, so that a web page cannot reach the service under its own domain name",
     )
     metrics_port: int | None = Field(
-        default=None, gt=0, lt=65536, description="give /metrics a listener of its own; the public one then has none"
+        default=None,
+        gt=0,
+        lt=65536,
+        description="port of a separate listener for /metrics; the public port then has no /metrics",
     )
-    metrics_host: str = Field(default="127.0.0.1", description="address of that listener")
+    metrics_host: str = Field(default="127.0.0.1", description="address of the separate listener for /metrics")
     access_log: bool = Field(default=False, description="write one JSON line per request to standard output")
     trusted_proxies: str = Field(
         default="",
         validation_alias=AliasChoices("MODEPATH_TRUSTED_PROXIES", "FORWARDED_ALLOW_IPS"),
-        description="addresses or networks, comma-separated, whose X-Forwarded-For names the client in the access log",
+        description="proxies whose X-Forwarded-For names the client in the access log: addresses or networks, comma-separated",
     )
 
     workers: int = Field(
@@ -77,18 +82,18 @@ class Settings(BaseSettings):
 
     policies: dict[str, Policy] = Field(
         default_factory=lambda: {},
-        description="by ensemble, * for all others, as JSON; see service/inference/policy.py",
+        description="policies by ensemble name, * for all others, as JSON; see service/inference/policy.py",
     )
     pool_bytes: int = Field(
-        default=2**30, gt=0, description="memory for single networks of one ensemble, in each worker"
+        default=2**30, gt=0, description="bytes of memory for the single networks of one ensemble, in each worker"
     )
     key: SecretStr | None = Field(default=None, description="key of mode `keyed`; default: a new one at each start")
     key_file: Path | None = Field(default=None, description="file that holds the key of mode `keyed`")
-    key_seconds: float = Field(default=3600, gt=0, description="seconds after which the key of mode `keyed` turns")
+    key_seconds: float = Field(default=3600, gt=0, description="seconds after which the key of mode `keyed` changes")
     key_rows: int | None = Field(
         default=None,
         gt=0,
-        description="rows after which the key of mode `keyed` turns as well; each worker counts its own",
+        description="rows after which the key of mode `keyed` changes as well; each worker counts its own rows",
     )
 
     caller_header: str | None = Field(
@@ -96,9 +101,13 @@ class Settings(BaseSettings):
         description="header with the caller's identity, set by an authenticating proxy that overwrites client values; `keyed` then draws separately for each caller",
     )
 
-    head_bytes: int = Field(default=32 * 1024, gt=0, description="request line and headers of a request; beyond: 431")
+    head_bytes: int = Field(
+        default=32 * 1024, gt=0, description="largest size of the request line and headers; beyond: 431"
+    )
     head_seconds: float = Field(
-        default=10, gt=0, description="until the head of a request is complete; beyond, its connection is closed"
+        default=10,
+        gt=0,
+        description="seconds until the head of a request is complete; beyond, its connection is closed",
     )
     max_body_bytes: int = Field(default=16 * 2**20, gt=0, description="largest size of a body; beyond: 413")
     max_rows: int = Field(default=1024, gt=0, description="largest number of images in one request; beyond: 413")
@@ -110,31 +119,36 @@ class Settings(BaseSettings):
     )
     timeout: float = Field(default=60, gt=0, description="seconds from a request's headers to its answer; beyond: 504")
     stall_seconds: float = Field(
-        default=5, gt=0, description="how long 64 KiB of a body may take (then 408), and 64 KiB of an answer to be read"
+        default=5,
+        gt=0,
+        description="seconds in which a client must send 64 KiB of a body (beyond: 408), or read 64 KiB of an answer",
     )
 
     hang_seconds: float = Field(
         default=30,
         gt=0,
-        description="a worker whose event loop stands still, or whose members work on one batch, for so long is replaced",
+        description="seconds after which a worker is replaced whose event loop is blocked, or whose members still run one batch",
     )
     grace_seconds: float = Field(
         default_factory=lambda data: data["timeout"] + 5,
         gt=0,
-        description="how long requests may still take when the service is to end",
+        description="seconds that requests may still take when the service stops",
     )
 
     batch_rows: int = Field(default=64, gt=0, description="largest number of rows that run together")
     batch_seconds: float = Field(default=0.05, gt=0, description="seconds that a batch should take at most")
     queue_rows: int = Field(default=4096, gt=0, description="largest number of rows that may wait; beyond: 429")
     queue_pixels: int = Field(
-        default=2**25, gt=0, description="pixels of large encoded images that may wait to be decoded; beyond: 429"
+        default=2**25,
+        gt=0,
+        description="largest number of pixels of large encoded images that may wait to be decoded; beyond: 429",
     )
     queue_seconds: float = Field(default=2, gt=0, description="seconds that a request may wait; beyond: 429 or 503")
     held_bytes: int = Field(
         default=256 * 2**20,
         gt=0,
-        description="of bodies, and again of decoded images, that are held at once; of bodies an eighth is kept for small ones",
+        description="largest number of bytes of bodies that are held at once, and again of decoded images; an eighth of those for bodies is "
+        "reserved for small bodies",
     )
 
     @field_validator("store")
@@ -148,7 +162,7 @@ class Settings(BaseSettings):
     @field_validator("host", "metrics_host")
     @classmethod
     def _address(cls, host: str) -> str:
-        """BentoML takes addresses only."""
+        """Resolve a name, because BentoML accepts addresses only."""
         with contextlib.suppress(ValueError):
             return str(ipaddress.ip_address(host))
         try:
@@ -158,7 +172,7 @@ class Settings(BaseSettings):
         return next((address for address in found if "." in address), found[0])
 
     def secret(self) -> bytes:
-        """The key of `keyed`."""
+        """Return the key of mode `keyed`."""
         if self.key is None:
             assert self.key_file is not None, "share_key gave a key to this process's parent"
             return self.key_file.read_bytes().strip()
@@ -167,41 +181,45 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _long_key(self) -> Self:
         given = self.key is not None or self.key_file is not None
-        if given and len(self.secret()) < KEY_BYTES:  # an empty one, too: it is often a variable that was not set
+        if given and len(self.secret()) < KEY_BYTES:  # also refuses an empty key, often a variable that was not set
             raise ValueError(f"the key has less than {KEY_BYTES} bytes; make one with: openssl rand -hex 32")
         if given and b"\0" in self.secret():
             raise ValueError("the key holds a zero byte; make one with: openssl rand -hex 32")
         if self.key_rows is not None and self.workers > 1:
             raise ValueError(
-                "key_rows needs one worker: each counts its own rows, so that several would give several answers"
+                "key_rows needs one worker: each worker counts its own rows, so several workers would give different answers"
             )
         return self
 
 
 def share_key() -> None:
-    """In the process that starts the workers: give them one key, so that they answer alike; also those that begin after its file has changed."""
+    """Give all workers one key, so that they answer alike, even those started after the key file has changed.
+
+    Called in the process that starts the workers.
+    """
     none = settings().key is None and settings().key_file is None
     os.environ["MODEPATH_KEY"] = secrets.token_hex(KEY_BYTES) if none else os.fsdecode(settings().secret())
 
 
 def workers_for(cores: int) -> int:
-    """One process for four cores: members run outside Python's lock, and each worker holds all of them in memory."""
+    """One worker for four cores: members run outside Python's lock, and each worker holds all of them in memory."""
     return max(1, cores // 4)
 
 
 @cache
 def settings() -> Settings:
-    """The process's settings, read once.
+    """Return the settings of this process, read once.
 
     Raises:
-        WrongSettingError: one is not what it may be.
+        WrongSettingError: a setting has an invalid value.
     """
     try:
         return Settings()
-    except SettingsError as error:  # no JSON where it has to be
+    except SettingsError as error:  # a setting that must be JSON is not
         raise WrongSettingError(f"{error}: {error.__cause__}") from None
     except ValidationError as errors:
-        found = [error for error in errors.errors() if error["type"] != "default_factory_not_called"]  # that follows
+        # A default that depends on an invalid setting is reported too, but is only a consequence.
+        found = [error for error in errors.errors() if error["type"] != "default_factory_not_called"]
         raise WrongSettingError("; ".join(map(_one_line, found))) from None
 
 

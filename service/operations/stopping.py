@@ -1,7 +1,8 @@
-"""While the service ends: new connections, and those that still wait for a worker, are answered with 503 instead of reset.
+"""Shutdown: new connections, and those that still wait for a worker, are answered with 503 instead of being reset.
 
-The process that starts the workers holds the socket that they listen on. When it has asked them to end they take no more
-connections; it takes those itself until the workers are done with their requests, and closes the socket when none waits.
+The process that starts the workers owns the socket that they listen on. Once it has asked the workers to end, they
+accept no more connections. It then accepts connections itself until the workers have finished their requests, and
+closes the socket when no connection waits.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Sequence
 from service.http.errors import StoppingError
 
 MAX_HEAD = 64 * 1024
-HEAD_SECONDS = 5.0  # a client may take for its headers
-LINGER_SECONDS = 2.0  # a client may take to read the answer while it is still sending its body
+HEAD_SECONDS = 5.0  # time that a client may take for its headers
+LINGER_SECONDS = 2.0  # time that a client may take to read the answer while it is still sending its body
 SETTLE_SECONDS = 0.05
 SETTLES = 20
 
@@ -29,7 +30,7 @@ _head = (
 
 
 class Refusals:
-    """Refuses what comes to listening sockets."""
+    """Refuses all connections to listening sockets."""
 
     def __init__(self) -> None:
         self._servers: list[asyncio.Server] = []
@@ -37,14 +38,14 @@ class Refusals:
         self.count = 0
 
     async def begin(self, listeners: Sequence[socket.socket], backlog: int) -> None:
-        """Take what comes to them from now on."""
+        """Start to accept and refuse connections."""
         loop = asyncio.get_running_loop()
         for listener in listeners:
             copy = socket.socket(fileno=os.dup(listener.fileno()))
             self._servers.append(await loop.create_server(self._accept, sock=copy, backlog=backlog))
 
     async def end(self, listeners: Sequence[socket.socket]) -> None:
-        """When nobody else takes any: refuse those that wait, and close the sockets."""
+        """Refuse the connections that still wait, and close the sockets. Call it when no worker accepts any more."""
         for _ in range(SETTLES):
             before = self.count
             await asyncio.sleep(SETTLE_SECONDS)
@@ -68,9 +69,9 @@ class Refusals:
 
 
 class _Refusal(asyncio.Protocol):
-    """One connection: its headers are waited for, answered, and what follows is thrown away.
+    """One connection: waits for the headers, answers, and discards all further bytes.
 
-    Closing a socket with bytes unread resets it, and the client may lose the answer.
+    Closing a socket with unread bytes resets it, and the client may lose the answer.
     """
 
     def __init__(self, open_ones: set[_Refusal]):
@@ -100,13 +101,13 @@ class _Refusal(asyncio.Protocol):
         self._wait(LINGER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Remove the connection from the open ones."""
         self._open.discard(self)
         if self._timer is not None:
             self._timer.cancel()
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection."""
         if self._transport is not None:
             self._transport.close()
 

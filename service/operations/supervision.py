@@ -1,8 +1,9 @@
-"""What the process that starts the workers and they themselves know of one another.
+"""Supervision: the process that starts the workers, the supervisor, detects workers that hang.
 
-The board is memory that all of them share. Each worker has a line on it, where its event loop counts once a second; the
-process that started it sees there that it stands still. It is no file: no full disk and no cleaner of /tmp reaches it.
-What touches BentoML's own supervisor (circus) is in bentoml_internals.py.
+The board is memory that all these processes share. Each worker has a line on it, and its event loop increments a
+counter there once a second. If the counter stops, the supervisor knows that the worker hangs. The board is not a file,
+so neither a full disk nor a cleaner of /tmp affects it. Changes to BentoML's own supervisor (circus) are in
+bentoml_internals.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Collection
 
-SHARED = "MODEPATH_SUPERVISOR"  # the supervisor's process, and the board's file descriptor, which workers inherit
-SECONDS = 1.0  # between two counts, and between two looks at them
-STARTING_TICKS = 120  # until a worker's first count: it imports, and loads ensembles
+SHARED = "MODEPATH_SUPERVISOR"  # process id of the supervisor, and the board's file descriptor, which workers inherit
+SECONDS = 1.0  # interval in which workers count, and in which the supervisor checks the counts
+STARTING_TICKS = 120  # ticks until a worker's first count: it imports modules and loads ensembles
 LINES = 1024
-_line = struct.Struct("=qqq")  # process, count, whether its metrics are incomplete
+_line = struct.Struct("=qqq")  # process id, count, whether its metrics are incomplete
 
 log = logging.getLogger("bentoml.modepath")
 
@@ -31,12 +32,12 @@ class Board:
     """Memory that the supervisor and its workers share."""
 
     def __init__(self, file: int):
-        """On the file descriptor that the supervisor made."""
+        """Map the file descriptor that the supervisor created."""
         self._map = mmap.mmap(file, LINES * _line.size)
 
     @classmethod
     def make(cls) -> Board:
-        """In the supervisor: make one, for the workers that it starts from now on."""
+        """Create a board for all workers that are started from now on. Called in the supervisor."""
         if hasattr(os, "memfd_create"):
             file = os.memfd_create("modepath")
         else:
@@ -48,30 +49,30 @@ class Board:
         return cls(file)
 
     def write(self, line: int, process: int, count: int, incomplete: bool) -> None:
-        """In a worker: its own line."""
+        """Write a worker's line. Called in that worker."""
         self._map[line * _line.size : (line + 1) * _line.size] = _line.pack(process, count, incomplete)
 
     def read(self) -> dict[int, tuple[int, bool]]:
-        """In the supervisor: of each process that wrote one, its count, and whether its metrics are incomplete."""
+        """Return, by process id, the count of each worker and whether its metrics are incomplete."""
         return {
             process: (count, bool(incomplete)) for process, count, incomplete in _line.iter_unpack(self._map) if process
         }
 
 
 class Watch:
-    """In the supervisor: how many of its own ticks each worker has stood still for.
+    """In the supervisor: counts for how many ticks each worker's counter has not changed.
 
-    Ticks, not seconds: while the machine sleeps, or the whole group of processes is stopped, there are none.
+    It counts its own ticks, not seconds: there are none while the machine sleeps or all processes are stopped.
     """
 
     def __init__(self, board: Board, ticks: int):
-        """A worker may stand still for so many ticks."""
+        """A worker hangs if its counter has not changed for `ticks` ticks."""
         self._board = board
         self._ticks = ticks
-        self._still: dict[int, tuple[int, int]] = {}  # by process: its last count, and ticks since it changed
+        self._still: dict[int, tuple[int, int]] = {}  # by process id: last count, and ticks since it changed
 
     def tick(self, processes: Collection[int]) -> list[int]:
-        """Look at these workers, and give those that hang."""
+        """Check the workers with these process ids, and return those that hang. Call it once per tick."""
         found = self._board.read()
         before = self._still
         self._still = {}
@@ -86,25 +87,25 @@ class Watch:
         return hanging
 
     def incomplete(self) -> int:
-        """How many workers have metrics in their memory only."""
+        """Return how many workers have metrics that are only in their memory."""
         found = self._board.read()
         return sum(found[process][1] for process in self._still if process in found)
 
 
 class Pulse:
-    """In a worker: counts on its board, looks after its files, and ends when its supervisor is gone.
+    """In a worker: increments its counter, checks its metric files, and ends the worker if the supervisor has ended.
 
-    It counts only while its members get on: a network that runs without end for some image holds no event loop up.
+    The counter also stops while one batch runs too long: a network that never finishes does not block the event loop.
     """
 
     def __init__(self, line: int, look: Callable[[], bool], busy_seconds: Callable[[], float], grace_seconds: float):
-        """Begin nothing yet.
+        """Create the object; `start` begins counting.
 
         Args:
-            line: on the board, the worker's own.
-            look: called once a second, says whether its metrics are complete.
-            busy_seconds: for how long its members have worked on one and the same batch.
-            grace_seconds: until it ends when its supervisor is gone.
+            line: the worker's line on the board.
+            look: called once a second; returns whether the worker's metrics are complete.
+            busy_seconds: returns the time in seconds that the longest-running task of a batch has taken so far.
+            grace_seconds: time until the worker ends after its supervisor has ended.
         """
         self._busy_seconds = busy_seconds
         self._line = line
@@ -118,12 +119,12 @@ class Pulse:
         self._board = Board(int(file)) if file and line < LINES else None
 
     def start(self) -> None:
-        """Begin, on the event loop that runs."""
+        """Start counting on the running event loop."""
         self._beat(asyncio.get_running_loop())
         threading.Thread(target=self._watch, name="pulse", daemon=True).start()
 
     def incomplete(self) -> int:
-        """How many workers have metrics in their memory only, as far as this one knows."""
+        """Return how many workers have metrics that are only in their memory, as far as this worker knows."""
         if self._board is None or self.orphaned:
             return 0 if self._complete else 1
         return sum(incomplete for process, (_, incomplete) in self._board.read().items() if _exists(process))
@@ -136,15 +137,15 @@ class Pulse:
         loop.call_later(SECONDS, self._beat, loop)
 
     def _watch(self) -> None:
-        # Not on the event loop: files may be slow, and a loop that hangs must end too when nobody is left to kill it.
+        # Not on the event loop: files may be slow, and a worker whose loop hangs must end even without a supervisor.
         while self._supervisor is None or os.getppid() == self._supervisor:
             try:
                 self._complete = self._look()
             except Exception:
-                log.exception("The worker could not look after its metrics.")
+                log.exception("The worker could not check its metrics.")
             time.sleep(SECONDS)
         self.orphaned = True
-        log.error("The process that started this worker is gone: the worker finishes its requests and ends.")
+        log.error("The process that started this worker has ended: the worker finishes its requests and ends.")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(self._grace_seconds)
         os._exit(1)

@@ -68,7 +68,7 @@ def test_a_version_that_hangs_while_another_serves_is_passed_over(store, serve, 
     until(lambda: versions(server) == {3}, server)
     # The store goes away for a while, and nobody notices but the log.
     store.root.rename(tmp_path / "away")
-    until(lambda: "What is loaded goes on" in server.log.read_text(), server)
+    until(lambda: "Loaded ensembles keep answering" in server.log.read_text(), server)
     assert answered(server)["version"] == 3
     assert httpx.get(server.url + "/readyz").status_code == 200
     shutil.move(tmp_path / "away", store.root)

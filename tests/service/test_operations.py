@@ -173,7 +173,7 @@ def test_a_worker_that_stands_still_is_replaced(animals, serve):
     eventually(lambda: stopped not in pids(server) and len(pids(server)) == 2)
     server.until(200)
     assert ask(server, 20) == {200: 20}
-    assert f"Worker {stopped} has stood still" in server.log.read_text()
+    assert f"Worker {stopped} has been blocked" in server.log.read_text()
 
 
 def test_a_worker_whose_members_run_without_end_for_an_image_is_replaced(store, serve):

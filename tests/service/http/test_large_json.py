@@ -54,7 +54,7 @@ def test_too_many_images_are_refused_before_one_is_parsed():
     [
         (b'{"inputs": [' + b",".join([b"[]"] * 200) + b"]}", "more lists"),
         (b'{"inputs": [' + b"]" * 10_000, "more lists"),
-        (b'{"inputs": [], "a": [' + b'"a",' * 100 + b'""]}', "more texts"),
+        (b'{"inputs": [], "a": [' + b'"a",' * 100 + b'""]}', "more strings"),
         (b'{"inputs": [], "a": [' + b"1," * 100 + b"1]}", "more than 5 images"),
         (b'{"inputs": [], "a": ' + b"{" * 40 + b"}" * 41, "more than 5 images"),
         (b'{"images": [' + b"1," * 100 + b"1]}", "more than 5 images"),
@@ -63,8 +63,8 @@ def test_too_many_images_are_refused_before_one_is_parsed():
         (b'{"inputs": [[1],, [2]]}', "not a list of images"),
         (b'{"inputs": [[1], 2]}', "not a list of images"),
         (b'{"inputs": [0.5, [2]]}', "not a list of images"),
-        (b'{"inputs": [["a"]]}', "no number"),
-        (b'{"inputs": [[true]]}', "no number"),
+        (b'{"inputs": [["a"]]}', "not a number"),
+        (b'{"inputs": [[true]]}', "not a number"),
     ],
 )
 def test_a_body_that_cannot_be_a_request_is_refused_unparsed(body, message):

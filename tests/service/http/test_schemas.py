@@ -112,4 +112,4 @@ def test_answers_to_equally_many_rows_are_equally_long_whatever_is_in_them(
 def test_an_answer_longer_than_expected_is_still_filled_up_and_logged(store, caplog):
     manifest = publish(store, "a").manifest
     assert len(padded(b"x" * 5000, manifest, Policy(modes=("random",)), "random", 1)) == 5120
-    assert "its length may tell" in caplog.text
+    assert "its length may reveal" in caplog.text

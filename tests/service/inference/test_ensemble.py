@@ -412,7 +412,7 @@ def test_while_the_store_cannot_be_reached_what_is_loaded_goes_on(store, tmp_pat
         ensembles.refresh()
     assert [one.manifest.name for one in ensembles.all()] == ["a", "b"]
     assert ensembles.why_not_ready() is None
-    assert len([r for r in caplog.records if "What is loaded goes on" in r.message]) == 1
+    assert len([r for r in caplog.records if "Loaded ensembles keep answering" in r.message]) == 1
     if how == "unlistable":
         monkeypatch.undo()
     else:
