@@ -68,7 +68,7 @@ def loss_name(loss: str | Callable[..., Any] | None) -> str | None:
 
 
 def weights_file(weights: Any) -> Path:
-    """Return the file of initial weights: a path unchanged; a state dict or module is saved with the runs first."""
+    """Return the file of initial weights: a path unchanged; a state dict or module is saved with the runs, by hash."""
     if isinstance(weights, str | Path):
         return Path(weights)
     from safetensors.torch import save
