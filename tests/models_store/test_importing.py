@@ -67,7 +67,7 @@ def test_weights_beside_the_graph_are_taken_in(store, tmp_path):
         ([linear(0), linear(1, classes=4)], ImportOptions(), "same classes"),
         ([linear(0, batch=1)], ImportOptions(), "fixed batch size 1"),
         ([linear(0)], ImportOptions(classes=["a", "b"]), "2 class names"),
-        ([linear(0)], ImportOptions(mean=[0.1, 0.2]), "one a channel"),
+        ([linear(0)], ImportOptions(mean=[0.1, 0.2]), "one per channel"),
         ([linear(0)], ImportOptions(input_shape=(3, 4, 4)), "takes images"),
     ],
 )
