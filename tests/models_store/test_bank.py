@@ -10,7 +10,7 @@ from models_store.manifest import ONNX_OPSET
 
 
 def template(external=("w", "shift")):
-    """logits = flatten(images) @ w + shift, for images (1, 2, 2) and 3 classes; weights given from memory."""
+    """logits = flatten(images) @ w + shift, for images (1, 2, 2) and 3 classes; weights are supplied from memory."""
     shapes = {"w": (4, 3), "shift": (3,)}
     graph = helper.make_graph(
         [
