@@ -54,7 +54,7 @@ def linear_logits(model, images):
 
 
 def bank(points=5, shape=SHAPE, classes=CLASSES, vertices=3, seed=0, **changes):
-    """A bank of linear networks, logits = flatten(images) @ w + shift: w is interpolated, each point has its own shift."""
+    """A bank of linear networks, logits = flatten(images) @ w + shift: w is interpolated, each point has a shift."""
     size = int(np.prod(shape))
     graph = helper.make_graph(
         [
