@@ -161,9 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--input-shape", nargs=3, type=int, metavar=("C", "H", "W"), help="image shape, if the file leaves it open"
     )
-    command.add_argument(
-        "--mean", nargs="+", type=float, help="if the models expect (x - mean) / std: add it to the graph"
-    )
+    command.add_argument("--mean", nargs="+", type=float, help="channel means: adds (x - mean) / std to the graph")
     command.add_argument("--std", nargs="+", type=float)
     command.add_argument("--output", choices=["logits", "probs"], default="logits", help="what the models return")
     command.add_argument(
