@@ -2,9 +2,9 @@
 
     python -m deploy.bento NAME[@VERSION] [--out dist]
 
-Leaves the bento `modepath:NAME-VERSION` in BentoML's store (for `bentoml containerize`, `bentoml push`) and unpacked in OUT, where
-`bentoml serve` needs neither this checkout nor torch. Requirements are pinned to the versions that are installed now: those
-that the tests have run with.
+Puts the bento `modepath:NAME-VERSION` into BentoML's store (for `bentoml containerize`, `bentoml push`), and an
+unpacked copy into OUT, where `bentoml serve` needs neither this checkout nor torch. Requirements are pinned to the
+installed versions, because the tests were run with these.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ ROOMS = ("service", "models_store")
 DESCRIPTION = """\
 `{name}`, an ensemble of {members} members. `bentoml serve` this folder, then:
 
-    POST /predict     images as JSON, application/x-npy, image/png or image/jpeg -> averaged probabilities and how uncertain they are
-    GET /docs.json    the whole interface      GET /metrics    for Prometheus      GET /readyz    is it ready
+    POST /predict     images as JSON, application/x-npy, image/png or image/jpeg -> averaged probabilities and their uncertainty
+    GET /docs.json    the whole interface      GET /metrics    for Prometheus      GET /readyz    whether it is ready
 
 Settings are environment variables `MODEPATH_…`, such as `MODEPATH_HOST=0.0.0.0` and `MODEPATH_WORKERS`.
 """
 
 
 def main() -> int:
-    """Build, and say where it lies."""
+    """Build the bento and print where it is stored. Returns 0 on success, 1 on an error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("name", metavar="NAME[@VERSION]")
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where the unpacked bento goes (default: dist)")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the unpacked bento (default: dist)")
     args = parser.parse_args()
     try:
         store = Store()
@@ -54,8 +54,8 @@ def main() -> int:
     tag = f"modepath:{version.manifest.name}-{version.manifest.version}"
     if version.manifest.name.lower() != version.manifest.name or len(tag.partition(":")[2]) > MAX_TAG:
         print(
-            f"error: {version.manifest.name!r} cannot be a bento's version: BentoML takes lower case and {MAX_TAG} characters at most. "
-            "Publish it under another name.",
+            f"error: {version.manifest.name!r} cannot be a bento's version: BentoML takes lower case and {MAX_TAG} "
+            "characters at most. Publish it under another name.",
             file=sys.stderr,
         )
         return 1
@@ -68,7 +68,7 @@ def main() -> int:
     except OSError as error:
         print(
             f"error: the bento cannot be written: {error}. BentoML's store is in BENTOML_HOME (default: ~/bentoml), "
-            f"the unpacked one goes to {args.out}; are both folders writable, with room?",
+            f"the unpacked copy goes to {args.out}. Check that both are writable and that their disks are not full.",
             file=sys.stderr,
         )
         return 1
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def build(tag: str, version: Version, unpacked: Path) -> str:
-    """Make the bento in BentoML's store and unpack it; its tag.
+    """Build the bento in BentoML's store and unpack it. Returns its tag.
 
     Raises:
         OSError: a folder cannot be written.
@@ -101,7 +101,7 @@ def build(tag: str, version: Version, unpacked: Path) -> str:
 
 
 def copy_sources(context: Path, version: Version) -> None:
-    """The rooms that serving needs, and a store of the one version in its default place."""
+    """Copy the packages that serving needs, and a store with this one version in its default folder."""
     for room in ROOMS:
         ignored = shutil.ignore_patterns("ensembles", "__pycache__")
         shutil.copytree(ROOT / room, context / room, ignore=ignored)
@@ -109,7 +109,7 @@ def copy_sources(context: Path, version: Version) -> None:
 
 
 def pinned_requirements() -> list[str]:
-    """What the service needs, each at the version installed here where it is installed here."""
+    """The service's requirements, each pinned to the installed version if it is installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [_pinned(Requirement(r)) for r in (*project["dependencies"], *project["optional-dependencies"]["service"])]
 
@@ -117,7 +117,7 @@ def pinned_requirements() -> list[str]:
 def _pinned(requirement: Requirement) -> str:
     try:
         version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:  # for other platforms
+    except importlib.metadata.PackageNotFoundError:  # a requirement of another platform
         return str(requirement)
     marker = f"; {requirement.marker}" if requirement.marker else ""
     return f"{requirement.name}=={version}{marker}"

@@ -14,7 +14,7 @@ from models_store.store import Store
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 1 where `verify` finds damage, 2 on an error."""
+    """Run one command. Returns 0 on success, 1 if `verify` finds damage, 2 on an error."""
     args = _parser().parse_args(arguments)
     try:
         return args.run(Store(args.store), args)
@@ -79,7 +79,7 @@ def _verified(store: Store, reference: str) -> tuple[str, StoreError | None]:
 
 
 def _all_verified(store: Store) -> Iterator[tuple[str, StoreError | None]]:
-    """Every version; and `active` of an ensemble, where it is damaged."""
+    """Result for every version, and for the `active` file of each ensemble where that is damaged."""
     for name in store.names():
         try:
             versions = store.versions(name)
@@ -92,7 +92,7 @@ def _all_verified(store: Store) -> Iterator[tuple[str, StoreError | None]]:
             if (active := store.active(name)) not in versions:
                 store.load(name, active)
         except EnsembleNotFoundError as error:
-            if store.activation_token(name) is not None:  # it names a version that is not there
+            if store.activation_token(name) is not None:  # it names a version that does not exist
                 yield f"{name}/active", error
         except StoreError as error:
             yield f"{name}/active", error
@@ -126,12 +126,12 @@ def _export(store: Store, args: argparse.Namespace) -> int:
     version = store.resolve(args.name)
     store.verify(version)
     copy = Store(args.dir).adopt(version)
-    print(f"{copy.folder} (a store of its own: MODELS_STORE={args.dir})")
+    print(f"{copy.folder} (a complete store: MODELS_STORE={args.dir})")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m models_store", description="Look after published ensembles.")
+    parser = argparse.ArgumentParser(prog="python -m models_store", description="Manage published ensembles.")
     parser.add_argument(
         "--store", type=Path, help="the store's folder (default: $MODELS_STORE, else models_store/ensembles)"
     )
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME[@VERSION]")
     command.set_defaults(run=_show)
 
-    command = commands.add_parser("verify", help="check hashes and members; exit code 1 where something is damaged")
+    command = commands.add_parser("verify", help="check hashes and members; exit code 1 if anything is damaged")
     command.add_argument("name", metavar="NAME[@VERSION]", nargs="?", help="default: every version")
     command.set_defaults(run=_verify)
 
@@ -154,25 +154,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("version", metavar="VERSION", type=int)
     command.set_defaults(run=_activate)
 
-    command = commands.add_parser("import", help="make an ensemble of ONNX classifiers made elsewhere")
+    command = commands.add_parser("import", help="publish ONNX classifiers from other tools as an ensemble")
     command.add_argument("name", metavar="NAME")
     command.add_argument("members", metavar="MEMBER.onnx", nargs="+", type=Path)
     command.add_argument("--classes", help="class names, separated by commas (default: 0, 1, …)")
     command.add_argument(
-        "--input-shape", nargs=3, type=int, metavar=("C", "H", "W"), help="where the file leaves it open"
+        "--input-shape", nargs=3, type=int, metavar=("C", "H", "W"), help="image shape, if the file leaves it open"
     )
-    command.add_argument(
-        "--mean", nargs="+", type=float, help="the models expect (x - mean) / std: put it in the graph"
-    )
+    command.add_argument("--mean", nargs="+", type=float, help="channel means: adds (x - mean) / std to the graph")
     command.add_argument("--std", nargs="+", type=float)
-    command.add_argument("--output", choices=["logits", "probs"], default="logits", help="what the models give")
+    command.add_argument("--output", choices=["logits", "probs"], default="logits", help="what the models return")
     command.add_argument(
-        "--resize", choices=["refuse", "stretch", "crop"], default="refuse", help="for images of another size"
+        "--resize", choices=["refuse", "stretch", "crop"], default="refuse", help="treatment of images of another size"
     )
     command.add_argument("--no-activate", action="store_true", help="publish without serving it")
     command.set_defaults(run=_import)
 
-    command = commands.add_parser("export", help="copy a version into a folder that is itself a store")
+    command = commands.add_parser("export", help="copy a version into a folder, which becomes a complete store")
     command.add_argument("name", metavar="NAME[@VERSION]")
     command.add_argument("dir", metavar="DIR", type=Path)
     command.set_defaults(run=_export)
@@ -180,5 +178,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `list | head` ends this process without a word, as it ends others
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit silently when the reader closes the pipe, as in `list | head`
     sys.exit(main())

@@ -1,8 +1,8 @@
 """Which version of each ensemble is served, and in which order ensembles were activated.
 
 <root>/<name>/active     the version that is served
-<root>/<name>/.pending   a version that is to be activated once it is published; it outlives a publisher that is killed in between
-<root>/.activated        names, one a line, the one that was activated last at the end
+<root>/<name>/.pending   a version to activate once it is published; it remains if the publisher is killed in between
+<root>/.activated        names, one per line, in order of their last activation, the latest last
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _MISSING = (FileNotFoundError, NotADirectoryError)
 
 
 class Activations:
-    """The files above, of the store in one folder."""
+    """Reads and writes these files of one store."""
 
     def __init__(self, root: Path):
         self._root = root
 
     def active(self, name: str) -> int | None:
-        """The version that is served, if there is one.
+        """The version of `name` that is served; None if no version is active.
 
         Raises:
-            CorruptionError: `active` holds something else than a number.
-            StoreReadError: it cannot be read.
+            CorruptionError: the file `active` does not hold a number.
+            StoreReadError: the file cannot be read.
         """
         try:
             return read_number(self._root / name / _ACTIVE)
@@ -42,7 +42,7 @@ class Activations:
             raise CorruptionError(f"{error} Run: python -m models_store activate {name} VERSION") from None
 
     def token(self, name: str) -> object:
-        """Something that is another after each activation; None where nothing is active."""
+        """A value that changes with each activation; None if nothing is active."""
         try:
             with files.reading(file := self._root / name / _ACTIVE):
                 status = file.lstat()
@@ -51,9 +51,10 @@ class Activations:
         return status.st_ino, status.st_mtime_ns
 
     def order(self, names: Collection[str]) -> list[str]:
-        """Those of the names that were activated, the last one at the end.
+        """Those of `names` that were activated, in order of their last activation, the latest last.
 
-        Earlier releases kept no record. Names that it lacks come first, by the time of `active`; one in the future counts as now.
+        Earlier releases kept no record. Names missing from the record come first, ordered by the modification time of
+        their file `active`; a time in the future counts as now.
         """
         now, times = time.time(), dict[str, float]()
         for name in names:
@@ -69,10 +70,10 @@ class Activations:
         return sorted(times.keys() - recorded, key=lambda name: (times[name], name)) + recorded
 
     def pending(self, name: str) -> int | None:
-        """The version that was announced and is still to be activated, if there is one.
+        """The version that was announced but not activated yet; None if there is none.
 
         Raises:
-            StoreReadError: it cannot be read.
+            StoreReadError: the file `.pending` cannot be read.
         """
         try:
             return read_number(self._root / name / _PENDING)
@@ -80,12 +81,12 @@ class Activations:
             return None
 
     def announce(self, name: str, version: int) -> None:
-        """Have a version activated once it is published: by its publisher, or where that is killed by the next one."""
+        """Announce a version to activate after publication. If its publisher is killed, the next one activates it."""
         files.replace(self._root / name / _PENDING, f"{version}\n")
         files.sync(self._root / name)
 
     def retract(self, name: str) -> None:
-        """Nothing is pending any more."""
+        """Remove the announcement of a pending version, if there is one."""
         try:
             (self._root / name / _PENDING).unlink()
         except FileNotFoundError:
@@ -93,21 +94,21 @@ class Activations:
         files.sync(self._root / name)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """To be held while something is activated, whatever its name."""
+        """The lock to hold during any activation; the store has one lock for all names."""
         return files.locked(self._root / RECORDS / ".lock")
 
     def replace(self, name: str, version: int) -> None:
-        """Serve this version from now on. Needs the lock; `settle` comes next."""
+        """Serve this version from now on. Requires the lock; call `settle` next."""
         files.replace(self._root / name / _ACTIVE, f"{version}\n")
 
     def settle(self, name: str, names: Collection[str]) -> None:
-        """Make it durable, and record that `name`, of all published names, was activated last."""
+        """Make the activation durable, and record that `name` was activated last. `names` are all published names."""
         files.sync(self._root / name)
         order = [other for other in self.order(names) if other != name] + [name]
         if order != self._recorded():
             files.replace(self._root / _ORDER, "".join(f"{one}\n" for one in order))
             files.sync(self._root)
-        # An announced version that is not published yet is still to be activated by its publisher.
+        # Keep the announcement of a version that is not published yet: its publisher will activate it.
         if (pending := self.pending(name)) is None or (self._root / name / str(pending)).exists():
             self.retract(name)
 
@@ -116,6 +117,6 @@ class Activations:
         try:
             with files.reading(file):
                 return list(dict.fromkeys(files.read(file, _ORDER_BYTES).decode().split()))
-        # It decides no more than a default, and the next activation writes it anew.
+        # The record only determines a default, and the next activation rewrites it.
         except (*_MISSING, CorruptionError, UnicodeDecodeError):
             return []

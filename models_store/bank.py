@@ -1,7 +1,7 @@
-"""Many networks of one path for the price of its vertices: a template graph, and the weights to put into it.
+"""Bank: many networks of one path at the cost of its vertices, as a template graph and the weights to put into it.
 
-Interpolating inside the graph would cost three to four times a member's time, because fusions and weight layouts need
-constants. So a point's weights are computed here and given to ONNX Runtime before it optimises.
+Interpolating the weights inside the graph would take three to four times a member's time, because fusions and weight
+layouts need constants. So the weights of a point are computed here and passed to ONNX Runtime before it optimises.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from models_store.manifest import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 TEMPLATE, VERTICES, POINTS = "template.onnx", "vertices.safetensors", "points.safetensors"
 _STATISTICS = "statistics/"
-Weights = dict[str, NDArray[np.float32]]  # by initializer
+Weights = dict[str, NDArray[np.float32]]  # initializer name -> value
 
 
 @dataclass(frozen=True)
 class Bank:
-    """The points of a path. FORMAT.md has the layout."""
+    """The points of a path. FORMAT.md specifies the files."""
 
     template: bytes
-    vertices: Weights  # (vertices, …) each
-    statistics: Weights  # (points, …) each
+    vertices: Weights  # each (vertices, …)
+    statistics: Weights  # each (points, …)
     coefficients: NDArray[np.float64]  # (points, vertices)
     temperature: NDArray[np.float64]  # (points,)
     accuracy: NDArray[np.float64]
@@ -42,7 +42,7 @@ class Bank:
         return len(self.coefficients)
 
     def weights(self, point: int) -> Weights:
-        """What the template's external initializers are at a point.
+        """Values of the template's external initializers at a point.
 
         Args:
             point: 0 … len − 1.
@@ -66,7 +66,7 @@ class Bank:
         """Read the three files.
 
         Raises:
-            CorruptionError: unreadable, or not as FORMAT.md has it.
+            CorruptionError: a file cannot be read, or breaks FORMAT.md.
         """
         try:
             template, vertices = (folder / TEMPLATE).read_bytes(), load_file(folder / VERTICES)
@@ -81,7 +81,9 @@ class Bank:
                 nll=points["nll"],
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CorruptionError(f"{folder} is no bank ({error}): restore it from a copy, or publish again.") from None
+            raise CorruptionError(
+                f"{folder} is not a bank ({error}): restore it from a copy, or publish again."
+            ) from None
         if wrong := bank._broken_rule():
             raise CorruptionError(f"{folder} breaks FORMAT.md: {wrong}. Restore it from a copy, or publish again.")
         return bank
@@ -107,11 +109,11 @@ class Bank:
 
 
 def check_bank(folder: Path, input_shape: tuple[int, int, int], classes: int, points: int) -> None:
-    """Hold a bank's files against the contract.
+    """Check a bank's files against FORMAT.md.
 
     Raises:
-        MemberError: the template is none, or another number of points than said.
-        CorruptionError: unreadable, or not as FORMAT.md has it.
+        MemberError: the template breaks FORMAT.md, or the number of points is not `points`.
+        CorruptionError: a file cannot be read, or breaks FORMAT.md.
     """
     bank = Bank.load(folder)
     if len(bank) != points:

@@ -1,7 +1,7 @@
-"""From an encoded image to an array: one way for training on a folder of images and for serving them.
+"""Decode images to arrays, in the same way for training on a folder of images and for serving.
 
-EXIF orientation is applied, alpha is composed on white, 16-bit grey is scaled, grey and RGB are converted to what the
-manifest's input shape says, and another size is treated as its `resize` says.
+EXIF orientation is applied, alpha is composited on white, and 16-bit grey is scaled. Grey and RGB are converted to the
+number of channels in the manifest's input shape. Images of another size are treated according to its `resize`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from models_store.errors import DecodeError
 from models_store.manifest import InputSpec
 
 MODES = {1: "L", 3: "RGB"}
-# A small file can ask for hours of work: each scan of a progressive JPEG passes over the whole image, each piece of
-# EXIF data is joined to those before it, and a PNG may unpack text without end.
+# A small file can cause hours of work: each scan of a progressive JPEG passes over the whole image, each EXIF segment
+# is appended to those before it, and a PNG may decompress text without limit.
 MAX_JPEG_SCANS = 64
 MAX_EXIF_PIECES = 8
 MAX_ASPECT = 20
@@ -26,11 +26,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**18
 
 
 def open_image(encoded: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Read the header only: `.size` is known, no pixel is decoded.
+    """Read the header only: `.size` is available, but no pixel is decoded.
 
     Args:
         encoded: the file's bytes.
-        formats: Pillow's names of the formats that may be read (default: all it knows).
+        formats: allowed formats, by their names in Pillow (default: all that it supports).
 
     Raises:
         DecodeError: not an image of these formats.
@@ -38,10 +38,10 @@ def open_image(encoded: bytes, formats: tuple[str, ...] | None = None) -> Image.
     if encoded.startswith(b"\xff\xd8") and (
         encoded.count(b"\xff\xda") > MAX_JPEG_SCANS or encoded.count(b"Exif\0\0") > MAX_EXIF_PIECES
     ):
-        raise DecodeError("a JPEG of more scans or EXIF data than cameras and editors make. Save it anew.")
+        raise DecodeError("a JPEG with more scans or EXIF data than cameras and editors write. Save it again.")
     try:
         return Image.open(io.BytesIO(encoded), formats=formats)
-    except Exception as error:  # a broken header raises whatever the format's parser stumbled on
+    except Exception as error:  # for a broken header, each format's parser raises its own exceptions
         wanted = " or ".join(formats or ["image"])
         raise DecodeError(
             f"not a readable {wanted} file ({_said(error)}). Is it complete, and of that format?"
@@ -99,9 +99,9 @@ def _resized(image: Image.Image, width: int, height: int, how: str) -> Image.Ima
         raise DecodeError(_another_size(image, width, height))
     if how == "stretch":
         return _bilinear(image, width, height)
-    if max(image.size) > MAX_ASPECT * min(image.size):  # scaled before it is cropped, it would grow without bound
+    if max(image.size) > MAX_ASPECT * min(image.size):  # scaling it before the crop could need unbounded memory
         raise DecodeError(f"the image is {image.width} × {image.height} pixels, a strip. Crop it.")
-    # As torchvision's Resize and CenterCrop do it: the side that fits is exact, the other is rounded down.
+    # Same as torchvision's Resize and CenterCrop: the side that fits is exact, the other is rounded down.
     if image.width * height < image.height * width:
         image = _bilinear(image, width, int(width * image.height / image.width))
     else:
@@ -119,5 +119,5 @@ def _bilinear(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _said(error: Any) -> str:
-    # Pillow's messages may hold the address of a buffer.
+    # Pillow's messages may contain the memory address of a buffer, which is cut off here.
     return str(error).split(" <")[0] or type(error).__name__

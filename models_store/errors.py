@@ -1,26 +1,26 @@
-"""What can go wrong in the store.
+"""Errors of the store.
 
-ModepathError              the root of all errors, here, in training and in the service
+ModepathError              base class of all errors here, in training and in the service
 StoreError
 ├── InvalidNameError       a name or version that cannot be a folder of the store
 ├── EnsembleNotFoundError  nothing of that name (or version) is published
 ├── ManifestError          a manifest that does not follow FORMAT.md
 ├── MemberError            an ONNX file that does not follow FORMAT.md, or that gives wrong answers
 ├── CorruptionError        a file that is missing, or whose hash is not the manifest's
-├── LineageError           a network of which nothing can be compared with others
-├── StoreReadError         the store is there, but cannot be listed or read
+├── LineageError           a network without weights that can be compared with others
+├── StoreReadError         the store exists, but cannot be listed or read
 └── StoreWriteError        the disk is full, or the store cannot be written
-ProviderError              an execution provider that was asked for and is not there
-DecodeError                an image file that cannot become an array
+ProviderError              a requested execution provider that is not available
+DecodeError                an image file that cannot be decoded to an array
 """
 
 
 class ModepathError(Exception):
-    """Anything that went wrong for a reason that the message gives, with its likely cause and what to do."""
+    """Base class of all errors. The message states what was wrong, the likely cause, and what to do."""
 
 
 class StoreError(ModepathError):
-    """Anything wrong with the store or what lies in it. The message says what, why, and what to do."""
+    """Base class of errors in the store or its contents. The message states what was wrong, why, and what to do."""
 
 
 class InvalidNameError(StoreError):
@@ -32,7 +32,7 @@ class EnsembleNotFoundError(StoreError):
 
 
 class LineageError(StoreError):
-    """A network of which nothing can be compared with others."""
+    """A network without weights that can be compared with others."""
 
 
 class ManifestError(StoreError):
@@ -48,16 +48,16 @@ class CorruptionError(StoreError):
 
 
 class StoreReadError(StoreError):
-    """The store, or a file of it, is there but cannot be listed or read: permissions, or a disk that does not answer."""
+    """The store or one of its files exists but cannot be read: permissions, or a disk that does not respond."""
 
 
 class StoreWriteError(StoreError):
-    """The store cannot be written: permissions, a full disk, or one that fails. The message says what was published."""
+    """The store cannot be written: permissions, a full or failing disk. The message states what was published."""
 
 
 class ProviderError(ModepathError):
-    """An execution provider that was asked for and is not available."""
+    """A requested execution provider that is not available."""
 
 
 class DecodeError(ModepathError):
-    """An image file that cannot become an array. The message begins in lower case: who catches it says which image."""
+    """An image file that cannot be decoded. The message begins in lower case, so that callers can prefix the file."""

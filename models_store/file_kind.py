@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: for messages about files that are not what their name says."""
+"""Detect the kind of a file from its first bytes, for messages about files that do not match their name."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _SAID: dict[Kind, str] = {
     "torch": "is a file written by torch.save",
     "empty": "is empty: its download or copy was cut short",
     "lfs": "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`",
-    "html": "is an HTML page, probably a login or error page saved in its stead: download the file itself",
+    "html": "is an HTML page, probably a login or error page saved instead: download the file itself",
     "torchscript": "is a TorchScript archive: code, not a state_dict",
     "archive": "is a compressed archive: unpack it first",
     "damaged": "is damaged, or its download was cut short: it begins as torch.save's files do, but its end is missing",
     "text": "is a text file",
-    "unknown": "is of no known kind",
+    "unknown": "is of an unknown kind",
 }
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
 _HEAD = 1024
 
 
 def kind(file: Path) -> Kind:
-    """What the file is.
+    """The kind of the file.
 
     Raises:
         OSError: it cannot be read.
@@ -39,7 +39,7 @@ def kind(file: Path) -> Kind:
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if begin.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
         return "html"
-    # Eight bytes of a length, and a JSON object.
+    # A safetensors file begins with a length of eight bytes and a JSON object.
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < file.stat().st_size:
         return "safetensors"
     if head.startswith(b"PK\x03\x04"):
@@ -54,7 +54,7 @@ def kind(file: Path) -> Kind:
 
 
 def said(file: Path) -> str:
-    """The rest of a sentence that begins with the file's name.
+    """Description of the file, worded to follow its name in a sentence.
 
     Raises:
         OSError: it cannot be read.

@@ -1,7 +1,7 @@
-"""Files that others may have changed, read with care; files that must outlive a crash, written with care.
+"""Safe reading of files that others may have changed, and durable writing of files that must survive a crash.
 
-What is read must be a regular file of a bounded size. A link, a FIFO, a socket or a device is never opened: it could lead out of the
-store, or block its reader for ever.
+Only regular files of bounded size are read. A link, a FIFO, a socket or a device is never opened, because it could lead
+out of the store or block the reader forever.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _KINDS = {
 
 
 def check_regular(file: Path, limit: int) -> None:
-    """Hold a file against what may be opened, without opening it.
+    """Check that a file may be opened, without opening it.
 
     Raises:
-        CorruptionError: not a regular file, or larger than `limit` bytes.
-        OSError: it is not there, or the disk does not answer.
+        CorruptionError: it is not a regular file, or is larger than `limit` bytes.
+        OSError: it does not exist, or the disk does not respond.
     """
     _check(file, file.lstat(), limit)
 
@@ -43,11 +43,11 @@ def opened(file: Path, limit: int) -> BufferedReader:
     """Open a regular file of at most `limit` bytes for reading.
 
     Raises:
-        CorruptionError: not a regular file, or larger.
-        OSError: it is not there, or the disk does not answer.
+        CorruptionError: it is not a regular file, or is larger.
+        OSError: it does not exist, or the disk does not respond.
     """
     check_regular(file, limit)
-    # The flags are for a file that is exchanged between the two checks.
+    # The flags guard against a file that is replaced between the two checks.
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check(file, os.fstat(descriptor), limit)
@@ -58,7 +58,7 @@ def opened(file: Path, limit: int) -> BufferedReader:
 
 
 def read(file: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes; raises as `opened` does."""
+    """Content of a regular file of at most `limit` bytes; raises as `opened` does."""
     with opened(file, limit) as handle:
         return handle.read(limit)
 
@@ -70,7 +70,7 @@ def sha256(file: Path, limit: int) -> str:
 
 
 def tree(folder: Path) -> dict[str, bool]:
-    """Every entry below a folder by relative path: whether it is a folder. Links are entries and are not followed."""
+    """Relative path of every entry below a folder -> whether it is a folder. Links are listed but not followed."""
     found: dict[str, bool] = {}
     waiting = [""]
     while waiting:
@@ -85,7 +85,7 @@ def tree(folder: Path) -> dict[str, bool]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, each durable, where they are missing."""
+    """Create a folder and its missing parents, each durably."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -94,7 +94,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Write a new file, durably but for its name: `sync` its folder."""
+    """Write a new file. Its content is durable; to make its name durable, `sync` its folder."""
     with file.open("xb") as handle:
         handle.write(content)
         handle.flush()
@@ -102,11 +102,11 @@ def write(file: Path, content: bytes) -> None:
 
 
 def replace(file: Path, text: str) -> None:
-    """Replace a small file as a whole: a reader sees the old text or the new one. `sync` its folder to make it durable.
+    """Replace a small file atomically: a reader sees the old text or the new one. `sync` its folder to make it durable.
 
-    Call it under a lock: what an earlier call left behind when it was killed is removed.
+    Call it under a lock, because it removes the temporary files of earlier calls that were killed.
     """
-    # A token of fixed length, or the temporary files of `a` would match those of `a.b`.
+    # The token has a fixed length; otherwise the pattern for `a` would match temporary files of `a.b`.
     for stale in file.parent.glob(f".{file.name}.{'?' * 16}.new"):
         stale.unlink(missing_ok=True)
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.new")
@@ -120,7 +120,7 @@ def replace(file: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's names, durable."""
+    """Make a file's content, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -130,35 +130,36 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Generator[None]:
-    """Wait for the lock that this file stands for, and hold it. The file is made, and stays."""
+    """Wait for this lock file and hold its lock. The file is created if it is missing, and is not removed."""
     descriptor = _locked(file)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # closing gives the lock back, whatever it reports
+        with contextlib.suppress(OSError):  # closing releases the lock even if it reports an error
             os.close(descriptor)
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Generator[None]:
-    """Let an OSError become a StoreReadError, but for a file that is missing."""
+    """Turn an OSError into a StoreReadError, except for a missing file."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise StoreReadError(
-            f"{path} cannot be read: {error.strerror or error}. Check its owner and permissions, and that the disk answers."
+            f"{path} cannot be read: {error.strerror or error}. "
+            "Check its owner and permissions, and that the disk responds."
         ) from None
 
 
 @contextlib.contextmanager
 def writing(root: Path, outcome: Callable[[], str] = lambda: "Nothing was published.") -> Generator[None]:
-    """Let an OSError, or a StoreReadError, become a StoreWriteError.
+    """Turn an OSError or a StoreReadError into a StoreWriteError.
 
     Args:
         root: the store's folder.
-        outcome: what is published now, and how to go on; asked when the error occurs.
+        outcome: returns what is published at that point and how to continue; called when the error occurs.
     """
     try:
         yield
@@ -189,7 +190,7 @@ def _locked(file: Path) -> int:
         try:
             if (
                 os.fstat(descriptor).st_uid == os.geteuid()
-            ):  # whoever may write to the folder takes turns, whatever the umask
+            ):  # everyone who may write to the folder must be able to lock it, whatever the umask
                 os.fchmod(descriptor, stat.S_IMODE(file.parent.stat().st_mode) & 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             held, there = os.fstat(descriptor), file.lstat()
@@ -199,7 +200,7 @@ def _locked(file: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        # A file that was removed while we waited is the lock of nobody else.
+        # If the file was removed during the wait, another process does not see this lock: try again.
         if os.path.samestat(held, there):
             return descriptor
         os.close(descriptor)

@@ -1,8 +1,9 @@
-"""Make members of ONNX files that were made elsewhere.
+"""Import ONNX files from other tools as members.
 
-A foreign model is brought to the contract (names of input and output, opset, weights inside, normalisation and a log
-for models that end in softmax added to the graph) and then run: what cannot be brought there is refused with the reason.
-What it answers shows whether it gives logits or probabilities, and whether it answers each image by itself.
+A foreign model is adapted to FORMAT.md: names of input and output, opset, weights inside the file. Normalisation, and a
+log for models that end in softmax, are added to the graph. A model that cannot be adapted is refused with the reason.
+The model is then run. Its outputs show whether it returns logits or probabilities, and whether it computes the output
+for an image independently of the other images in the batch.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from models_store.store import Store, Version
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What a foreign file does not say about itself."""
+    """Properties of a foreign model that its file does not contain."""
 
-    input_shape: tuple[int, int, int] | None = None  # (C, H, W); needed where the file leaves an axis open
+    input_shape: tuple[int, int, int] | None = None  # (C, H, W); required if the file leaves an axis open
     classes: Sequence[str] | None = None
-    mean: Sequence[float] | None = None  # of the channels; put in the graph
+    mean: Sequence[float] | None = None  # one value per channel; added to the graph, like std
     std: Sequence[float] | None = None
     output_is_probs: bool = False  # the model ends in softmax
     resize: str = "refuse"
@@ -40,7 +41,7 @@ class ImportOptions:
 def import_members(
     store: Store, name: str, files: Sequence[Path], options: ImportOptions, activate: bool = True
 ) -> Version:
-    """Publish foreign ONNX models, of any architectures, as one ensemble with equal weights.
+    """Publish foreign ONNX models, whose architectures may differ, as one ensemble with equal weights.
 
     Raises:
         MemberError: a file cannot serve as a member, or the files do not agree on input shape and classes.
@@ -57,7 +58,7 @@ def import_members(
     ((shape, classes),) = shapes
     class_names = list(options.classes or map(str, range(classes)))
     if len(class_names) != classes:
-        raise MemberError(f"{len(class_names)} class names were given, but the models tell {classes} classes apart.")
+        raise MemberError(f"{len(class_names)} class names were given, but the models have {classes} classes.")
     with store.staging(name) as staged:
         (staged / "members").mkdir()
         members: list[Member] = []
@@ -79,34 +80,35 @@ class _Adapted:
     model: bytes
     shape: tuple[int, int, int]
     classes: int
-    kind: output_kind.Kind  # of what the file gave before anything was added
+    kind: output_kind.Kind  # of the original model's output, before anything was added
 
 
 def _check_kinds(files: Sequence[Path], models: Sequence[_Adapted], options: ImportOptions) -> None:
-    """--output must say what the files give, and all of them must give the same.
+    """Check that all models return the kind of output that --output states.
 
     Raises:
-        MemberError: they give something else.
+        MemberError: a model returns another kind, or the models differ.
     """
     named = {kind: [f.name for f, one in zip(files, models, strict=True) if one.kind == kind] for kind in _GIVES}
     if sigmoid := named["sigmoid"]:
         raise MemberError(
-            f"{', '.join(sigmoid)} ends in a sigmoid: scores of independent labels, which are neither logits nor the probabilities of "
-            "one class out of several. Export the classifier without its last sigmoid."
+            f"{', '.join(sigmoid)} ends in a sigmoid: scores of independent labels, which are neither logits nor the "
+            "probabilities of one class out of several. Export the classifier without its last sigmoid."
         )
     if named["probs"] and named["logits"]:
         raise MemberError(
-            f"{', '.join(named['logits'])} gives logits, but {', '.join(named['probs'])} gives probabilities (its rows sum to 1: it ends in "
-            "softmax). The members of one ensemble must give the same: export all of them without softmax."
+            f"{', '.join(named['logits'])} gives logits, but {', '.join(named['probs'])} gives probabilities (its rows "
+            "sum to 1: it ends in softmax). The members of one ensemble must give the same: export all of them without "
+            "softmax."
         )
     if named["probs"] and not options.output_is_probs:
         raise MemberError(
-            f"{', '.join(named['probs'])} gives probabilities, not logits: its rows lie in [0, 1] and sum to 1, so it ends in softmax. "
-            "Import it with --output probs."
+            f"{', '.join(named['probs'])} gives probabilities, not logits: its rows lie in [0, 1] and sum to 1, so it "
+            "ends in softmax. Import it with --output probs."
         )
     if named["logits"] and options.output_is_probs:
         raise MemberError(
-            f"{', '.join(named['logits'])} gives no probabilities: its rows do not lie in [0, 1] and sum to 1. "
+            f"{', '.join(named['logits'])} does not give probabilities: its rows do not lie in [0, 1] and sum to 1. "
             "If it gives logits, leave out --output probs."
         )
 
@@ -123,18 +125,18 @@ def _adapt(file: Path, options: ImportOptions) -> _Adapted:
     inputs, outputs = graph_inputs(graph), list(graph.output)
     if len(inputs) != 1 or len(outputs) != 1:
         raise MemberError(
-            f"{file.name} has inputs {[v.name for v in inputs]} and outputs {[v.name for v in outputs]}; a member takes "
-            "images and gives logits, nothing else. Export the classifier alone."
+            f"{file.name} has inputs {[v.name for v in inputs]} and outputs {[v.name for v in outputs]}; a member "
+            "takes images and gives logits, nothing else. Export the classifier alone."
         )
     shape = _input_shape(file, inputs[0], options)
     del graph.input[:]
     graph.input.append(helper.make_tensor_value_info(INPUT_NAME, TensorProto.FLOAT, ["batch", *shape]))
-    # Shapes that the exporter noted may name a fixed batch; they are inferred again when the session is made.
+    # Shapes recorded by the exporter may contain a fixed batch size; they are inferred again when a session is created.
     del graph.value_info[:]
     last = output_kind.last_operator(model)
     front, body_input = _normalisation(options, shape[0])
     back, body_output = _logits_of_probs(options)
-    # By way of names of our own: a model may call its input `logits`, or an inner value `images`.
+    # Rename via unique names, because a model may call its input `logits`, or an inner value `images`.
     _rename(graph, inputs[0].name, "modepath_in")
     _rename(graph, outputs[0].name, "modepath_out")
     for name in (INPUT_NAME, OUTPUT_NAME):
@@ -155,9 +157,10 @@ def _adapt(file: Path, options: ImportOptions) -> _Adapted:
 
 
 def _load_with_weights(file: Path) -> onnx.ModelProto:
-    load(file)  # says what is wrong with a file that is no ONNX at all
+    load(file)  # raises an error with the reason if the file is not ONNX
     try:
-        # Exporters like to put weights into a file next to the graph; here, once, they are taken in. onnx refuses paths that leave the folder.
+        # Many exporters put the weights into a file next to the graph. They are merged into the model here, and only
+        # here. onnx refuses paths that leave the folder.
         return onnx.load(file, load_external_data=True)  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:
         raise MemberError(
@@ -166,7 +169,7 @@ def _load_with_weights(file: Path) -> onnx.ModelProto:
 
 
 def _forget_unused_domains(model: onnx.ModelProto) -> None:
-    # Exporters of classical models list ai.onnx.ml, whether or not something of it is in the graph.
+    # Exporters of classical models list ai.onnx.ml even if the graph does not use it.
     used = domains_in_use(model)
     kept = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx") or entry.domain in used]
     del model.opset_import[:]
@@ -181,7 +184,8 @@ def _at_pinned_opset(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
         return onnx.version_converter.convert_version(model, ONNX_OPSET)
     except Exception as error:
         raise MemberError(
-            f"{file.name} uses ONNX opset {opset} and cannot be converted to {ONNX_OPSET} ({error}). Export it with opset {ONNX_OPSET}."
+            f"{file.name} uses ONNX opset {opset} and cannot be converted to {ONNX_OPSET} ({error}). "
+            f"Export it with opset {ONNX_OPSET}."
         ) from None
 
 
@@ -193,30 +197,31 @@ def _input_shape(file: Path, value: onnx.ValueInfoProto, options: ImportOptions)
         )
     if found[0] is not None:
         raise MemberError(
-            f"{file.name} has the fixed batch size {found[0]}; requests come in any size. Export with a dynamic first axis."
+            f"{file.name} has the fixed batch size {found[0]}; requests come in any size. "
+            "Export with a dynamic first axis."
         )
     given = options.input_shape or (None, None, None)
     contradicted = any(f is not None and g is not None and f != g for f, g in zip(found[1:], given, strict=True))
     if _channels_come_last(found[1:]) and (contradicted or options.input_shape is None):
         raise MemberError(
-            f"{file.name} takes images {found[1:]}, with the channels in the last axis as it seems; a member takes (C, H, W). Export it "
-            "with channels first, or with a transpose of axes (0, 2, 3, 1) as its first operator. If the first of these numbers is the "
-            "number of channels after all, say so with --input-shape C H W."
+            f"{file.name} takes images {found[1:]}, apparently with the channels in the last axis; a member takes "
+            "(C, H, W). Export it with channels first, or with a transpose of axes (0, 2, 3, 1) as its first operator. "
+            "If the first of these numbers is the number of channels after all, confirm it with --input-shape C H W."
         )
     if contradicted:
         raise MemberError(f"{file.name} takes images {found[1:]}, not {given}. Give the shape it was exported with.")
     channels, height, width = (f or g for f, g in zip(found[1:], given, strict=True))
     if channels is None or height is None or width is None:
-        raise MemberError(f"{file.name} leaves the image size open {found[1:]}; say it with --input-shape C H W.")
+        raise MemberError(f"{file.name} leaves the image size open {found[1:]}; give it with --input-shape C H W.")
     return channels, height, width
 
 
 def _channels_come_last(shape: tuple[int | None, ...]) -> bool:
-    """Whether this is (H, W, C): few numbers in the last axis, and in the first either an open or a longer one."""
+    """True if the shape looks like (H, W, C): a short last axis, and a first axis that is open or longer than 4."""
     return shape[2] in (1, 3, 4) and (shape[0] is None or shape[0] > 4)
 
 
-_NOISE = 3  # of the images that `probes` makes without given ones: those that are plain noise
+_NOISE = 3  # number of plain noise images among those that `probes` returns without given images
 _Part = tuple[list[onnx.NodeProto], list[onnx.TensorProto]]
 
 
@@ -226,7 +231,7 @@ def _normalisation(options: ImportOptions, channels: int) -> tuple[_Part, str]:
     mean, std = options.mean or [0.0] * channels, options.std or [1.0] * channels
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise MemberError(
-            f"mean and std need {channels} numbers, one a channel, the latter positive; got {mean} and {std}."
+            f"mean and std need {channels} numbers, one per channel, and std must be positive; got {mean} and {std}."
         )
     tensors = [
         numpy_helper.from_array(np.array(values, np.float32).reshape(1, -1, 1, 1), f"modepath_{label}")
@@ -266,17 +271,18 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 
 def _try(model: onnx.ModelProto, file: Path, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """What it answers to several different images, (batch, classes).
+    """Run the model on several different images; returns its outputs, (batch, classes).
 
     Raises:
-        MemberError: it does not run, gives something else than (batch, classes) or NaN, or mixes the images of a batch.
+        MemberError: the model does not run, returns another shape or NaN, or mixes the images of a batch.
     """
     session = MemberSession(model.SerializeToString(), "cpu")
     images = independence.probes(shape)
     if (fault := independence.fault(session.logits, images)) is not None:
         raise MemberError(
-            f"{file.name} {fault}. A member gives (batch, classes), and answers each image by itself in a batch of any size: export the "
-            "classifier in eval mode with a dynamic first axis, and without layers that compute over the batch."
+            f"{file.name} {fault}. A member gives (batch, classes) for a batch of any size, and its answer for an "
+            "image does not depend on the other images: export the classifier in eval mode with a dynamic first axis, "
+            "and without layers that compute over the batch."
         )
     answers = session.logits(images)
     if answers.shape[1] < 2:
@@ -285,6 +291,6 @@ def _try(model: onnx.ModelProto, file: Path, shape: tuple[int, int, int]) -> NDA
         )
     if not np.isfinite(answers[:_NOISE]).all():
         raise MemberError(
-            f"{file.name} answers random images with NaN or infinity; its weights or its export are broken."
+            f"{file.name} returns NaN or infinity for random images; its weights or its export are broken."
         )
     return answers

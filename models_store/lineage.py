@@ -1,7 +1,8 @@
-"""Which published versions share networks. Whoever knows one of them knows something of the other.
+"""Find which published versions share networks. An attacker who knows one of them knows something about the other.
 
-A *mark* stands for a tensor, or for a model's file. It is a digest of all bits, or a sketch: a few projections, which a copy keeps where it
-was rounded. Marks are bytes, so that sets of them can be joined, compared and sent to another process as they are.
+A *mark* identifies a tensor, or a model's file. It is either a digest of all bits, or a sketch: a few random
+projections, which change little when the weights are rounded. Marks are bytes, so that sets of them can be merged,
+compared and sent to another process without conversion.
 """
 
 from __future__ import annotations
@@ -24,34 +25,39 @@ from models_store.graphs.onnx_contract import MAX_MODEL_BYTES
 from models_store.store import MAX_WEIGHTS_BYTES, Version
 
 Marks = frozenset[bytes]
-LEAST = 32  # elements of a constant that counts
-SKETCHED = 64  # elements of a tensor that is sketched
-# Two tensors of one size are near when they differ by less than this, each with its mean removed and divided by its norm.
-# benchmarks/training/lineage.py: rounding to bfloat16 changes 0.0016; networks of different initial weights differ by 1, of the same ones that
-# saw the images in another order by 0.016 at least. One that was trained on briefly at a small rate is near, and is a relative.
+LEAST = 32  # smaller constants of a graph are ignored (number of elements)
+SKETCHED = 64  # smaller tensors get no sketch (number of elements)
+# Two tensors of equal size are near if their distance is below this, after each is centred and divided by its norm.
+# Measured by benchmarks/training/lineage.py: rounding to bfloat16 moves a tensor by 0.0016. Networks with different initial
+# weights differ by 1; with the same initial weights but another order of the images, by at least 0.016. A network that
+# was trained a little further at a small rate is near, and counts as related.
 NEAR = 0.005
 PROJECTIONS = 16
-# Of a tensor that a few elements decide, such as variances with one large channel, two networks may have nearly the same.
+# Minimum effective number of elements, (Σ x²)² / Σ x⁴, of a sketched tensor. A tensor dominated by a few elements, such
+# as variances with one large channel, may be nearly equal in two unrelated networks.
 SPREAD = 8
 _BUCKETS = 1024
 _CHUNK = 2**20
 _DIGEST_BYTES = 16
-_CELL = 0.25  # side of the cells in which near sketches are looked for
+_CELL = 0.25  # side of the grid cells in which near sketches are searched
 _REACH = NEAR * math.sqrt(PROJECTIONS)
 _Sketches = tuple[NDArray[np.int64], NDArray[np.float32]]  # sizes; (sketches, PROJECTIONS)
 
 
 def marks(version: Version) -> Marks:
-    """Of its members' files, and of each tensor that was trained, of members and vertices.
+    """Marks of a version's member files, and of each trained tensor of its members and vertices.
 
-    Two versions are related when they have a network, or a part of one, in common: exactly, or but for rounding to half precision or
-    bfloat16 (`related`). Larger changes hide it: deliberate noise, pruning, quantisation to int8, longer training, and weights that an
-    exporter multiplied with others. What training does not decide marks nothing: tensors of one number repeated (a bias at 0), of longer integers,
-    and those that all the version's networks share (a table of positions; but also a frozen backbone, which others may have from elsewhere).
+    Two versions are related if they share a network or a part of one, exactly or up to rounding to half precision or
+    bfloat16 (see `related`). Larger changes hide the relation: deliberate noise, pruning, quantisation to int8, longer
+    training, and weights that an exporter multiplied with others.
+
+    Tensors that do not identify a network get no mark: those that repeat one number (a bias at 0), those of integers
+    wider than a byte, and those that all networks of the version share (a table of positions; but also a frozen
+    backbone, which unrelated versions may have from the same source).
 
     Raises:
-        LineageError: nothing of a network can be compared.
-        CorruptionError: a file is no regular file.
+        LineageError: a network has no weights that can be compared.
+        CorruptionError: a file is not a regular file, or is too large.
         OSError: a file cannot be read.
     """
     manifest, folder = version.manifest, version.folder
@@ -59,23 +65,25 @@ def marks(version: Version) -> Marks:
     held += manifest.geometry.vertices if manifest.geometry else []
     models = [bytes.fromhex(manifest.files[member.file]) for member in manifest.members]
     by_network = [_of_tensors(_weights(folder / file)) for file in held]
-    # Of networks that came as ONNX, what the graph holds: the same network may be published from its weights, too.
+    # Imported networks have no weights file. Their graph's constants are used, because the same network may also be
+    # published from its weights.
     by_network += [_of_tensors(_constants(folder / one.file)) for one in manifest.members if not one.weights]
     if not all(by_network):
         raise LineageError(
-            f"A network of {version.name} holds no weights that could be compared: whether it is another ensemble's cannot be known."
+            f"A network of {version.name} holds no weights that can be compared, "
+            "so it is unknown whether another ensemble shares it."
         )
     found = frozenset[bytes]().union(*by_network)
     return (found - _of_all(by_network)).union(models)
 
 
 def related(one: Marks, other: Marks) -> bool:
-    """Have two versions a network, or a part of one, in common?"""
+    """True if the versions with these marks share a network or a part of one."""
     return len(families({"one": one, "other": other})) == 1
 
 
 def families(marked: Mapping[str, Marks]) -> list[set[str]]:
-    """Names of versions that share networks, directly or through others; those that share with none by themselves."""
+    """Group the names of versions that share networks, directly or through others; each name is in one group only."""
     family = {name: {name} for name in marked}
 
     def join(one: str, other: str) -> None:
@@ -88,7 +96,7 @@ def families(marked: Mapping[str, Marks]) -> list[set[str]]:
     for name, found in marked.items():
         for mark in found:
             join(owner.setdefault(mark, name), name)
-    # Sketches that several have are joined already: each is looked at once.
+    # Versions with an identical sketch are joined already, so each sketch is compared once.
     sketches = [mark for mark in owner if _is_sketch(mark)]
     for one, other in _near_pairs(sketches):
         join(owner[sketches[one]], owner[sketches[other]])
@@ -96,7 +104,7 @@ def families(marked: Mapping[str, Marks]) -> list[set[str]]:
 
 
 def _of_all(by_network: Sequence[Marks]) -> Marks:
-    """What every network has: exactly, or, where they do not have all their tensors so, nearly."""
+    """Marks that all networks have: exactly, or nearly unless that applies to every sketch. Empty if all are equal."""
     if len(set(by_network)) == 1:
         return frozenset()
     exact = by_network[0].intersection(*by_network)
@@ -107,14 +115,15 @@ def _of_all(by_network: Sequence[Marks]) -> Marks:
         seen[sketches[one]] |= networks[sketches[other]]
         seen[sketches[other]] |= networks[sketches[one]]
     near = {mark for mark, found in seen.items() if len(found) == len(by_network)}
-    # Where all is near, they are copies of one network, and that is what is to be known again.
+    # If every sketch is near, the networks are copies of one, and these marks are needed to recognise it.
     return exact | near if near < set(sketches) else exact
 
 
 def _near_pairs(sketches: Sequence[bytes]) -> Iterable[tuple[int, int]]:
-    """Pairs of places whose tensors have one size and are near."""
+    """Pairs of indices of sketches whose tensors have equal size and are near."""
     sizes, values = _read(sketches)
-    # No coordinate of two near sketches differs by more than the reach: each is looked for in its own cell and across its close borders.
+    # Each coordinate of two near sketches differs by at most the reach, so a sketch is searched in its own cell and in
+    # those across nearby borders.
     low = np.floor((values[:, :4] - _REACH) / _CELL).astype(int).tolist()
     high = np.floor((values[:, :4] + _REACH) / _CELL).astype(int).tolist()
     home = np.floor(values[:, :4] / _CELL).astype(int).tolist()
@@ -130,9 +139,9 @@ def _near_pairs(sketches: Sequence[bytes]) -> Iterable[tuple[int, int]]:
 def _of_tensors(tensors: Iterable[np.ndarray]) -> Marks:
     found: set[bytes] = set()
     for tensor in tensors:
-        if tensor.dtype.name == "bfloat16":  # which numpy knows from onnx alone, and not as a number
+        if tensor.dtype.name == "bfloat16":  # onnx registers this type with numpy, but its kind is not float
             tensor = tensor.astype(np.float32)
-        # Quantised weights are bytes; other integers are shapes and indices.
+        # Quantised weights are one byte wide; wider integers are shapes and indices.
         if (tensor.dtype.kind != "f" and tensor.dtype.itemsize != 1) or tensor.size < 2:
             continue
         if (tensor != tensor.flat[0]).any():
@@ -147,7 +156,10 @@ def _digest(tensor: np.ndarray) -> bytes:
 
 
 def _sketch(tensor: np.ndarray) -> bytes | None:
-    """Projections of the tensor, standardised, in which distances are kept; its size before them. None where few elements decide."""
+    """The tensor's size, then random projections of the standardised tensor, which preserve distances.
+
+    None if the tensor is not finite, is constant, or is dominated by a few elements.
+    """
     with np.errstate(over="ignore"):
         flat = tensor.astype(np.float32).reshape(-1)
     if not np.isfinite(flat).all():
@@ -157,7 +169,7 @@ def _sketch(tensor: np.ndarray) -> bytes | None:
     total = float(squares.sum())
     if total == 0 or total**2 < SPREAD * float(np.square(squares).sum()):
         return None
-    # First signs and sums, which cost one pass, then a projection of these.
+    # Random signs and sums into buckets come first, because they take one pass; the buckets are then projected.
     bits, buckets = np.random.PCG64(0), np.zeros(_BUCKETS)
     for begin in range(0, flat.size, _CHUNK):
         part = centred[begin : begin + _CHUNK]
@@ -185,11 +197,11 @@ def _weights(file: Path) -> Iterable[np.ndarray]:
 
 
 def _constants(file: Path) -> Iterable[np.ndarray]:
-    """A model's larger tensors; matrices both ways round, because exporters turn them."""
+    """A model's larger tensors. Matrices are also yielded transposed, because exporters transpose them."""
     files.check_regular(file, MAX_MODEL_BYTES)
     for held in _tensors(onnx.load(file).graph):  # pyright: ignore[reportUnknownMemberType]
         tensor = numpy_helper.to_array(held)
-        if tensor.size < LEAST:  # what images are normalised with is everybody's
+        if tensor.size < LEAST:  # unrelated networks share small tensors, such as the mean for normalisation
             continue
         yield tensor
         if tensor.ndim == 2:
@@ -197,7 +209,7 @@ def _constants(file: Path) -> Iterable[np.ndarray]:
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
-    """Initializers and constants, those of subgraphs, too."""
+    """Initializers and constants of a graph and its subgraphs."""
     yield from graph.initializer
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
         if attribute.HasField("t"):

@@ -1,6 +1,6 @@
 """The manifest of one published version: the typed form of `manifest.json`.
 
-FORMAT.md is the same contract in prose; `tests/models_store/test_format.py` holds the two equal.
+FORMAT.md is the same contract in prose; `tests/models_store/test_format.py` checks that the two agree.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ONNX_OPSET = 18
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
 ECE_BINS = 15
-# What a reader takes; a writer must not go beyond. A published manifest has a few kilobytes.
+# Limits of what a reader accepts and a writer may produce. A published manifest has a few kilobytes.
 MAX_BYTES = 16 * 2**20
 MAX_VALUES = 2**18
 MAX_DEPTH = 32
 MAX_MEMBERS = 4096
 MAX_FILES = 4 * MAX_MEMBERS
 NO_DIGEST = "0" * 64
-# Beyond these a distribution is one-hot or uniform in all its digits; much further, logits / T is not finite.
+# Beyond these limits, a distribution is numerically one-hot or uniform; far beyond them, logits / T is not finite.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -42,7 +42,7 @@ class _Record(BaseModel):
 
 
 class Network(_Record):
-    """How to build the members' module again: `factory(num_classes, input_shape, **kwargs)`."""
+    """How to rebuild the members' module: `factory(num_classes, input_shape, **kwargs)`."""
 
     factory: str
     kwargs: dict[str, Any] = {}
@@ -81,11 +81,11 @@ class Origin(_Record):
     cycle: int | None = Field(
         default=None,
         ge=0,
-        description="1, 2, … in order of collection; 0 is a given network. SWAG: the Gaussian it was drawn from",
+        description="1, 2, … in order of collection; 0 for an initial network. SWAG: number of the sampled Gaussian",
     )
     epoch: float | None = Field(default=None, ge=0, description="budget spent when it was collected, in epochs")
     leg: str | None = Field(default=None, description="the leg of training that it was collected in")
-    coefficients: list[float] | None = Field(default=None, description="over the vertices, for path points")
+    coefficients: list[float] | None = Field(default=None, description="weights of the vertices, for path points")
     source: str | None = Field(default=None, description="file name of an imported model")
 
 
@@ -93,10 +93,10 @@ class Member(_Record):
     """One network of the average."""
 
     file: MemberFile
-    weights: WeightsFile | None = Field(default=None, description="the same member by torch name; null when imported")
+    weights: WeightsFile | None = Field(default=None, description="the same weights by torch name; null if imported")
     origin: Origin
-    weight: float = Field(gt=0, le=1, description="its share of the average; the shares sum to 1")
-    temperature: Temperature = Field(default=1.0, description="the member's own, for answers from it alone")
+    weight: float = Field(gt=0, le=1, description="share of the average; the shares sum to 1")
+    temperature: Temperature = Field(default=1.0, description="temperature for answers from this member alone")
     validation: Scores | None = None
 
 
@@ -104,22 +104,22 @@ class Geometry(_Record):
     """The shape in weight space that the members lie on."""
 
     shape: str = Field(min_length=1, description="segment, polychain, bezier, simplex, complex, …")
-    vertices: list[VertexFile] = Field(min_length=1, description="its trained weight sets by torch name")
+    vertices: list[VertexFile] = Field(min_length=1, description="files of the trained weight sets, by torch name")
     components: list[list[int]] = Field(
-        min_length=1, description="indices into vertices: of each curve, in order; of each simplex"
+        min_length=1, description="indices into vertices, one list per curve (in order) or simplex"
     )
 
 
 class Bank(_Record):
-    """Many networks of the path in one place: `bank/`."""
+    """The folder `bank/`, which holds many networks of the path."""
 
-    points: int = Field(ge=1, description="how many networks")
-    accuracy_mean: float = Field(ge=0, le=1, description="of the points on the validation split")
-    accuracy_min: float = Field(ge=0, le=1, description="of the worst point")
+    points: int = Field(ge=1, description="number of networks")
+    accuracy_mean: float = Field(ge=0, le=1, description="mean accuracy of the points on the validation split")
+    accuracy_min: float = Field(ge=0, le=1, description="accuracy of the worst point")
 
 
 class Provenance(_Record):
-    """For the operator, never for a client: with it the training can be repeated."""
+    """What is needed to repeat the training. It is for the operator and is never shown to clients."""
 
     run: str | None = Field(default=None, description="identity of the training run; one run is published once")
     config: dict[str, Any] = {}
@@ -130,18 +130,18 @@ class Provenance(_Record):
     epochs_spent: float | None = Field(
         default=None,
         ge=0,
-        description="training cost in forward and backward passes, in epochs over the train split, without that of given networks",
+        description="cost of forward and backward passes, in epochs of the train split, without initial networks",
     )
     epochs_forward: float | None = Field(
         default=None,
         ge=0,
-        description="besides, forward passes alone, in such epochs: batch norm re-estimated for every member and every point of the bank",
+        description="cost of other forward passes, in epochs: batch-norm re-estimation for each member and bank point",
     )
     device: str | None = None
 
 
 class Draft(_Record):
-    """Everything about a version that its maker knows. The store adds name, version, time and hashes."""
+    """Everything about a version that its publisher supplies. The store adds name, version, time and hashes."""
 
     method: str = Field(min_length=1)
     network: Network | None = Field(default=None, description="null when the members were imported")
@@ -150,7 +150,7 @@ class Draft(_Record):
     members: list[Member] = Field(min_length=1, max_length=MAX_MEMBERS)
     temperature: Temperature = Field(default=1.0, description="one T for all members' logits in `average`")
     validation: Scores | None = Field(default=None, description="the average's scores on the validation split")
-    geometry: Geometry | None = Field(default=None, description="null when each member was trained itself")
+    geometry: Geometry | None = Field(default=None, description="null if each member was trained directly")
     bank: Bank | None = Field(default=None, description="null when there is no bank/")
     calibration: None = Field(default=None, description="reserved; must be null in schema version 1")
     provenance: Provenance = Provenance()
@@ -178,7 +178,7 @@ class Manifest(Draft):
     schema_version: Literal[1]
     digest: Sha256 | None = Field(
         default=None,
-        description="sha256 of manifest.json with 64 zeros in place of this; null in versions of the first releases",
+        description="sha256 of manifest.json with 64 zeros in place of the digits; null in the first releases",
     )
     name: str
     version: int = Field(ge=1)
@@ -205,12 +205,12 @@ class Manifest(Draft):
         """Read a manifest.
 
         Args:
-            text: of `manifest.json`, as it lies in the file.
+            text: the unchanged content of `manifest.json`.
             where: the file, for messages.
 
         Raises:
-            ManifestError: not JSON, larger or deeper than a manifest may be, another schema version, a broken rule of FORMAT.md, or
-                another text than the one that was published.
+            ManifestError: the text is not JSON, is larger or deeper than a manifest may be, has another schema version,
+                breaks a rule of FORMAT.md, or differs from the text that was published.
         """
         content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         record = _json(content, where)
@@ -235,12 +235,13 @@ class Manifest(Draft):
             ) from None
         if manifest.digest is not None and manifest.digest != _digest(content, manifest.digest):
             raise ManifestError(
-                f"{where} is not the manifest that was published: its digest differs. Restore it from a copy, or publish again."
+                f"{where} is not the manifest that was published: its digest differs. "
+                "Restore it from a copy, or publish again."
             )
         return manifest
 
     def sealed(self) -> Manifest:
-        """The same with the digest of its text."""
+        """A copy that contains the digest of its text."""
         text = self.model_copy(update={"digest": NO_DIGEST}).dump()
         return self.model_copy(update={"digest": hashlib.sha256(text.encode()).hexdigest()})
 
@@ -251,30 +252,30 @@ class Manifest(Draft):
 
 
 def _digest(content: bytes, claimed: str) -> str | None:
-    """What the digest of a manifest must be; None where the claimed one is not there exactly once."""
+    """The digest that a manifest must have; None unless the claimed one occurs in it exactly once."""
     before, *after = content.split(claimed.encode())
     return hashlib.sha256(before + NO_DIGEST.encode() + after[0]).hexdigest() if len(after) == 1 else None
 
 
 def _json(content: bytes, where: str) -> dict[str, Any]:
-    """A JSON object in UTF-8 whose size, depth and number of values are bounded, and which says each thing once."""
+    """Parse a JSON object in UTF-8 of bounded size, depth and number of values, without duplicate keys."""
     again = "It was changed after publishing. Restore it from a copy, or publish again."
     try:
         if len(content) > MAX_BYTES:
             raise ValueError(f"{len(content)} bytes; at most {MAX_BYTES}")
         text = content.decode()
-        # Before any object is made: a list of millions would take seconds and gigabytes.
+        # Checked before any object is created: a list of millions would take seconds and gigabytes.
         if sum(map(text.count, ",[{")) > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES} values")
         record: Any = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
         if not isinstance(record, dict):
             raise ValueError("it is not an object")
         _check_depth(record)
-        json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8
+        json.dumps(record, ensure_ascii=False).encode()  # fails for a lone surrogate, which UTF-8 cannot encode
     except RecursionError:
         raise ManifestError(f"{where} is nested more than {MAX_DEPTH} deep. {again}") from None
     except ValueError as error:
-        raise ManifestError(f"{where} is not JSON as FORMAT.md has it ({error}). {again}") from None
+        raise ManifestError(f"{where} is not JSON as FORMAT.md requires ({error}). {again}") from None
     return cast("dict[str, Any]", record)
 
 

@@ -1,6 +1,6 @@
-"""The numbers of versions. None is given twice, also where a version, or the whole ensemble, was removed since.
+"""Version numbers. A number is never reused, even if a version or the whole ensemble was removed.
 
-<root>/.numbers/<name>   the last number that was given; outside the ensemble's folder, so that it outlives it
+<root>/.numbers/<name>   the last number that was assigned; it survives the removal of the ensemble's folder
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ _FILE_BYTES = 32
 
 
 def read_number(file: Path) -> int:
-    """The number that a small file holds in decimal.
+    """Read a version number, in decimal, from a small file.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: there is none.
-        CorruptionError: it holds something else.
-        StoreReadError: it cannot be read.
+        FileNotFoundError, NotADirectoryError: the file does not exist.
+        CorruptionError: the file does not hold a version number.
+        StoreReadError: the file cannot be read.
     """
     with files.reading(file):
         text = files.read(file, _FILE_BYTES).strip()
     if not NUMBER.fullmatch(text.decode("latin-1")):
-        # Without what it holds: that may be anything, and messages go into logs.
+        # The message omits the content, which may be anything, because messages are logged.
         raise CorruptionError(f"{file} does not hold the number of a version.")
     return int(text)
 
 
 def next_number(root: Path, name: str) -> int:
-    """A number that no version of `name` ever had. Needs the lock of its publishers.
+    """A number that no version of `name` has ever had. Requires the publishers' lock of `name`.
 
     Raises:
-        CorruptionError: the record of given numbers is damaged, or no number is left.
-        StoreReadError: it cannot be read.
+        CorruptionError: the record of assigned numbers is damaged, or no number is left.
+        StoreReadError: the record cannot be read.
     """
     record = root / RECORDS / name
     try:
         last = read_number(record)
     except (FileNotFoundError, NotADirectoryError):
-        last = 0  # none was given yet, or by a release that kept no record
+        last = 0  # no number was assigned yet, or only by a release without this record
     except CorruptionError as error:
         raise CorruptionError(
-            f"{error} It keeps the last number that was given to {name}. Write the highest one that you know of into it."
+            f"{error} It records the last version number of {name}. Write the highest one that you know of into it."
         ) from None
     there = [int(entry.name) for entry in (root / name).iterdir() if NUMBER.fullmatch(entry.name)]
     number = max([last, *there]) + 1
@@ -57,7 +57,10 @@ def next_number(root: Path, name: str) -> int:
 
 
 def give_number(root: Path, name: str, number: int) -> None:
-    """Record durably, before it happens, that a version gets this number. What is recorded never falls. Needs the same lock."""
+    """Record durably that a version is about to get this number. Requires the same lock.
+
+    The recorded number never decreases.
+    """
     record = root / RECORDS / name
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         number = max(number, read_number(record))

@@ -1,4 +1,4 @@
-"""The folder of published ensembles. FORMAT.md is its contract.
+"""The folder of published ensembles. FORMAT.md specifies it.
 
 <root>/<name>/<version>/   immutable once published
 <root>/<name>/active       the version that is served
@@ -35,9 +35,9 @@ from models_store.manifest import MAX_BYTES, SCHEMA_VERSION, Draft, Manifest
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MANIFEST = "manifest.json"
-MAX_WEIGHTS_BYTES = 2**36  # of a safetensors file
+MAX_WEIGHTS_BYTES = 2**36  # size limit of a safetensors file
 _STAGING_PREFIX = ".staging-"
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path makes one slash of s3://bucket's two
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: Path collapses the two of s3://bucket
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Version:
 
     folder: Path
     manifest: Manifest
-    digest: str  # sha256 (hex) of manifest.json: two versions are the same one if and only if it is equal
+    digest: str  # sha256 (hex) of manifest.json; versions are identical if and only if their digests are equal
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ def default_root() -> Path:
 
 
 class Store:
-    """Published ensembles below one folder. The folder need not exist yet.
+    """The published ensembles in one folder, which need not exist yet.
 
     Raises:
         StoreError: the root is an address instead of a folder.
@@ -78,12 +78,12 @@ class Store:
     # Reading
 
     def names(self) -> list[str]:
-        """Ensembles with at least one published version, sorted; of a root that does not exist yet, none.
+        """Sorted names of the ensembles with at least one published version; empty if the root does not exist yet.
 
-        An ensemble whose folder cannot be read is one of them: reading it says why.
+        An ensemble whose folder cannot be read is included: reading it raises an error with the reason.
 
         Raises:
-            StoreReadError: the root cannot be listed. It may hold ensembles all the same.
+            StoreReadError: the root cannot be listed, although it may hold ensembles.
         """
         try:
             with files.reading(self.root):
@@ -95,7 +95,7 @@ class Store:
         return sorted(name for name in entries if NAME_PATTERN.fullmatch(name) and self._may_hold_versions(name))
 
     def versions(self, name: str) -> list[int]:
-        """Published versions of `name`, ascending; empty when there is none.
+        """Published versions of `name` in ascending order; empty if there are none.
 
         Raises:
             StoreReadError: its folder cannot be listed.
@@ -110,12 +110,12 @@ class Store:
         return sorted(int(number) for number in numbers if _is_there(folder / number / MANIFEST))
 
     def active(self, name: str) -> int:
-        """The version that is served.
+        """The version of `name` that is served.
 
         Raises:
-            EnsembleNotFoundError: nothing is active under that name.
-            CorruptionError: `active` does not hold a number.
-            StoreReadError: it cannot be read.
+            EnsembleNotFoundError: no version of `name` is active.
+            CorruptionError: the file `active` does not hold a number.
+            StoreReadError: the file cannot be read.
         """
         self._folder(name)
         if (version := self._activations.active(name)) is None:
@@ -126,7 +126,7 @@ class Store:
         return version
 
     def activation_order(self) -> list[str]:
-        """Names that have an active version, the one that was activated last at the end.
+        """Names that have an active version, in order of their last activation, the latest last.
 
         Raises:
             StoreReadError: the root cannot be listed.
@@ -134,22 +134,23 @@ class Store:
         return self._activations.order(self.names())
 
     def activation_token(self, name: str) -> object:
-        """Something that is another after each activation of `name`, of the same version, too; None where nothing is active.
+        """A value that changes with each activation of `name`, even of the same version; None if nothing is active.
 
         Raises:
-            StoreReadError: it cannot be read.
+            StoreReadError: the file `active` cannot be read.
         """
         self._folder(name)
         return self._activations.token(name)
 
     def load(self, name: str, version: int | None = None) -> Version:
-        """Read the manifest of a version; without one, of the active version.
+        """Read the manifest of a version (default: the active version).
 
         Raises:
             EnsembleNotFoundError: no such ensemble or version.
             ManifestError: the manifest breaks FORMAT.md, or is not the one that was published.
-            CorruptionError: the folder holds another name or version than its manifest says, or a link in place of one of them.
-            StoreReadError: it cannot be read.
+            CorruptionError: the manifest's name or version differs from the folder's, or the version's folder or its
+                manifest is a symbolic link.
+            StoreReadError: the folder or the manifest cannot be read.
         """
         version = self.active(name) if version is None else version
         folder, content = self._folder(name) / str(version), self._manifest(name, version)
@@ -161,12 +162,12 @@ class Store:
         return Version(folder, manifest, hashlib.sha256(content).hexdigest())
 
     def digest(self, name: str, version: int) -> str:
-        """sha256 (hex) of a version's manifest as it is stored, which is not parsed: Version.digest.
+        """sha256 (hex) of a version's stored manifest, equal to `Version.digest`. The manifest is not parsed.
 
         Raises:
             EnsembleNotFoundError: no such version.
-            CorruptionError: its folder or its manifest is not what it should be.
-            StoreReadError: it cannot be read.
+            CorruptionError: its folder is a symbolic link, or its manifest is not a regular file or is too large.
+            StoreReadError: the folder or the manifest cannot be read.
         """
         return hashlib.sha256(self._manifest(name, version)).hexdigest()
 
@@ -184,14 +185,14 @@ class Store:
             ) from None
 
     def resolve(self, reference: str) -> Version:
-        """Read `NAME` or `NAME@VERSION`."""
+        """Read the version that `NAME` (the active version) or `NAME@VERSION` refers to; raises as `load` does."""
         name, at, version = reference.partition("@")
         if at and not numbering.NUMBER.fullmatch(version):
             raise InvalidNameError(f"{reference[:120]!r} is not NAME or NAME@VERSION, for example digits-fge@2.")
         return self.load(name, int(version) if version else None)
 
     def find_run(self, name: str, run: str) -> int | None:
-        """The version of `name` that training run `run` published, if it still lies here."""
+        """The version of `name` that training run `run` published; None if it is not in the store."""
         for version in self.versions(name):
             with contextlib.suppress(StoreError):
                 if self.load(name, version).manifest.provenance.run == run:
@@ -201,10 +202,10 @@ class Store:
     # Writing
 
     def check_writable(self, name: str) -> None:
-        """Fail now rather than after hours of training.
+        """Check that `name` can be published, so that training fails at its start rather than after hours.
 
         Raises:
-            StoreWriteError: the root cannot be made or written, or what is published under that name cannot.
+            StoreWriteError: the root cannot be created or written, or the ensemble's folder cannot be written.
         """
         home = self._folder(name)
         with files.writing(self.root):
@@ -219,7 +220,7 @@ class Store:
         return files.locked(self._records() / f".{name}.lock")
 
     def _records(self) -> Path:
-        """The folder of locks and numbers, open to all who may publish here."""
+        """The folder of locks and numbers, created with the root's permissions so that every publisher can use it."""
         records = self.root / numbering.RECORDS
         if not records.is_dir():
             files.make_folder(records)
@@ -228,10 +229,10 @@ class Store:
 
     @contextlib.contextmanager
     def staging(self, name: str) -> Generator[Path]:
-        """A folder to write a version's files to, before `publish` makes it one. Removed if anything fails.
+        """A folder for a version's files, to be filled before `publish` is called. It is removed if anything fails.
 
-        Publishers of one name take turns. What an earlier one left behind when it was killed is cleared, and a version that it published
-        and could not activate any more is activated.
+        Publishers of one name take turns. The remains of an earlier publisher that was killed are removed. If it had
+        published its version but not yet activated it, the version is activated.
 
         Raises:
             StoreWriteError: the disk is full, or the store cannot be written.
@@ -246,7 +247,7 @@ class Store:
                 self._finish_pending(name)
                 folder = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=home))
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
-                folder.chmod(0o755)  # mkdtemp makes it private; a service may run as another user
+                folder.chmod(0o755)  # mkdtemp makes it private, but a service may run as another user
             try:
                 yield folder
             except OSError as error:
@@ -258,12 +259,12 @@ class Store:
     def publish(self, name: str, staged: Path, draft: Draft, *, activate: bool = True) -> Version:
         """Turn a staged folder into the next version. Call it inside `staging`.
 
-        Every file is hashed and checked, then the manifest is written, then the folder is renamed: a reader sees a whole
-        version or none.
+        Every file is checked and hashed, then the manifest is written, then the folder is renamed. So a reader sees
+        either the whole version or none.
 
         Raises:
             MemberError: a member breaks FORMAT.md.
-            StoreWriteError: the disk is full, or the store cannot be written. It says what was published.
+            StoreWriteError: the disk is full, or the store cannot be written. The message states what was published.
         """
         for member in draft.members:
             check_member(staged / member.file, draft.input.shape, len(draft.classes))
@@ -283,17 +284,17 @@ class Store:
             content = manifest.dump().encode("utf-8", "surrogatepass")
             Manifest.parse(
                 content, where=f"The manifest of {name}@{version}"
-            )  # what nobody could read is not published
+            )  # never publish a manifest that cannot be read back
             files.write(staged / MANIFEST, content)
         return self._put(staged, manifest, hashlib.sha256(content).hexdigest(), activate=activate)
 
     def adopt(self, version: Version) -> Version:
-        """Publish and activate a copy of another store's version, under its own name and number.
+        """Publish and activate a copy of another store's version, with the same name and number.
 
         Raises:
-            StoreError: that version is here already.
-            CorruptionError: the copy is not what was published.
-            StoreWriteError: the disk is full, or the store cannot be written. It says what was published.
+            StoreError: this store already has that version.
+            CorruptionError: the copy differs from what was published.
+            StoreWriteError: the disk is full, or the store cannot be written. The message states what was published.
         """
         with self.staging(version.manifest.name) as staged:
             target = staged.parent / str(version.manifest.version)
@@ -314,19 +315,19 @@ class Store:
 
         Raises:
             EnsembleNotFoundError: no such version.
-            StoreWriteError: the store cannot be written. It says what is active.
+            StoreWriteError: the store cannot be written. The message states whether the version is active.
         """
         self.load(name, version)
         self._activate(name, version)
 
     def finish_activation(self, name: str, version: int) -> bool:
-        """Activate a version whose publisher was stopped before it could. Where another one was activated since, that one stays.
+        """Activate a version whose publisher was stopped before it could. A version activated since then stays active.
 
         Returns:
-            Whether there was something to do.
+            Whether the version was activated.
 
         Raises:
-            StoreError: as `activate`.
+            StoreError: as for `activate`.
         """
         self._folder(name)
         if self._activations.pending(name) != version:
@@ -337,10 +338,10 @@ class Store:
     # Checking
 
     def verify(self, version: Version) -> None:
-        """Hold a version's files against its manifest.
+        """Check a version's files against its manifest.
 
         Raises:
-            CorruptionError: a file is missing, foreign, no regular file, or differs from its hash.
+            CorruptionError: a file is missing, not listed, not a regular file, or does not match its hash.
             MemberError: a member breaks the ONNX contract.
             StoreReadError: a file cannot be read.
         """
@@ -357,7 +358,8 @@ class Store:
                 found = (path for path, is_folder in present.items() if not (is_folder and path in folders))
                 if foreign := sorted(set(found) - expected.keys()):
                     raise CorruptionError(
-                        f"{version.name} has entries that its manifest does not list: {', '.join(map(ascii, foreign))}. Remove them."
+                        f"{version.name} has entries that its manifest does not list: "
+                        f"{', '.join(map(ascii, foreign))}. Remove them."
                     )
                 for path, digest in expected.items():
                     if files.sha256(folder / path, _most_bytes(path)) != digest:
@@ -372,10 +374,10 @@ class Store:
         if manifest.bank is not None:
             check_bank(folder / "bank", manifest.input.shape, len(manifest.classes), manifest.bank.points)
 
-    # Within
+    # Internal
 
     def _put(self, staged: Path, manifest: Manifest, digest: str, *, activate: bool) -> Version:
-        """Make a staged folder that holds its manifest a version."""
+        """Turn a staged folder that holds its manifest into a version."""
         name, version, home = manifest.name, manifest.version, staged.parent
         target = home / str(version)
         renamed = False
@@ -383,9 +385,7 @@ class Store:
         def outcome() -> str:
             if not renamed:
                 return "Nothing was published."
-            return (
-                _not_activated(name, version) if activate else f"{name}@{version} is published; look whether it lasts."
-            )
+            return _not_activated(name, version) if activate else f"{name}@{version} is published, but may not last."
 
         with files.writing(self.root, outcome):
             for path in [*files.tree(staged), ""]:
@@ -424,14 +424,14 @@ class Store:
         return True
 
     def _finish_pending(self, name: str) -> None:
-        """What an earlier publisher announced: activated where it published it, and forgotten."""
+        """Activate the version that an earlier publisher announced, if it is published, and remove the announcement."""
         if (pending := self._activations.pending(name)) is not None and pending in self.versions(name):
             try:
                 self.finish_activation(name, pending)
             except (StoreReadError, StoreWriteError):
                 raise
             except StoreError:
-                pass  # damaged since: nobody could serve it
+                pass  # it was damaged since then and cannot be served
         self._activations.retract(name)
 
     def _may_hold_versions(self, name: str) -> bool:
@@ -443,7 +443,8 @@ class Store:
     def _folder(self, name: str) -> Path:
         if not NAME_PATTERN.fullmatch(name):
             raise InvalidNameError(
-                f"{name[:80]!r} cannot name an ensemble: use 1 to 64 letters, digits, '.', '_' or '-', not starting with a dot or dash."
+                f"{name[:80]!r} cannot name an ensemble: use 1 to 64 letters, digits, '.', '_' or '-', "
+                "not starting with a dot or dash."
             )
         return self.root / name
 
@@ -460,7 +461,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _is_there(path: Path) -> bool:
-    """Something of that name, a dangling link, too; also where it cannot be read: reading it then says why."""
+    """True if the path exists, also as a dangling link. True on other errors, too: reading it then gives the reason."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -481,8 +482,8 @@ def _not_activated(name: str, version: int) -> str:
 
 
 def _concerns(error: OSError, folder: Path) -> bool:
-    """Did this error, in a block that also reads data sets and trains, come from writing below the folder?"""
+    """True if this error came from writing below the folder; the same block also reads data sets and trains."""
     if isinstance(error.filename, str | bytes):
         return Path(os.fsdecode(error.filename)).is_relative_to(folder)
-    # A write to an open file names none.
+    # An error in a write to an open file carries no file name.
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)

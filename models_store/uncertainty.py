@@ -1,10 +1,10 @@
-"""From the members' logits to one answer and how uncertain it is.
+"""Combine the members' logits into one prediction, and measure its uncertainty.
 
-Axis order everywhere: (members, batch, classes). Entropies in nats.
+Axis order everywhere: (members, batch, classes). Entropies are in nats.
 
     mean_probs           p̄ = Σ_k weight_k · softmax(z_k / T)      probabilities are averaged, never logits
     predictive_entropy   H(p̄)                                      total uncertainty
-    expected_entropy     Σ_k weight_k · H(p_k)                     what each member is unsure of by itself
+    expected_entropy     Σ_k weight_k · H(p_k)                     mean uncertainty of a member alone
     mutual_information   predictive_entropy − expected_entropy     what the members disagree on
     disagreement         share (by weight) of members whose top class is not the ensemble's
 
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answers for a batch. `mean_probs` is (batch, classes); everything else is (batch,)."""
+    """Predictions for a batch. `mean_probs` is (batch, classes); all other fields are (batch,)."""
 
     mean_probs: Floats
     label: NDArray[np.intp]
@@ -35,16 +35,16 @@ class Prediction:
     disagreement: Floats
 
     def rows(self, start: int, stop: int) -> Prediction:
-        """The answers for some rows of the batch."""
+        """Predictions for rows `start` to `stop` (exclusive) of the batch."""
         return Prediction(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
     @staticmethod
     def joined(parts: Sequence[Prediction]) -> Prediction:
-        """The answers of several batches as those of one."""
+        """Concatenate the predictions of several batches."""
         return Prediction(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Prediction)))
 
 
-# What can rank predictions by uncertainty, largest first: attribute of Prediction -> sign.
+# Measures that rank predictions by uncertainty: attribute of Prediction -> sign (-1: small values are uncertain).
 UNCERTAINTY_MEASURES = {
     "predictive_entropy": 1,
     "expected_entropy": 1,
@@ -83,7 +83,7 @@ def combine(probs: Floats, weights: Floats) -> Prediction:
         confidence=mean_probs.max(axis=-1),
         predictive_entropy=predictive,
         expected_entropy=expected,
-        # Concave entropy makes this non-negative; rounding may not.
+        # Entropy is concave, so this is non-negative except for rounding.
         mutual_information=np.maximum(predictive - expected, 0.0),
         disagreement=weights @ (probs.argmax(axis=-1) != label).astype(np.float64),
     )

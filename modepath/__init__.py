@@ -7,8 +7,9 @@
     answer.probs, answer.mutual_information
     modepath.evaluate("pets", data=test)
 
-The functions fge, independent, snapshot, curve, espro, swag, csgmcmc and soup train and publish; each takes the options of
-`python -m training.METHOD` as keywords. `load` needs neither torch nor a server. Importing this package loads neither.
+The functions fge, independent, snapshot, curve, espro, swag, csgmcmc and soup train and publish; each takes the options
+of `python -m training.METHOD` as keywords. `load` needs neither torch nor a server. Importing this package imports
+neither torch nor bentoml.
 """
 
 from __future__ import annotations

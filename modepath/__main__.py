@@ -26,13 +26,13 @@ COMMANDS = {
     "fge": "train a fast geometric ensemble within one budget",
     "independent": "train a deep ensemble",
     "snapshot": "train a snapshot ensemble",
-    "curve": "train a curve of low loss between two networks",
-    "espro": "grow simplexes of low loss around networks",
-    "swag": "fit a Gaussian around the weights of a training, and draw networks from it",
+    "curve": "train a low-loss curve between two networks",
+    "espro": "grow low-loss simplexes around networks",
+    "swag": "fit a Gaussian to the weights of a training run, and sample networks from it",
     "csgmcmc": "sample the posterior with cyclical SG-MCMC",
-    "soup": "average weights that are better together, to one network",
+    "soup": "average weights into one network, chosen greedily by validation accuracy",
     "evaluate": "measure a published ensemble",
-    "landscape": "draw the loss around published networks",
+    "landscape": "plot the loss around published networks",
 }
 BATCH = 64
 
@@ -53,7 +53,7 @@ def main() -> NoReturn:
     commands.add_parser(
         "serve", help="serve all active ensembles over HTTP; takes the options of bentoml serve", add_help=False
     )
-    predict = commands.add_parser("predict", help="answer image files, without a server")
+    predict = commands.add_parser("predict", help="classify image files, without a server")
     predict.add_argument("name", help="NAME of a published ensemble, or NAME@VERSION")
     images: Any = predict.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
     images.complete = shtab.FILE
@@ -83,7 +83,10 @@ def main() -> NoReturn:
 
 
 def _own_packages_first() -> None:
-    """The working folder comes last, so that a `training.py` or `service/` in it hides nothing of ours; what it alone has is still found."""
+    """Move the working folder to the end of sys.path, so that a `training.py` or `service/` in it cannot shadow ours.
+
+    Modules that exist only in the working folder can still be imported.
+    """
     here, ours = str(Path.cwd()), str(Path(__file__).parents[1])
     others = [entry for entry in sys.path if entry not in ("", ".", here, ours)]
     sys.path[:] = [ours, *others, here]

@@ -1,4 +1,4 @@
-"""A published ensemble, and what it answers. Needs neither torch nor a server."""
+"""Load a published ensemble and predict with it. Needs neither torch nor a server."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Answer:
     """The averaged prediction for a batch of images, and its uncertainty. Entropies are in nats."""
 
     probs: NDArray[np.float64]
-    """(batch, classes): the calibrated average."""
+    """Calibrated average of the members' probabilities, (batch, classes)."""
     labels: NDArray[np.intp]
-    """(batch,): the most probable class, from 0."""
+    """Index of the most probable class, starting at 0, (batch,)."""
     class_names: list[str]
-    """(batch,): its name."""
+    """Name of the most probable class, (batch,)."""
     confidence: NDArray[np.float64]
-    """(batch,): its probability."""
+    """Probability of the most probable class, (batch,)."""
     predictive_entropy: NDArray[np.float64]
-    """(batch,): total uncertainty."""
+    """Entropy of `probs`: total uncertainty, (batch,)."""
     expected_entropy: NDArray[np.float64]
-    """(batch,): the mean uncertainty of the members by themselves."""
+    """Weighted mean of the members' entropies, (batch,)."""
     mutual_information: NDArray[np.float64]
-    """(batch,): what the members disagree on."""
+    """predictive_entropy − expected_entropy: uncertainty due to disagreement between members, (batch,)."""
     disagreement: NDArray[np.float64]
-    """(batch,): share of members with another most probable class."""
+    """Share of members, by weight, whose most probable class is not the ensemble's, (batch,)."""
     member_probs: NDArray[np.float64]
-    """(members, batch, classes)."""
+    """Calibrated probabilities of each member, (members, batch, classes)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,23 +49,23 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A version in the store."""
+    """A published version of an ensemble."""
 
     name: str
-    """NAME@VERSION."""
+    """Name and version, as NAME@VERSION."""
     folder: Path
     manifest: Manifest
 
     def predict(self, images: Images, batch_size: int = 256) -> Answer:
-        """Answer a batch.
+        """Predict the classes of a batch of images.
 
         Args:
             images: (batch, C, H, W) with values in [0, 1], not normalised; or image files, as paths or as their bytes.
-            batch_size: images that run together.
+            batch_size: number of images per forward pass.
 
         Raises:
-            ValueError: another shape, or values outside [0, 1].
-            DecodeError: a file cannot be read as an image of that size.
+            ValueError: the array has the wrong shape or type, or values outside [0, 1].
+            DecodeError: a file cannot be decoded to an image of the size that the ensemble takes.
         """
         rows = self._rows(images)
         manifest = self.manifest
@@ -89,7 +89,8 @@ class Ensemble:
         array = np.asarray(images)
         if array.dtype.kind not in "iuf" or array.shape[1:] != spec.shape or array.ndim != 4 or not len(array):
             raise ValueError(
-                f"images have the shape {array.shape} and type {array.dtype}; {self.name} takes floats (batch, {', '.join(map(str, spec.shape))})."
+                f"images have the shape {array.shape} and type {array.dtype}; "
+                f"{self.name} takes floats (batch, {', '.join(map(str, spec.shape))})."
             )
         if not (array.min() >= 0 and array.max() <= 1):  # also for NaN
             raise ValueError("pixels must lie in [0, 1]: divide bytes by 255, and do not normalise; the ensemble does.")
@@ -97,15 +98,15 @@ class Ensemble:
 
 
 def load(name: str, *, store: Path | str | None = None, verify: bool = True) -> Ensemble:
-    """A published ensemble.
+    """Load a published ensemble.
 
     Args:
         name: NAME for the active version, or NAME@VERSION.
         store: the folder of published ensembles (default: $MODELS_STORE).
-        verify: compare all files with their hashes first.
+        verify: check all files against their hashes first.
 
     Raises:
-        ModepathError: there is none, or it is damaged.
+        ModepathError: the ensemble or version does not exist, or it is damaged.
     """
     home = Store(Path(store) if store is not None else None)
     version = home.resolve(name)
@@ -115,7 +116,7 @@ def load(name: str, *, store: Path | str | None = None, verify: bool = True) -> 
 
 
 def of_version(version: Version) -> Ensemble:
-    """The same of a version that was found already."""
+    """Return the ensemble of a version that was already read from a store, without verifying its files."""
     return Ensemble(version.name, version.folder, version.manifest)
 
 

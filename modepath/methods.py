@@ -1,9 +1,12 @@
-"""Training and evaluation with modules and data sets as objects. torch is imported when one of these functions is called.
+"""Training and evaluation with modules and data sets as objects. Calling one of these functions imports torch.
 
-Each function trains, or goes on training, and publishes into the store ($MODELS_STORE). The same call again resumes a run that was killed,
-and finds a finished one. `network` is a function make(num_classes, input_shape) -> nn.Module, a module, whose weights are initialised again for
-each network that begins, or a name such as "preresnet8" or "torchvision:resnet18". `data` is (train, validation, test), each a data set of
-pairs (image, label) or (images, labels), a function that returns them, or a name such as "digits" or "imagefolder:photos".
+Each training function publishes its result to the store ($MODELS_STORE). Repeating a call resumes an interrupted run,
+or returns the result of a finished one.
+
+`network` is a function make(num_classes, input_shape) -> nn.Module, a module (its weights are re-initialised for each
+network), or a name such as "preresnet8" or "torchvision:resnet18". `data` is (train, validation, test), each a data set
+of pairs (image, label) or (images, labels); a function that returns them; or a name such as "digits" or
+"imagefolder:photos".
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def fge(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Unp
 def independent(
     *, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.IndependentOptions]
 ) -> Ensemble:
-    """A deep ensemble: independent trainings (Lakshminarayanan et al. 2017).
+    """A deep ensemble: networks trained independently (Lakshminarayanan et al. 2017).
 
     Args:
         network: a function make(num_classes, input_shape), a module, or a name.
@@ -80,7 +83,7 @@ def snapshot(
 def curve(
     *, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.CurveOptions]
 ) -> Ensemble:
-    """A curve of low loss between two networks, and networks along it (Garipov et al. 2018).
+    """A low-loss curve between two networks, and networks along it (Garipov et al. 2018).
 
     Args:
         network: a function make(num_classes, input_shape), a module, or a name.
@@ -98,7 +101,7 @@ def curve(
 def espro(
     *, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.EsproOptions]
 ) -> Ensemble:
-    """Simplexes of low loss around networks, and networks drawn from them (Benton et al. 2021).
+    """Low-loss simplexes around networks, and networks sampled from them (Benton et al. 2021).
 
     Args:
         network: a function make(num_classes, input_shape), a module, or a name.
@@ -114,7 +117,7 @@ def espro(
 
 
 def swag(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.SwagOptions]) -> Ensemble:
-    """A Gaussian around the weights of one training, and networks drawn from it (Maddox et al. 2019).
+    """A Gaussian fitted to the weights of a training run, and networks sampled from it (Maddox et al. 2019).
 
     Args:
         network: a function make(num_classes, input_shape), a module, or a name.
@@ -148,7 +151,7 @@ def csgmcmc(
 
 
 def soup(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Unpack[options_.SoupOptions]) -> Ensemble:
-    """A greedy soup: one network, the average of weights that are better together (Wortsman et al. 2022).
+    """A greedy soup: one network whose weights are a greedily chosen average (Wortsman et al. 2022).
 
     Args:
         network: a function make(num_classes, input_shape), a module, or a name.
@@ -164,14 +167,14 @@ def soup(*, network: Any, data: Any, name: str, loss: Loss = None, **options: Un
 
 
 def evaluate(name: str, *, data: Any = None, **options: Any) -> Report:
-    """Measure a published ensemble: scores, error detection, calibration. Logs and writes what it returns.
+    """Measure a published ensemble: scores, error detection, calibration. Logs and saves the report that it returns.
 
     The result is a dict of the numbers; its `figures` are matplotlib figures by name: a reliability diagram and a confusion matrix.
 
     Args:
         name: NAME or NAME@VERSION.
-        data: the images to measure on, a data set of pairs or (images, labels); or a name, whose test split is used. Default: the test split of
-            the data that it was trained on.
+        data: the images to measure on: a data set of pairs, (images, labels), or the name of a data set, whose test
+            split is used. Default: the test split of the data that the ensemble was trained on.
         options: options of `python -m training.evaluate --help`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Networks, data sets and losses given as objects: each gets a name, by which the options of a training can say it.
+"""Networks, data sets and losses passed as objects. Each is registered under a name, for use in the options of a run.
 
-A training is resumed where its options, the network's code and the data agree. A name therefore holds a fingerprint where the object
-has one; the code of a network is compared by the run itself (its parameters, seeded initial weights and answers).
+A run is resumed only if its options, the network's code and the data are unchanged. The name of a data set therefore
+contains a fingerprint. The run itself compares the network: its parameters, seeded initial weights and outputs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
 
 def network_name(network: Any) -> str:
-    """The name of a network: a string as it is, a factory `make(num_classes, input_shape)`, or a module, whose weights are initialised again.
+    """Return the name of a network, registering it if it is an object.
+
+    Args:
+        network: a name, which is returned unchanged; a factory `make(num_classes, input_shape)`; or a module, whose
+            weights are re-initialised for each network.
 
     Raises:
-        TypeError: something else, or a module with parameters that nothing initialises.
+        TypeError: `network` is none of these. For a module with parameters that no `reset_parameters` initialises, the
+            error is raised when the network is built.
     """
     from torch import nn
 
@@ -41,7 +46,10 @@ def network_name(network: Any) -> str:
 
 
 def data_name(data: Any, kind: str = "data") -> str:
-    """The name of a data set: a string as it is, a function without arguments, or (train, validation, test) as the contract has them."""
+    """Return the name of a data set, registering it if it is an object.
+
+    `data` is a name, which is returned unchanged; a function without arguments; or (train, validation, test).
+    """
     if isinstance(data, str):
         return data
     if inspect.isroutine(data):
@@ -50,17 +58,18 @@ def data_name(data: Any, kind: str = "data") -> str:
 
 
 def loss_name(loss: str | Callable[..., Any] | None) -> str | None:
-    """The name of a loss; what a function does is not compared when a run is resumed."""
+    """Return the name of a loss, registering a function. Changes to its code are not detected when a run is resumed."""
     if loss is None or isinstance(loss, str):
         return loss
     logging.getLogger("modepath").info(
-        f"note: changes of the loss {loss.__qualname__} are not noticed when this run is resumed; use fresh=True after one"
+        f"note: changes to the loss {loss.__qualname__} are not detected when this run is resumed; "
+        "after a change, use fresh=True"
     )
     return _registered(f"{loss.__module__}.{loss.__qualname__}", loss)
 
 
 def weights_file(weights: Any) -> Path:
-    """The file of given weights: a path as it is, or a state dict, which is kept with the runs under its own hash."""
+    """Return the file of initial weights: a path unchanged; a state dict or module is saved with the runs, by hash."""
     if isinstance(weights, str | Path):
         return Path(weights)
     from safetensors.torch import save
@@ -95,8 +104,9 @@ def _initialised_anew(module: nn.Module) -> Callable[..., nn.Module]:
                 reset |= {id(parameter) for parameter in part.parameters(recurse=False)}
         if left := [name for name, parameter in made.named_parameters() if id(parameter) not in reset]:
             raise TypeError(
-                f"the initial weights of {left[0]!r} cannot be drawn again, because its module has no reset_parameters. Each network needs its own. "
-                "Give a function make(num_classes, input_shape) that builds the network; weights that you have come in with init=…"
+                f"{left[0]!r} cannot be re-initialised, because its module has no reset_parameters. Each network needs "
+                "its own initial weights. Give a function make(num_classes, input_shape) that builds the network; "
+                "to start from existing weights, use init=…"
             )
         return made
 
@@ -104,7 +114,7 @@ def _initialised_anew(module: nn.Module) -> Callable[..., nn.Module]:
 
 
 def _fingerprint(data: Any) -> str:
-    """Of arrays their content, of other data sets their classes and lengths; what is read later is compared by the run."""
+    """Hash the content of arrays, and the type and length of other data sets (the run itself compares their data)."""
     digest = hashlib.sha256()
 
     def add(part: Any) -> None:

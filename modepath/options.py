@@ -49,7 +49,7 @@ class Options(TypedDict, total=False):
 
 
 class FgeOptions(Options, total=False):
-    """Options of `python -m training.fge` in addition."""
+    """Additional options of `python -m training.fge`."""
 
     pretrain: float
     alpha_1: float
@@ -61,18 +61,18 @@ class FgeOptions(Options, total=False):
 
 
 class IndependentOptions(Options, total=False):
-    """Options of `python -m training.independent` in addition."""
+    """Additional options of `python -m training.independent`."""
 
 
 class SnapshotOptions(Options, total=False):
-    """Options of `python -m training.snapshot` in addition."""
+    """Additional options of `python -m training.snapshot`."""
 
     cycles: int
     members: int | None
 
 
 class CurveOptions(Options, total=False):
-    """Options of `python -m training.curve` in addition."""
+    """Additional options of `python -m training.curve`."""
 
     endpoints: tuple[str, ...]
     end_epochs: int | None
@@ -85,7 +85,7 @@ class CurveOptions(Options, total=False):
 
 
 class EsproOptions(Options, total=False):
-    """Options of `python -m training.espro` in addition."""
+    """Additional options of `python -m training.espro`."""
 
     base: tuple[str, ...]
     vertices: int | None
@@ -100,7 +100,7 @@ class EsproOptions(Options, total=False):
 
 
 class SwagOptions(Options, total=False):
-    """Options of `python -m training.swag` in addition."""
+    """Additional options of `python -m training.swag`."""
 
     start: float
     swag_lr: float
@@ -112,7 +112,7 @@ class SwagOptions(Options, total=False):
 
 
 class CsgmcmcOptions(Options, total=False):
-    """Options of `python -m training.csgmcmc` in addition."""
+    """Additional options of `python -m training.csgmcmc`."""
 
     cycles: int
     samples: int
@@ -121,7 +121,7 @@ class CsgmcmcOptions(Options, total=False):
 
 
 class SoupOptions(Options, total=False):
-    """Options of `python -m training.soup` in addition."""
+    """Additional options of `python -m training.soup`."""
 
     init: Weights | None
     rates: tuple[float, ...]

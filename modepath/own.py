@@ -1,4 +1,4 @@
-"""Our packages `training` and `service`, also where the user's folder has modules of the same names."""
+"""Import our packages `training` and `service` even if the user has modules with the same names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _kept: dict[str, ModuleType] = {}
 
 @contextlib.contextmanager
 def own_packages() -> Generator[None]:
-    """Within this block `training` and `service` are ours; after it, the user's own are again what they were."""
+    """Within this block `training` and `service` are our packages; afterwards the user's modules are restored."""
     theirs = {name: module for name, module in sys.modules.items() if _is_called_so(name) and not _is_ours(module)}
     for name in theirs:
         del sys.modules[name]
@@ -44,7 +44,7 @@ def _is_ours(module: ModuleType) -> bool:
 
 
 def _would_hide_theirs() -> bool:
-    """Is there a module of such a name that the user's program may import later?"""
+    """True if sys.path has a module with one of these names that the user's program may import later."""
     entries = [Path(entry or ".").absolute() for entry in sys.path if entry != ROOT]
     found = (entry / name for entry in entries for name in NAMES if str(entry) != ROOT)
     return any(one.with_suffix(".py").exists() or one.is_dir() for one in found)

@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # A worker a core, each with one thread: else those of all of them spin while they wait for one another.
+    # One worker per core, each with one thread; otherwise the workers' threads spin while they wait for each other.
     os.environ.update(OMP_NUM_THREADS="1", MODEPATH_THREADS="1")
 
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
-    """No test reads or writes the developer's store, runs or server state."""
+    """Point all settings at temporary folders, so that no test touches the developer's store, runs or server state."""
     monkeypatch.setenv("MODELS_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("MODEPATH_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
@@ -22,7 +22,7 @@ def own_folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(tmp_path):
-    """Run `python -m …` as a user would, in a folder of its own."""
+    """Run `python -m …` as a user would, in a temporary folder."""
 
     def command(*arguments, timeout=300, **environment):
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Members made with onnx alone, so that the store and the service are tested where torch is not installed."""
+"""Members built with onnx only, so that the store and the service can be tested without torch."""
 
 from pathlib import Path
 
@@ -48,13 +48,13 @@ def linear(
 
 
 def linear_logits(model, images):
-    """The same in numpy."""
+    """Logits of a `linear` model, computed in numpy."""
     weights, bias = (numpy_helper.to_array(tensor) for tensor in model.graph.initializer)
     return images.reshape(len(images), -1) @ weights + bias
 
 
 def bank(points=5, shape=SHAPE, classes=CLASSES, vertices=3, seed=0, **changes):
-    """Points between linear networks, without a bias: logits = flatten(images) @ w + shift, `shift` being a point's own."""
+    """A bank of linear networks, logits = flatten(images) @ w + shift: w is interpolated, each point has a shift."""
     size = int(np.prod(shape))
     graph = helper.make_graph(
         [
@@ -85,13 +85,13 @@ def bank(points=5, shape=SHAPE, classes=CLASSES, vertices=3, seed=0, **changes):
 
 
 def point_logits(bank, point, images):
-    """What a point of it gives, in numpy."""
+    """Logits of a point of a `bank`, computed in numpy."""
     w = np.tensordot(bank.coefficients[point], bank.vertices["w"].astype(np.float64), 1)
     return images.reshape(len(images), -1) @ w + bank.statistics["shift"][point]
 
 
 def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activate=True, bank=None):
-    """An ensemble of linear members, and perhaps a bank."""
+    """Publish an ensemble of linear members, optionally with a bank."""
     with store.staging(name) as staged:
         (staged / "members").mkdir()
         members = []
@@ -116,10 +116,17 @@ def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activ
 
 
 def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, on_white=False, allocated=0, surrogate=False):
-    """An ensemble of one member that a checker finds nothing wrong with.
+    """Publish an ensemble whose one member passes the ONNX checker but misbehaves.
 
-    It has a class name that is no Unicode; or answers NaN; or gives one row for all images; or goes round a loop so many times, perhaps for white images only;
-    or makes a tensor of so many floats.
+    Args:
+        store: the store.
+        name: name of the ensemble.
+        nan: it returns NaN.
+        squeezed: it returns one row for all images.
+        loop: it runs a loop this many times.
+        on_white: it does so for white images only.
+        allocated: it allocates a tensor of this many floats.
+        surrogate: a class name is not valid Unicode.
     """
     model = linear(0)
     graph = model.graph
@@ -144,7 +151,7 @@ def publish_broken(store, name, *, nan=False, squeezed=False, loop=0, on_white=F
         )
         graph.initializer.append(numpy_helper.from_array(np.int64(loop), "times"))
         graph.initializer.append(numpy_helper.from_array(np.bool_(True), "on_and_on"))
-        # Begins with what the input decides, or it would be computed when the model is loaded.
+        # Starts from a value that depends on the input; otherwise it would be computed when the model is loaded.
         graph.node.append(helper.make_node("ReduceMin", ["images"], ["least"], keepdims=0))
         graph.node.append(helper.make_node("Mul", ["least", "nothing"], ["begin"]))
         times = "times"

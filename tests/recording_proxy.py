@@ -1,4 +1,4 @@
-"""What a process would send to the internet, recorded."""
+"""A proxy that records what a process would send to the internet."""
 
 import contextlib
 import socket
@@ -7,9 +7,10 @@ import threading
 
 @contextlib.contextmanager
 def recording_proxy(home):
-    """A proxy that takes connections, notes what they ask for, and closes them: the environment that leads there, and its notes.
+    """Run a proxy that accepts connections, records what they request, and closes them.
 
-    `home` is the processes' HOME, in which nothing is to be found about the machine afterwards.
+    Yields the environment variables that direct a process to it, and the list of recorded requests. `home` is the
+    process's HOME, so that tests can check that nothing about the machine is stored there.
     """
     attempts = []
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -1,4 +1,4 @@
-"""Who may import whom, and what every error leads to."""
+"""Rules for imports between packages, for errors, and for the documented file tree."""
 
 import ast
 import inspect
@@ -44,7 +44,7 @@ def test_a_file_imports_only_what_its_room_may(file):
     assert not found & FORBIDDEN.get(room, set())
 
 
-# Each may import those before it; commands may import all of them.
+# Each layer may import itself and those before it; commands may import all of them.
 LAYERS = [
     "errors",
     "data",
@@ -77,7 +77,7 @@ def test_imports_inside_training_point_downwards_only(file):
         return
     allowed = set(LAYERS) | {"curve"} if unit in COMMANDS else set(LAYERS[: LAYERS.index(unit) + 1])
     if unit == "landscape":
-        allowed |= COMMANDS  # it draws what they trained
+        allowed |= COMMANDS  # it plots what they trained
     assert set(layers_imported(file)) <= allowed
 
 
@@ -137,7 +137,7 @@ def test_every_store_and_training_error_is_caught_by_a_door_and_stands_in_the_tr
 
 
 def files_of_the_tree(text):
-    """The files that an indented tree names, two columns a level: `folder/` begins a level."""
+    """Files named in an indented tree with two columns per level, in which `folder/` starts a level."""
     found, folders = set(), []
     for line in text.splitlines():
         if match := re.match(r"    ((?:  )*)(\S+)(?:$|\s{2,})", line):

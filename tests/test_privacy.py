@@ -1,4 +1,4 @@
-"""Nothing that is run here reports to anybody."""
+"""No command sends telemetry."""
 
 import pytest
 

@@ -1,1 +1,1 @@
-"""ONNX graphs: what a member must be, how it is run, and what its outputs are."""
+"""ONNX graphs: requirements on members, sessions that run them, and checks of their outputs."""

@@ -1,8 +1,8 @@
-"""Whether a network answers each image by itself.
+"""Check that a network's output for an image does not depend on the rest of the batch.
 
-A server puts the images of several clients into one batch. So the answer for an image must not depend on the images
-next to it, on their order or on how many there are. Training checks a network before its first epoch and each member
-at publication; the import of foreign models checks each file. All of them ask here.
+A server puts the images of several clients into one batch. So the output for an image must not depend on the other
+images, on their order or on how many there are. Training checks a network before its first epoch and each member
+at publication; the import of foreign models checks each file. All of them use this module.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 Images = NDArray[np.float32]
 Answer = Callable[[Images], NDArray[np.float32]]  # (batch, C, H, W) in [0, 1] -> (batch, classes)
 
-# Another batch size may choose another kernel, whose sums are rounded otherwise. Measured by what differs between images
-# as well: the logits of an untrained network may all be alike.
-_ROUNDING = 1e-4  # times the largest |logit|
-_SHARE = 1e-3  # times the range of a logit over the images
-_CHAOS = 10.0  # times what rounding of the image itself moves; see `rounding`
+# Tolerances. Another batch size may select another kernel, which rounds its sums differently. One tolerance is relative
+# to the differences between images, because the logits of an untrained network may be nearly equal for all images.
+_ROUNDING = 1e-4  # relative to the largest |logit|
+_SHARE = 1e-3  # relative to the range of a logit over the images
+_CHAOS = 10.0  # relative to the effect of rounding the image itself; see `rounding`
 
 
 def probes(shape: tuple[int, int, int], images: Images | None = None) -> Images:
-    """Images to ask with: up to two given ones, noise, faint noise, black and white, (batch, C, H, W).
+    """Images to test a network with, (batch, C, H, W): up to two of `images`, noise, faint noise, black and white.
 
-    They differ in brightness on purpose: what is shared by a batch, as its mean or its largest pixel, then changes with
-    the images in it.
+    Without `images`, two more noise images are used. The images differ in brightness on purpose: statistics of a batch,
+    such as its mean or largest pixel, then change with the images in it.
     """
     noise = np.random.default_rng(0).random((4, *shape), dtype=np.float32)
     given = noise[2:] if images is None or len(images) == 0 else images[:2]
@@ -35,14 +35,14 @@ def probes(shape: tuple[int, int, int], images: Images | None = None) -> Images:
 
 
 def fault(answer: Answer, images: Images) -> str | None:
-    """Run a network on the images together, alone, in another order, in pairs and among many, and compare.
+    """Compare a network's outputs for the images together, alone, in another order, in pairs and in a larger batch.
 
     Args:
-        answer: the network; what it raises counts as a fault.
-        images: at least three, as `probes` gives them.
+        answer: the network; an exception that it raises counts as a fault.
+        images: at least three images, such as those of `probes`.
 
     Returns:
-        What is wrong, as the rest of a sentence that begins with the network; None where each row is answered by itself.
+        The fault, worded to follow the network's name in a sentence; None if each output depends on its own image only.
     """
     asked = _Asked(answer)
     count = len(images)
@@ -68,20 +68,20 @@ def fault(answer: Answer, images: Images) -> str | None:
 
 
 def rounding(answer: Answer, images: Images) -> NDArray[np.float64]:
-    """How far the answers move when the images are rounded otherwise, (batch, classes).
+    """How far the outputs move when the images are rounded differently, (batch, classes).
 
-    A deep network without training can amplify the last bit of an image, or of anything that it computes, to all of its answer.
+    An untrained deep network can amplify the last bit of an image, or of any intermediate result, to its whole output.
     """
     return np.abs(answer(nudged(images)).astype(np.float64) - answer(images))
 
 
 def nudged(images: Images) -> Images:
-    """The same images, rounded otherwise in their last bits."""
+    """The same images, with different rounding in their last bits."""
     return (images * np.float32(1 + 2**-22) + np.float32(1e-7)).astype(np.float32)
 
 
 class _Asked:
-    """Asks, and keeps the first thing that is wrong with the form of an answer."""
+    """Calls the network and records the first fault in the form of an output."""
 
     def __init__(self, answer: Answer):
         self._answer = answer
@@ -112,7 +112,7 @@ class _Asked:
 def _differ(
     expected: NDArray[np.float32], found: NDArray[np.float32], noise: float | NDArray[np.float64] = 0.0
 ) -> float:
-    """By how much, where it is more than rounding; else 0. Rows that are NaN in both are equal: black / its own maximum."""
+    """Largest difference beyond rounding, or 0. NaN in both is equal, as for a black image divided by its maximum."""
     finite = expected[np.isfinite(expected).all(axis=1)]
     if len(finite) == 0:
         return 0.0

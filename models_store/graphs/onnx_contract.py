@@ -1,4 +1,4 @@
-"""What an ONNX file must be to serve as a member; FORMAT.md says the same in prose."""
+"""Requirements on the ONNX file of a member; FORMAT.md states them in prose."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from models_store import file_kind
 from models_store.errors import MemberError
 from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME
 
-# Two gigabytes is what one protobuf can hold.
+# A protobuf message holds at most two gigabytes.
 MAX_MODEL_BYTES = 2**31 - 1
 
 
 def check_member(file: Path, input_shape: tuple[int, int, int], classes: int) -> None:
-    """Hold one ONNX file against the contract.
+    """Check the ONNX file of a member against FORMAT.md.
 
     Raises:
-        MemberError: unreadable, external data, an unknown domain or opset, or other inputs and outputs than
-            `images` float32 (batch, C, H, W) and `logits` float32 (batch, classes).
+        MemberError: the file is unreadable, has external data, an unknown domain or opset, or inputs and outputs other
+            than `images` float32 (batch, C, H, W) and `logits` float32 (batch, classes).
     """
     model = load(file)
     refuse_external_data(model, file)
@@ -30,12 +30,12 @@ def check_member(file: Path, input_shape: tuple[int, int, int], classes: int) ->
 def check_template(
     file: Path, input_shape: tuple[int, int, int], classes: int, external: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Hold a bank's template against the contract: a member, but for the initializers that are given from memory.
+    """Check a bank's template against FORMAT.md: a member, except that some initializers are supplied from memory.
 
     Args:
         file: the template.
         input_shape: (C, H, W).
-        classes: how many.
+        classes: number of classes.
         external: shape of each initializer that must be declared external; no other may be.
 
     Raises:
@@ -68,7 +68,7 @@ def load(file: Path) -> onnx.ModelProto:
     """Read a single-file ONNX model without following references to other files.
 
     Raises:
-        MemberError: it cannot be read, or is something else than ONNX.
+        MemberError: the file cannot be read, or is not ONNX.
     """
     try:
         model = onnx.load(file, load_external_data=False)  # pyright: ignore[reportUnknownMemberType]
@@ -76,7 +76,7 @@ def load(file: Path) -> onnx.ModelProto:
         raise MemberError(f"{file} cannot be read: {error.strerror}.") from None
     except Exception:  # protobuf raises several unrelated types
         model = onnx.ModelProto()
-    # Protobuf reads an empty file, and some others, as a model in which nothing is set.
+    # Protobuf parses an empty file, and some others, as a model with no field set.
     if not model.graph.output:
         raise MemberError(f"{file} {_not_onnx(file)}. Give a file written by an ONNX exporter.")
     return model
@@ -87,12 +87,12 @@ def _not_onnx(file: Path) -> str:
     if kind == "unknown":
         return "cannot be read as ONNX: it is damaged, or something else"
     if kind in ("torch", "safetensors"):
-        return f"{file_kind.said(file)}. It is no ONNX model; weights are given to training, with --init"
-    return f"{file_kind.said(file)}; it is no ONNX model"
+        return f"{file_kind.said(file)}. It is not an ONNX model; pass weights to training with --init"
+    return f"{file_kind.said(file)}; it is not an ONNX model"
 
 
 def refuse_external_data(model: onnx.ModelProto, file: Path) -> None:
-    """Weights that lie in another file could be swapped after the hash was taken.
+    """Refuse weights in another file: that file could be replaced after the member's hash was computed.
 
     Raises:
         MemberError: some tensor is external.
@@ -106,7 +106,7 @@ def refuse_external_data(model: onnx.ModelProto, file: Path) -> None:
 
 
 def refuse_unknown_domains(model: onnx.ModelProto, file: Path) -> None:
-    """Only standard operators run everywhere, and only they are known to be mere arithmetic.
+    """Refuse non-standard operators: only standard ones run everywhere and are known to be pure arithmetic.
 
     Raises:
         MemberError: some operator comes from another domain.
@@ -122,19 +122,19 @@ def refuse_unknown_domains(model: onnx.ModelProto, file: Path) -> None:
 
 
 def domains_in_use(model: onnx.ModelProto) -> set[str]:
-    """Those of the operators in the graph and in the model's own functions."""
+    """Domains of the operators in the graph and in the model's functions."""
     nodes = [*_all_nodes(model.graph), *(node for function in model.functions for node in function.node)]
     return {node.domain for node in nodes}
 
 
 def graph_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
-    """Inputs that are fed; old exporters list the initializers among the inputs."""
+    """Inputs of a graph without its initializers, which old exporters list among the inputs."""
     initializers = {tensor.name for tensor in graph.initializer}
     return [value for value in graph.input if value.name not in initializers]
 
 
 def dimensions(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    """Its axes; None where the length is open (some exporters write -1 or 0 for that)."""
+    """Lengths of a value's axes; None for an open axis (for which some exporters write -1 or 0)."""
     return tuple(
         d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in value.type.tensor_type.shape.dim
     )
@@ -153,7 +153,7 @@ def _check_value(
             f"{file.name}: {kind} {name!r} has the fixed batch size {found[0]}; requests come in any size. "
             "Export with a dynamic first axis."
         )
-    # An open axis of the output is allowed: shape inference does not always close it.
+    # An open axis of the output is allowed: shape inference cannot always determine its length.
     if any(f is not None and f != w for f, w in zip(found[1:], wanted[1:], strict=True)):
         raise MemberError(f"{file.name}: {kind} {name!r} must be {_shape(wanted)}; it is {_shape(found)}.")
 

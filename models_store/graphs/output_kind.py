@@ -1,7 +1,7 @@
-"""What a classifier's output is: logits, or something that a softmax was already applied to.
+"""Detect whether a classifier returns logits, or values to which a softmax or sigmoid was already applied.
 
-The average, the temperature and the loss of training need logits. A softmax of probabilities looks like an answer, and is
-wrong without a sign of it, so the kind is looked for in what the network answers and in the last operator of its graph.
+The average, the temperature and the training loss need logits. A softmax of probabilities looks plausible but is
+silently wrong, so the kind is determined from the network's outputs and from the last operator of its graph.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 Kind = Literal["logits", "probs", "sigmoid"]
 
-_SUM_OFF = 1e-3  # half-precision members sum to 1 within this
-# They rearrange or copy numbers, and leave them what they are.
+_SUM_OFF = 1e-3  # tolerance: probabilities in half precision sum to 1 within this
+# Operators that only copy or rearrange values.
 _PASSING = {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Dropout"}
 
 
 def kind(answers: NDArray[np.float32], last: str | None) -> Kind:
-    """What these answers are, (batch, classes) of several different images, given by a graph that ends in `last`."""
+    """The kind of `answers`, (batch, classes) for several different images, given the last operator of the graph."""
     finite = answers[np.isfinite(answers).all(axis=1)].astype(np.float64)
     if len(finite) == 0 or finite.min() < 0 or finite.max() > 1 + _SUM_OFF:
         return "logits"
@@ -30,7 +30,7 @@ def kind(answers: NDArray[np.float32], last: str | None) -> Kind:
 
 
 def last_operator(model: onnx.ModelProto) -> str | None:
-    """The operator that computes the first output; operators that only copy or rearrange are passed over."""
+    """The operator that computes the first output; operators that only copy or rearrange values are skipped."""
     return _last(model, list(model.graph.node), model.graph.output[0].name)
 
 

@@ -1,6 +1,7 @@
-"""The only place where an ONNX Runtime session is made.
+"""ONNX Runtime sessions. No other module creates one.
 
-Export parity, `training.evaluate` and the service all run members through here, so what is measured is what is served.
+The export check, `training.evaluate` and the service all run members through this module, so that what is measured is
+what is served.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from models_store.manifest import INPUT_NAME, OUTPUT_NAME, Manifest
 from models_store.uncertainty import Floats, Prediction, combine, softmax
 
 ProviderChoice = Literal["auto", "cpu", "cuda"]
-onnxruntime: Any = untyped_onnxruntime  # they ship no types
+onnxruntime: Any = untyped_onnxruntime  # both packages ship without types
 loky: Any = untyped_loky
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -41,17 +42,23 @@ class MemberSession:
         weights: Mapping[str, NDArray[np.float32]] | None = None,
         shares_arena: bool = False,
     ):
-        """Make a session. `threads` work on one call, the caller's among them (default: all this process may use).
+        """Create a session.
 
-        `weights` are the initializers that the model declares external: a bank's template with the weights of a point. With `shares_arena` its activations
-        lie in memory that it has together with all sessions that say so: for many sessions of which few run at once.
+        Args:
+            model: an ONNX file, or its content.
+            providers: "auto" uses CUDA if it is available.
+            threads: threads that work on one call, including the caller's (default: `default_threads()`).
+            weights: the initializers that the model declares external, such as the weights of a point for a bank's
+                template.
+            shares_arena: allocate activations from one arena, shared by all sessions with this option; for many
+                sessions of which few run at once.
 
         Raises:
             MemberError: ONNX Runtime refuses the model.
-            ProviderError: `providers` is "cuda" and CUDA is not there.
+            ProviderError: `providers` is "cuda" and CUDA is not available.
         """
         label = "the model" if isinstance(model, bytes) else str(model)
-        self._weights = weights  # ONNX Runtime may go on reading from them
+        self._weights = weights  # kept alive, because ONNX Runtime may still read from them
         self._session = _open(model, label, providers, threads or default_threads(), weights, shares_arena)
 
     @property
@@ -68,7 +75,7 @@ class Part:
     """Some members of an ensemble that one thread runs with one call."""
 
     def __init__(self, model: Path | bytes, label: str, providers: ProviderChoice, threads: int):
-        """As MemberSession; `label` names the model in errors."""
+        """Create a session as MemberSession does; `label` names the model in errors."""
         self._session = _open(model, label, providers, threads)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.providers: list[str] = self._session.get_providers()
@@ -79,7 +86,7 @@ class Part:
 
 
 class EnsembleSession:
-    """All members of one published version, ready to answer. Several threads may ask at once."""
+    """All members of one published version, ready to run. Several threads may call it at once."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, providers: ProviderChoice = "auto", threads: int | None = None
@@ -87,8 +94,8 @@ class EnsembleSession:
         self.manifest = manifest
         threads = threads or default_threads()
         files = [folder / member.file for member in manifest.members]
-        # Members are what runs in parallel: 12 small ones on 2 cores answer 1318 images/s one thread a member, and
-        # 1109 with both threads on each member in turn. Only cores that are left over go inside a member.
+        # Members run in parallel: 12 small ones on 2 cores process 1318 images/s with one thread per member, and 1109
+        # with both threads on each member in turn. Threads within a member get only the cores that are left over.
         self._at_once = min(threads, len(files))
         within = threads // self._at_once
         if self._at_once < len(files) and (models := merging.load_to_merge(files)) is not None:
@@ -109,7 +116,7 @@ class EnsembleSession:
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, C, H, W) in [0, 1] -> (members, batch, classes)."""
         collected: list[NDArray[np.float32]] = [images] * len(self.parts)
-        numbers = iter(range(len(self.parts)))  # shared: whoever is free takes the next part
+        numbers = iter(range(len(self.parts)))  # shared by the threads: the next free one takes the next part
 
         def work() -> None:
             for number in numbers:
@@ -119,11 +126,11 @@ class EnsembleSession:
         return self.joined(collected)
 
     def joined(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """What each part answered, in the members' order: (members, batch, classes)."""
+        """Join the parts' logits in the order of the members, (members, batch, classes)."""
         return np.concatenate(logits)[self._order]
 
     def probs(self, logits: NDArray[np.float32]) -> Floats:
-        """Each member's distribution under the ensemble's temperature: (members, batch, classes), as the logits are."""
+        """Each member's distribution at the ensemble's temperature, with the shape of the logits."""
         return softmax(logits, self.manifest.temperature)
 
     def member_probs(self, images: NDArray[np.float32]) -> Floats:
@@ -140,22 +147,22 @@ def in_batches(
     images: NDArray[np.float32],
     size: int = 256,
 ) -> NDArray[np.float32]:
-    """Logits of many images, `size` at a time; the batch axis is the last but one."""
+    """Logits of many images, `size` at a time; the batch axis is the second to last."""
     return np.concatenate([session.logits(images[i : i + size]) for i in range(0, len(images), size)], axis=-2)
 
 
 def available_cores() -> int:
-    """Cores this process may use, its affinity and its container's quota counted."""
+    """Number of cores that this process may use, given its CPU affinity and its container's quota."""
     return loky.cpu_count()
 
 
 def default_threads() -> int:
-    """$MODEPATH_THREADS, or all available cores."""
+    """$MODEPATH_THREADS, or the number of available cores."""
     return int(os.environ.get("MODEPATH_THREADS", 0)) or available_cores()
 
 
 def _share(work: Callable[[], None], others: int) -> None:
-    """Do `work` here and in so many other threads at once."""
+    """Run `work` in this thread and in `others` more threads at once."""
     shared = [_helpers().submit(work) for _ in range(others)]
     work()
     for one in shared:
@@ -164,7 +171,7 @@ def _share(work: Callable[[], None], others: int) -> None:
 
 @functools.cache
 def _helpers() -> ThreadPoolExecutor:
-    # One for the process: many ensembles in it share the same cores.
+    # One pool per process, because all its ensembles share the same cores.
     return ThreadPoolExecutor(default_threads(), "members")
 
 
@@ -179,17 +186,17 @@ def _open(
     wanted = _resolve(providers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # A pool that spins while it has nothing to do takes its cores from everybody else.
+    # A pool that spins while idle takes cores away from all other work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if shares_arena:
         _register_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
     if weights:
-        # Not add_initializer: its weights come after fusions have already used the template's own.
+        # Not add_initializer: it sets the weights only after fusions have already used those of the template.
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(weight) for weight in weights.values()]
         options.add_external_initializers(list(weights), values)
     options.log_severity_level = 3  # its warnings name no cause a user could act on
-    # TF32 would round inputs to 10 bits, and the answers would no longer be those that were checked at export.
+    # TF32 would round inputs to 10 bits, so the outputs would differ from those that were checked at export.
     named = [(CUDA, {"use_tf32": "0"}) if provider == CUDA else provider for provider in wanted]
     try:
         session = onnxruntime.InferenceSession(
@@ -197,9 +204,9 @@ def _open(
         )
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise MemberError(f"ONNX Runtime refuses {label}: {error}") from None
-    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime falls back in silence
+    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime falls back silently
         raise ProviderError(
-            f"{wanted[0]} was asked for, but {label} runs on {session.get_providers()[0]}: its CUDA libraries did "
+            f"{wanted[0]} was requested, but {label} runs on {session.get_providers()[0]}: its CUDA libraries did "
             "not load. Install the extra `modepath[cuda]`, or set providers to cpu."
         )
     return session

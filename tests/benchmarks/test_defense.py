@@ -1,4 +1,4 @@
-"""The defence benchmark, small: every attack on every arm, through the running service too."""
+"""The defence benchmark at small scale: every attack on every arm, also through the running service."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from benchmarks.defense.arms import Oracle
 
 
 class Linear(nn.Module):
-    """Two classes, told apart by the sum of the pixels or by one half of them."""
+    """Two classes, separated by the sum of all pixels or of one half of them."""
 
     def __init__(self, weights):
         super().__init__()
@@ -29,7 +29,7 @@ class Linear(nn.Module):
 
 
 class Several(nn.Module):
-    """A linear network of many classes."""
+    """A linear network with many classes."""
 
     def __init__(self, weights):
         super().__init__()
@@ -86,7 +86,10 @@ def test_the_mean_of_networks_is_that_of_their_probabilities():
 
 
 def linear_door(kind, count=64, spread=0.3):
-    """Networks that are linear, alike but for `spread`: always the first one, any, or by a hash of the pixels and of how often the key turned."""
+    """An oracle over linear networks that differ by `spread`, with images and labels.
+
+    By `kind`, the first network answers, or a random one, or one chosen by a hash of the pixels and the current key.
+    """
     rng = np.random.default_rng(0)
     shared = rng.normal(size=(10, 64))
     each = shared + spread * rng.normal(size=(count, 10, 64))

@@ -1,4 +1,4 @@
-"""A bento is built, unpacked, and served from there."""
+"""Build a bento, unpack it, and serve it from the unpacked folder."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""A real Prometheus reads a real service of several workers, by the configuration that is deployed."""
+"""A real Prometheus scrapes a real service with several workers, using the deployed configuration."""
 
 import shutil
 import subprocess

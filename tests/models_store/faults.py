@@ -1,4 +1,4 @@
-"""Processes that are killed, and calls that fail, at a chosen call into the operating system."""
+"""Fault injection: kill a process, or fail a call, at a chosen call into the operating system."""
 
 import contextlib
 import errno
@@ -13,12 +13,12 @@ from unittest import mock
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["models_store.store", "tests.onnx_members", "tests.models_store.faults"])
 
-# What changes a file. Killed before any other call, a process leaves what it leaves when it is killed before the next of these.
+# The calls that change a file. A kill before any other call has the same result as one before the next of these.
 CALLS = {"open", "write", "replace", "rename", "mkdir", "rmdir", "unlink", "chmod", "flock"}
 
 
 def kill_before(call, work, *arguments):
-    """Run in a process that is killed before its n-th call, counted from 0. Whether it was: else it had no such call."""
+    """Run in a process that is killed before its n-th call, counted from 0. False if it ended before reaching it."""
     process = PROCESSES.Process(target=_killed, args=(call, work, arguments))
     process.start()
     process.join(60)
@@ -27,7 +27,7 @@ def kill_before(call, work, *arguments):
 
 
 def in_processes(*jobs):
-    """Run (work, *arguments) at the same time, each in a process of its own; all must succeed."""
+    """Run each (work, *arguments) in a separate process, all at the same time; all must succeed."""
     processes = [PROCESSES.Process(target=work, args=arguments) for work, *arguments in jobs]
     for process in processes:
         process.start()
@@ -45,7 +45,7 @@ def _killed(call, work, arguments):
                 os.kill(os.getpid(), signal.SIGKILL)
             left[0] -= 1
 
-    os.fsync = lambda descriptor: None  # to the disk's order of writes a killed process makes no difference
+    os.fsync = lambda descriptor: None  # killing a process does not change the order of writes to disk
     sys.setprofile(before)
     work(*arguments)
     sys.setprofile(None)
@@ -57,9 +57,9 @@ OPENS = [(os, "open"), (io, "open"), (os, "scandir"), (os, "listdir")]
 
 @contextlib.contextmanager
 def failing(call, number, *, lasting):
-    """From the n-th call on, or that one alone, the system refuses with this error. Gives a list that grows where it did.
+    """Let the n-th call, and all later ones if `lasting`, fail with error `number`. Yields the list of failed calls.
 
-    A full or read-only disk refuses what writes; a process that is out of descriptors what opens.
+    A full or read-only disk fails the calls that write; a process without free descriptors fails those that open.
     """
     refused = []
     left = [call]

@@ -20,7 +20,7 @@ def two(store):
 
 @pytest.fixture
 def no_disk(monkeypatch):
-    """Nothing here depends on what outlives a power failure."""
+    """Disable fsync: no test here depends on what survives a power failure."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -29,7 +29,7 @@ def _activate(root, version):
 
 
 def _activate_often(root, version, times):
-    os.fsync = lambda descriptor: None  # what is held here is the order of writes, and a disk would make it minutes
+    os.fsync = lambda descriptor: None  # only the order of writes is tested; real syncs would take minutes
     for _ in range(times):
         Store(root).activate("a", version)
 
@@ -94,7 +94,7 @@ def test_names_that_the_record_lacks_come_first_by_time_and_the_future_is_now(st
     names = ["a", "b", "c", "d"]
     for name in names:
         publish(store, name)
-    (store.root / ".activated").unlink()  # as releases left it that kept times alone
+    (store.root / ".activated").unlink()  # like a store from an early release, which had no such record
     now = time.time()
     for name, at in zip(names, (now - 5, now - 9, now + 1e6, now - 7), strict=True):
         os.utime(store.root / name / "active", (at, at))
@@ -127,7 +127,7 @@ def test_activating_another_version_leaves_what_a_publisher_has_announced(store)
     publish(store, "a")
     publish(store, "a")
     activations = store._activations
-    activations.announce("a", 3)  # and its publisher has not renamed the folder yet
+    activations.announce("a", 3)  # its publisher has not renamed the folder yet
     store.activate("a", 1)
     assert activations.pending("a") == 3
     activations.announce("a", 2)

@@ -10,7 +10,7 @@ from models_store.manifest import ONNX_OPSET
 
 
 def template(external=("w", "shift")):
-    """logits = flatten(images) @ w + shift, for images (1, 2, 2) and 3 classes; weights given from memory."""
+    """logits = flatten(images) @ w + shift, for images (1, 2, 2) and 3 classes; weights are supplied from memory."""
     shapes = {"w": (4, 3), "shift": (3,)}
     graph = helper.make_graph(
         [
@@ -97,5 +97,5 @@ def test_a_template_and_weights_that_disagree_are_refused(tmp_path):
 def test_a_damaged_bank_is_told(tmp_path):
     bank().save(tmp_path / "bank")
     (tmp_path / "bank/points.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CorruptionError, match="is no bank"):
+    with pytest.raises(CorruptionError, match="is not a bank"):
         Bank.load(tmp_path / "bank")

@@ -1,4 +1,4 @@
-"""FORMAT.md and the schema are one contract."""
+"""FORMAT.md and the schema agree."""
 
 import re
 from pathlib import Path

@@ -67,7 +67,7 @@ def test_weights_beside_the_graph_are_taken_in(store, tmp_path):
         ([linear(0), linear(1, classes=4)], ImportOptions(), "same classes"),
         ([linear(0, batch=1)], ImportOptions(), "fixed batch size 1"),
         ([linear(0)], ImportOptions(classes=["a", "b"]), "2 class names"),
-        ([linear(0)], ImportOptions(mean=[0.1, 0.2]), "one a channel"),
+        ([linear(0)], ImportOptions(mean=[0.1, 0.2]), "one per channel"),
         ([linear(0)], ImportOptions(input_shape=(3, 4, 4)), "takes images"),
     ],
 )
@@ -86,7 +86,7 @@ def test_nan_answers_are_refused(store, tmp_path):
 
 
 def graph_of(nodes, shape=SHAPE, classes=3, tensors=(), batch="batch"):
-    """A model of these nodes from `x` to `y`."""
+    """A model that consists of these nodes, with input `x` and output `y`."""
     values = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *shape]),
         helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", classes]),
@@ -101,7 +101,7 @@ AXIS = np.array([0], np.int64)
 
 
 def ending(*operators):
-    """A linear network with these operators after it."""
+    """A linear network followed by these operators."""
     names = [*(f"end{i}" for i in range(len(operators))), "y"]
     nodes = [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], [names[0]])]
     nodes += [helper.make_node(op, [a], [b]) for op, a, b in zip(operators, names, names[1:], strict=False)]
@@ -109,14 +109,14 @@ def ending(*operators):
 
 
 def beginning(*nodes, **tensors):
-    """A linear network with these nodes from `x` to `z` before it."""
+    """A linear network preceded by these nodes, with input `x` and output `z`."""
     rest = [helper.make_node("Flatten", ["z"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["y"])]
     return graph_of([*nodes, *rest], tensors={"w": WEIGHTS, **tensors})
 
 
 MINUS_MEAN = [helper.make_node("ReduceMean", ["x", "axis"], ["m"]), helper.make_node("Sub", ["x", "m"], ["z"])]
 BY_LARGEST = [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), helper.make_node("Div", ["x", "m"], ["z"])]
-# The classes of one image are joined with those of all others.
+# For one image, the squeeze also removes the batch axis.
 SQUEEZED = [
     helper.make_node("Flatten", ["x"], ["flat"]),
     helper.make_node("MatMul", ["flat", "w"], ["raw"]),

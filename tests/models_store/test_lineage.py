@@ -19,7 +19,7 @@ from tests.onnx_members import publish
 
 @pytest.fixture
 def with_weights(store):
-    """An ensemble whose members are these weight sets."""
+    """Publish an ensemble whose members are these weight sets."""
 
     seeds = itertools.count()
 
@@ -103,7 +103,7 @@ def test_weights_in_constant_nodes_and_in_subgraphs_are_seen_and_a_network_witho
         found.append(marks(imported))
         model = onnx.load_from_string(bare)
     assert found[0] == found[1]
-    assert len(found[0]) == 5  # the file; the matrix both ways round, each with a sketch
+    assert len(found[0]) == 5  # the file; the matrix and its transpose, each with a digest and a sketch
     onnx.save(model, file)
     with pytest.raises(LineageError, match="imported@1"):
         marks(imported)
@@ -125,7 +125,7 @@ SHAPES = {
 
 
 def trained(seed, **others):
-    """What a trained network holds: scales near 1, positive variances, a table that all networks have."""
+    """Tensors like those of a trained network: scales near 1, positive variances, a table that all networks share."""
     rng = np.random.default_rng(seed)
     state = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
     state["scale"] = (1 + 0.01 * state["scale"]).astype(np.float32)
@@ -158,7 +158,7 @@ def test_a_rounded_copy_is_related_and_others_are_not(with_weights, change, seed
     if change == "kept in bfloat16":  # numpy's safetensors cannot write it
         kept = {name: tensor.astype(np.float32) for name, tensor in kept.items()}
     copy = marks(with_weights("copy", kept, trained(seeds[2])))
-    assert not one & copy - marks(with_weights("tables", trained(seeds[3])))  # bit for bit they share no trained tensor
+    assert not one & copy - marks(with_weights("tables", trained(seeds[3])))  # no trained tensor is bit-identical
     assert related(one, copy)
     assert related(copy, one)
     assert not related(one, marks(with_weights("other", trained(seeds[2]), trained(seeds[3]))))
@@ -180,7 +180,7 @@ def test_a_rounded_copy_that_was_imported_as_onnx_is_related(store, with_weights
 
 
 def test_two_thousand_networks_that_were_trained_apart_are_not_related(with_weights):
-    """Among all pairs of their tensors not one is near by chance; also where one channel outweighs the others."""
+    """No two of their tensors are near by chance, even if one channel dominates the others."""
     rng = np.random.default_rng(0)
     states = [{"w": rng.normal(size=64).astype(np.float32)} for _ in range(1000)]
     for _ in range(1000):
@@ -192,7 +192,7 @@ def test_two_thousand_networks_that_were_trained_apart_are_not_related(with_weig
 
 
 def test_a_backbone_that_was_hardly_moved_marks_nothing_where_all_networks_have_it(with_weights):
-    """As one that was frozen: others may have it from where these have it from."""
+    """Like a frozen backbone, which unrelated networks may have from the same source."""
     given = trained(0)["deep"]
 
     def tuned(seed):

@@ -93,7 +93,7 @@ def test_what_is_no_manifest_at_all_is_refused(text):
 
 
 def sealed(record):
-    """The text of a changed manifest, whose digest is right."""
+    """The text of a changed manifest with a correct digest."""
     return Manifest.model_validate({**record, "digest": None}).sealed().dump()
 
 

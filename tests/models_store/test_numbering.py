@@ -19,21 +19,21 @@ NAMES = st.sampled_from(["a", "a.b"])
 
 
 def _publish(root, name, seed, activate=True):
-    os.fsync = lambda descriptor: None  # only in this process, which ends
+    os.fsync = lambda descriptor: None  # only in this process, which exits afterwards
     publish(Store(root), name, seeds=(seed,), activate=activate)
 
 
 class Numbers(RuleBasedStateMachine):
-    """Publications, some killed and some at once, among removals: a number means one version for ever."""
+    """Publications, some killed and some concurrent, between removals: a number always refers to the same version."""
 
     def __init__(self):
         super().__init__()
-        self.fsync = mock.patch("os.fsync")  # nothing here depends on what outlives a power failure
+        self.fsync = mock.patch("os.fsync")  # no test here depends on what survives a power failure
         self.fsync.start()
         self.folder = tempfile.TemporaryDirectory()
         self.store = Store(Path(self.folder.name) / "store")
         self.seeds = itertools.count()
-        self.known = {}  # (name, number) -> digest, of all that ever were there
+        self.known = {}  # (name, number) -> digest, of all versions that ever existed
 
     def teardown(self):
         self.folder.cleanup()

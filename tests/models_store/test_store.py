@@ -196,7 +196,7 @@ def test_find_run_finds_only_what_lies_here(store):
 
 @pytest.fixture
 def no_disk(monkeypatch):
-    """Nothing here depends on what outlives a power failure."""
+    """Disable fsync: no test here depends on what survives a power failure."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -374,7 +374,7 @@ def test_killed_at_any_call_a_publication_is_whole_or_absent_and_the_next_one_fi
 
 
 def _stopped_before_activation(store):
-    """Version 2 is published, by a process that was stopped before it had activated it."""
+    """Publish version 2 as a process does that is stopped before it activates it."""
     publish(store, "a")
     with mock.patch.object(Store, "_activate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         publish(store, "a")

@@ -1,4 +1,4 @@
-"""The Python API as its user meets it: in a folder of their own, with their own modules and data."""
+"""The Python API as users see it: in their own folder, with their own modules and data."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ LAYOUTS = [("training.py", "data.py"), ("training/__init__.py", "training/data.p
 
 @pytest.fixture
 def folder(tmp_path):
-    """The user's, outside the checkout."""
+    """The user's folder, outside the checkout."""
     made = tmp_path / "elsewhere"
     made.mkdir()
     return made
@@ -159,7 +159,7 @@ def test_the_options_that_editors_show_are_those_of_the_command(method):
     fields = typing.get_type_hints(importlib.import_module(f"training.{method}").Config)
     fields = {name: kind for name, kind in fields.items() if typing.get_origin(kind) is not typing.ClassVar}
     shown = typing.get_type_hints(getattr(options, f"{method.capitalize()}Options"))
-    given = {"name", "network", "dataset", "loss"}  # parameters of the function, as objects
+    given = {"name", "network", "dataset", "loss"}  # parameters of the function that accept objects
     assert shown.keys() == fields.keys() - given
     different = {name for name in shown if shown[name] != fields[name]}
-    assert different <= {"init"}  # a state dict will do, too
+    assert different <= {"init"}  # the API also accepts a state dict

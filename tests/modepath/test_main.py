@@ -1,4 +1,4 @@
-"""The command `modepath`, from a folder of the user's own."""
+"""The command `modepath`, run in the user's own folder."""
 
 import contextlib
 import csv

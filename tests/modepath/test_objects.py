@@ -1,4 +1,4 @@
-"""Networks, data and weights that are given as objects."""
+"""Networks, data and weights that are passed as objects."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The API as a type checker shows it to its user."""
+"""The API's types as a type checker reports them to users."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Every bad input that the service must refuse with 4xx: (what, expected status, the bytes of a whole HTTP request)."""
+"""All bad inputs that the service must refuse with 4xx: (description, expected status, bytes of the HTTP request)."""
 
 import base64
 import contextlib
@@ -22,7 +22,7 @@ class Bad(NamedTuple):
     what: str
     status: int
     request: bytes
-    stall: bool = False  # the rest never comes: the service has to give up by itself
+    stall: bool = False  # the rest never arrives: the service has to give up on its own
 
 
 def message(path, body=b"", content_type=None, method="POST", headers=()):
@@ -70,7 +70,7 @@ def chunked(body, size=2**16):
 
 
 def requests(*, body_limit, rows_limit, elsewhere):
-    """The list. `elsewhere` is an address that nobody must be asked for."""
+    """The list of bad requests. `elsewhere` is an address that the service must never fetch."""
     good = np.full((1, *SHAPE), 0.5)
     image = good[0].tolist()
     text = base64.b64encode(picture()).decode()
@@ -204,9 +204,9 @@ def requests(*, body_limit, rows_limit, elsewhere):
 
 
 def answer(address, request, timeout=30):
-    """Send the bytes, and read the answer: (status, its JSON)."""
+    """Send the bytes and read the response: (status, parsed JSON)."""
     with socket.create_connection(address, timeout) as connection:
-        # Refused before all of it was sent: the answer may be there.
+        # The request may be refused before all of it was sent; the response can still be read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(request)
         response = http.client.HTTPResponse(connection)

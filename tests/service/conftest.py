@@ -22,24 +22,24 @@ def store(tmp_path):
 
 
 def free_port():
-    """On which nobody listens."""
+    """A port on which no process listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 
 
 def workers_of(server):
-    """Its workers' processes, as psutil has them."""
-    psutil = pytest.importorskip("psutil")  # comes with bentoml
+    """psutil processes of a server's workers."""
+    psutil = pytest.importorskip("psutil")  # installed with bentoml
     found = []
     for child in psutil.Process(server.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie counts as none
+        with contextlib.suppress(psutil.NoSuchProcess):  # zombies are not counted
             if "--worker-id" in child.cmdline():
                 found.append(child)
     return found
 
 
 class Server:
-    """A real `bentoml serve` of a store, or of an unpacked bento with its own."""
+    """A real `bentoml serve` process for a store, or for an unpacked bento that contains one."""
 
     def __init__(self, store, folder, bento=None, output=None, descriptors=None, **environment):
         port = free_port()

@@ -1,4 +1,4 @@
-"""What schemathesis cannot read in the description: files that really are images and arrays."""
+"""Generators that schemathesis cannot derive from the OpenAPI schema: files that really are images and arrays."""
 
 import base64
 import io
@@ -36,6 +36,6 @@ schemathesis.openapi.format("base64-image", image("PNG").map(lambda encoded: bas
 
 @schemathesis.hook
 def filter_case(context, case):
-    # OpenAPI has no words for "no query beside a JSON body", so its idea of a right request may have one.
+    # OpenAPI cannot express "no query parameters with a JSON body", so generated valid requests may have some.
     positive = case.meta is None or case.meta.generation.mode.is_positive
     return not (positive and case.media_type == "application/json" and case.query)

@@ -1,4 +1,4 @@
-"""Against a real `bentoml serve`."""
+"""The service as a whole, in a real `bentoml serve`."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ images = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
 
 def test_it_answers_refuses_and_follows_activations(store, serve):
     server = serve(store)
-    # An empty store: alive, not ready, and it says why.
+    # With an empty store the service is alive but not ready, and it gives the reason.
     for _ in range(100):
         if "training.fge" in (why := server.until(503).json()["error"]):
             break
@@ -36,7 +36,7 @@ def test_it_answers_refuses_and_follows_activations(store, serve):
     assert refused.status_code == 503
     assert "retry-after" in refused.headers
 
-    # Publishing is enough.
+    # Publishing makes it ready, without a restart.
     publish(store, "animals", seeds=(0, 1, 2), temperature=1.7)
     server.until(200)
     answer = httpx.post(server.url + "/predict", json={"inputs": images.tolist(), "members": True})
@@ -63,7 +63,7 @@ def test_it_answers_refuses_and_follows_activations(store, serve):
     assert (found["version"], found["members"], found["default"]) == (2, 1, True)  # pyright: ignore[reportPossiblyUnboundVariable]
     assert [e["name"] for e in httpx.get(server.url + "/ensembles").json()["ensembles"]] == ["animals"]
 
-    # Refusals have the error form and the right status.
+    # Refusals have the form of an error and the correct status.
     def status(**request):
         answer = httpx.request(**{"method": "POST", "url": server.url + "/predict", **request})
         assert set(answer.json()) == {"error"}, answer.text
@@ -81,7 +81,7 @@ def test_it_answers_refuses_and_follows_activations(store, serve):
     assert status(method="GET", url=server.url + "/ensembles/nope") == 404
     assert httpx.get(server.url + "/docs.json").json()["openapi"].startswith("3.1")
 
-    # Ctrl-C stops all of it, and nothing was a crash.
+    # Ctrl-C stops all processes without a crash.
     assert server.stop() == 0
     with pytest.raises(httpx.TransportError):
         httpx.get(server.url + "/livez")

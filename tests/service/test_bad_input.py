@@ -1,4 +1,4 @@
-"""Strangers against a real service of two workers, while a client asks good questions."""
+"""Bad input to a real service with two workers, while a client sends valid requests."""
 
 import json
 import os
@@ -23,7 +23,7 @@ expected = np.mean([softmax(linear_logits(linear(seed), images)) for seed in (0,
 
 
 class Asker(threading.Thread):
-    """Asks good questions until told to stop, and compares."""
+    """Sends valid requests until stopped, and compares the responses with the expected ones."""
 
     def __init__(self, url):
         super().__init__(daemon=True)
@@ -48,7 +48,7 @@ class Asker(threading.Thread):
 
 def test_every_bad_input_is_refused_and_no_good_answer_is_lost_or_changed(store, serve):
     publish(store, "animals")
-    # Short enough for a test, and long enough that the asker's own pauses on a busy machine are not taken for a stall.
+    # Short enough for a test, and long enough that the asker's pauses on a busy machine do not count as a stall.
     server = serve(store, MODEPATH_WORKERS="2", MODEPATH_MAX_ROWS="64", MODEPATH_STALL_SECONDS="4")
     server.until(200)
     address = urlparse(server.url).hostname, urlparse(server.url).port
@@ -57,7 +57,7 @@ def test_every_bad_input_is_refused_and_no_good_answer_is_lost_or_changed(store,
     with socket.create_server(("127.0.0.1", 0)) as trap:
         elsewhere = f"http://127.0.0.1:{trap.getsockname()[1]}/a.png"
         bad = bad_requests.requests(body_limit=16 * 2**20, rows_limit=64, elsewhere=elsewhere)
-        for _ in range(2):  # both workers are likely to meet each
+        for _ in range(2):  # both workers are likely to receive each request
             for case in bad:
                 status, body = bad_requests.answer(address, case.request)
                 assert (case.what, status) == (case.what, case.status), body
@@ -65,7 +65,7 @@ def test_every_bad_input_is_refused_and_no_good_answer_is_lost_or_changed(store,
                 assert len(body["error"]) > 20, case.what
                 assert "Traceback" not in body["error"]
         trap.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody has connected
+        with pytest.raises(BlockingIOError):  # no connection was made
             trap.accept()
     assert asker.result() == []
     assert asker.asked > 10
@@ -95,7 +95,7 @@ def test_what_schemathesis_makes_of_the_description_is_answered_as_described(sto
     found = json.loads(report.read_text())
     assert found["test_cases"]["generated"] > 300
     assert found["operations"]["tested"] == found["operations"]["total"] >= 6
-    assert found["valid_rates"]["POST /predict"]["fuzzing"]["accepted"] > 10  # it did not only knock at a closed door
+    assert found["valid_rates"]["POST /predict"]["fuzzing"]["accepted"] > 10  # not every generated request was refused
     assert server.stop() == 0
     assert "Traceback" not in server.log.read_text()
     print(found["test_cases"])

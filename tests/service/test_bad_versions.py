@@ -1,4 +1,4 @@
-"""A store in which most versions are bad, behind a real `bentoml serve`."""
+"""A real `bentoml serve` for a store in which most versions are bad."""
 
 import os
 import shutil
@@ -13,14 +13,14 @@ images = np.random.default_rng(0).random((2, *SHAPE), dtype=np.float32)
 
 
 def answered(server, count=20):
-    """What the last of so many requests gets; each has a connection of its own, which any worker may take."""
+    """Send `count` requests, each over a new connection that any worker may accept; returns the last response."""
     answers = [httpx.post(server.url + "/predict", json={"inputs": images.tolist()}) for _ in range(count)]
     assert [answer.status_code for answer in answers] == [200] * count, answers[-1].text
     return answers[-1].json()
 
 
 def until(true, server):
-    """Ask again and again, and be answered each time, until something holds."""
+    """Send requests, all of which must succeed, until `true()` holds."""
     deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline, server.log.read_text()
@@ -52,7 +52,7 @@ def test_a_good_ensemble_answers_beside_five_bad_ones_and_each_of_those_is_named
         assert len([line for line in named if f"{name}@1" in line or f" {name} " in line]) == 1, (name, named)
     assert len(named) == len(bad)
     assert [one["name"] for one in httpx.get(server.url + "/ensembles").json()["ensembles"]] == ["good"]
-    # A new version of what serves is followed all the same.
+    # A new version of the good ensemble is still picked up.
     publish(store, "good", seeds=(7,))
     until(lambda: versions(server) == {2}, server)
 
@@ -66,7 +66,7 @@ def test_a_version_that_hangs_while_another_serves_is_passed_over(store, serve, 
     assert versions(server) == {1}
     publish(store, "animals", seeds=(5,))
     until(lambda: versions(server) == {3}, server)
-    # The store goes away for a while, and nobody notices but the log.
+    # The store disappears for a while; only the log mentions it.
     store.root.rename(tmp_path / "away")
     until(lambda: "Loaded ensembles keep answering" in server.log.read_text(), server)
     assert answered(server)["version"] == 3

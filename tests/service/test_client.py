@@ -1,4 +1,4 @@
-"""The client against a real service, and its retries against answers made up here."""
+"""The client against a real service, and its retries against scripted responses."""
 
 import asyncio
 import dataclasses
@@ -81,7 +81,7 @@ GOOD = {
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """A client whose transport follows a script, and the pauses it made."""
+    """A function that returns a client whose transport follows a script, its pauses, and the remaining steps."""
     pauses = []
     here, sleep = threading.get_ident(), time.sleep
     monkeypatch.setattr(
@@ -141,7 +141,7 @@ def test_an_answer_of_somebody_else_is_told():
 
 
 def test_the_clients_answer_has_every_field_of_the_response():
-    """A field that is new in the response belongs into Answer, too, or the client drops it without a word."""
+    """A new field of the response must be added to Answer, too; otherwise the client silently drops it."""
     named_otherwise = {
         "predictions": None, "label": "labels", "class_name": "class_names", "point": "points",
     }  # fmt: skip

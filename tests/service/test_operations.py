@@ -1,4 +1,4 @@
-"""The service as a whole while something around it fails: its disk, its log, its processes; and while it ends."""
+"""The service as a whole while its disk, its log or a process fails, and while it shuts down."""
 
 import contextlib
 import json
@@ -56,7 +56,7 @@ def fill(folder):
 
 
 def ask(server, requests, threads=8):
-    """Over a connection each, as any worker may take it: how often each status came."""
+    """Send requests, each over a new connection that any worker may accept; returns the count of each status."""
     with ThreadPoolExecutor(threads) as pool:
         return Counter(
             pool.map(lambda _: httpx.post(server.url + "/predict", content=BODY, headers=HEADERS).status_code, range(requests))
@@ -96,10 +96,10 @@ def test_a_full_file_system_under_the_metrics_costs_no_request(animals, serve, s
     assert metrics_of(server)[ANSWERED] == 40
     fill(small_disk)
     dead = min(pids(server))
-    os.kill(dead, signal.SIGKILL)  # the next one has nowhere to put its files
+    os.kill(dead, signal.SIGKILL)  # its replacement cannot write its files
     eventually(lambda: replaced(server, dead))
     server.until(200)
-    # The new one knows within a second that its numbers are in its memory.
+    # The new worker detects within a second that its metrics are only in memory.
     eventually(lambda: metrics_of(server)[INCOMPLETE] == 1)
     assert ask(server, 60) == {200: 60}
     assert metrics_of(server)[ANSWERED] >= 40
@@ -116,19 +116,19 @@ def test_files_of_metrics_that_somebody_removes_are_made_again(animals, serve, t
     server.until(200)
     assert ask(server, 40) == {200: 40}
     dead, other = sorted(pids(server))
-    os.kill(dead, signal.SIGKILL)  # so that there is something of a dead one
+    os.kill(dead, signal.SIGKILL)  # so that there are files of a dead worker
     eventually(lambda: replaced(server, dead))
     [metrics] = folder.glob("modepath-metrics-*")
     eventually(lambda: (metrics / "counter_archive.db").exists())
     files = {file.name for file in metrics.glob("*.db")}
-    shutil.rmtree(metrics, ignore_errors=True)  # a worker may write to it meanwhile
+    shutil.rmtree(metrics, ignore_errors=True)  # a worker may write to it at the same time
     assert httpx.get(server.url + "/metrics").status_code == 200
     os.kill(other, signal.SIGKILL)
     eventually(lambda: replaced(server, other))
     server.until(200)
     assert ask(server, 20) == {200: 20}
     eventually(lambda: (metrics / "counter_archive.db").exists())
-    # What the second one had counted may be lost: it died when its files were gone.
+    # The counts of the second worker may be lost: it died when its files no longer existed.
     assert 20 <= metrics_of(server)[ANSWERED] <= 60
     assert {name for name in files if "archive" in name} <= {file.name for file in metrics.glob("*.db")}
 
@@ -151,8 +151,8 @@ def test_files_of_dead_workers_do_not_pile_up_and_nothing_is_lost_or_counted_twi
 
 
 def test_a_dead_worker_is_replaced_long_before_bentoml_would_look(animals, serve):
-    # BentoML's supervisor looks at its workers every 10 s. Two deaths, the second one just after the first one's replacement,
-    # cannot both be followed by a replacement within 5 s of each if only that look replaces them.
+    # BentoML's supervisor checks its workers every 10 s. If only that check replaced them, two deaths in a row, the
+    # second just after the first replacement, could not both be followed by a replacement within 5 s.
     server = serve(animals, MODEPATH_WORKERS="1")
     server.until(200)
     for _ in range(2):
@@ -166,7 +166,7 @@ def test_a_dead_worker_is_replaced_long_before_bentoml_would_look(animals, serve
 
 def test_a_worker_that_stands_still_is_replaced(animals, serve):
     server = serve(animals, MODEPATH_WORKERS="2", MODEPATH_HANG_SECONDS="2")
-    # Both: while a worker loads, it may stand still for much longer.
+    # Wait for both workers, because a worker may stand still for much longer while it loads.
     eventually(lambda: server.log.read_text().count("Service modepath initialized") == 2)
     stopped = min(pids(server))
     os.kill(stopped, signal.SIGSTOP)
@@ -213,7 +213,7 @@ def head(length=None):
 
 
 def answer_of(connection):
-    """Status, headers and body, up to the end of the connection. A reset raises."""
+    """Read status, headers and body until the connection ends. A reset raises an error."""
     received = b""
     while part := connection.recv(65536):
         received += part
@@ -229,14 +229,14 @@ def test_no_connection_is_reset_while_the_service_ends(animals, serve, workers, 
     with contextlib.ExitStack() as stack:
         slow = stack.enter_context(raw(server))
         slow.sendall(head() + BODY[:5])
-        silent = [stack.enter_context(raw(server)) for _ in range(4)]  # their requests are still to come
+        silent = [stack.enter_context(raw(server)) for _ in range(4)]  # they send their requests later
         waiting = [stack.enter_context(raw(server)) for _ in range(60)]
         for connection in waiting:
             connection.sendall(head() + BODY)
         os.kill(server.process.pid, number)
         for connection in silent:
             connection.sendall(head() + BODY)
-        # Workers stop one after the other: what comes meanwhile is answered or refused, and soon everything is refused.
+        # Workers stop one after the other: until then requests are answered or refused, and soon all are refused.
         late, deadline = [(200, {}, {})], time.monotonic() + 20
         while {status for status, _, _ in late} != {503}:
             assert time.monotonic() < deadline
@@ -245,7 +245,7 @@ def test_no_connection_is_reset_while_the_service_ends(animals, serve, workers, 
                 connection.sendall(head() + BODY)
             late = [answer_of(connection) for connection in connections]
             assert {status for status, _, _ in late} <= {200, 503}
-        # All of them are answered while the slow one is still being sent.
+        # All of them are answered while the slow request is still being sent.
         answers = [answer_of(connection) for connection in (*waiting, *silent)]
         assert {status for status, _, _ in answers} <= {200, 503}
         for _, headers, body in late:
@@ -324,7 +324,7 @@ def test_a_plain_bentoml_serve_contacts_nobody(animals, serve, tmp_path, monkeyp
         server = serve(animals, **environment)
         server.until(200)
         assert ask(server, 3) == {200: 3}
-        time.sleep(3)  # onnxruntime reports from a thread of its own
+        time.sleep(3)  # onnxruntime reports from a separate thread
         server.stop()  # BentoML reports again at the end
         assert not attempts
     assert not list(home.rglob("*nnxruntime*"))

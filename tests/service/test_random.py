@@ -77,11 +77,11 @@ def test_workers_draw_apart(store, serve, bank):
     server.until(200)
     runs, taken = {}, {}
     with contextlib.ExitStack() as clients:
-        for _ in range(40):  # each a connection of its own, which some worker takes
+        for _ in range(40):  # each uses a new connection, which any worker may accept
             client = clients.enter_context(httpx.Client())
             answer = client.get(server.url + "/livez")
             port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
-            # At once: a connection that is idle for some seconds is closed.
+            # Immediately, because a connection that is idle for a few seconds is closed.
             taken |= {
                 c.raddr.port: worker.pid for worker in workers_of(server) for c in worker.net_connections() if c.raddr
             }
@@ -91,7 +91,7 @@ def test_workers_draw_apart(store, serve, bank):
 
 
 def encodings(client, url):
-    """The same pixels in four ways, and at another place of a batch."""
+    """Predictions for the same pixels in four encodings, and at another position in a batch."""
     file, array = io.BytesIO(), io.BytesIO()
     Image.fromarray(pixels[0]).save(file, "PNG")
     np.save(array, image[None])
@@ -183,7 +183,7 @@ def test_a_defended_ensemble_gives_nothing_else(store, serve, bank):
             assert set(body) == {"ensemble", "version", "mode", "request_id", "predictions"}
             assert set(body["predictions"][0]) == {"label", "class_name", "confidence", "probs"}
             assert body["predictions"][0]["probs"] == np.round(body["predictions"][0]["probs"], 2).tolist()
-        # One length, and the same headers but for the time of day.
+        # All have the same length, and the same headers except for the date.
         kept = [{k: v for k, v in answer.headers.items() if k != "date"} for answer in answers]
         assert all(headers == kept[0] for headers in kept if headers)
         exposed = client.get(server.url + "/metrics").text

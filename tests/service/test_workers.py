@@ -1,4 +1,4 @@
-"""Several workers: their metrics, activations under load, and the death of one."""
+"""Several workers: their metrics, activations under load, and the death of a worker."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def metrics_of(url):
 
 
 def ask(url, batches, threads=8, attempts=1, **options):
-    """Ask them all over many connections, and give what came back, in order."""
+    """Send all batches over many connections; returns the responses in order."""
     with Client(url, attempts=attempts) as client, ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda images: client.predict(images, **options), batches))
 
@@ -122,7 +122,7 @@ def test_activations_under_load_fail_no_request_and_mix_no_answer(store, serve):
     for turn in range(6):
         wanted = 2 - turn % 2
         store.activate("animals", wanted)
-        # New connections reach any worker: all have switched when many in a row give the new version.
+        # New connections reach any worker, so all have switched once many responses in a row have the new version.
         for _ in range(200):
             if {httpx.get(server.url + "/ensembles/animals").json()["version"] for _ in range(12)} == {wanted}:
                 break
@@ -145,7 +145,7 @@ def test_a_version_that_is_damaged_is_refused_once_and_the_old_one_goes_on(store
     member.chmod(0o644)
     member.write_bytes(member.read_bytes()[:-1] + b"x")
     store.activate("animals", 2)
-    time.sleep(1.5)  # several looks
+    time.sleep(1.5)  # time for several polls
     assert ask(server.url, [rng.random((1, *SHAPE))])[0].version == 1
     assert server.log.read_text().count("is not served") == 1
     store.activate("animals", 1)
@@ -161,7 +161,7 @@ def test_the_death_of_a_worker_costs_its_own_connections_only(store, serve):
     victim = workers_of(server)[0]
     others = {worker.pid for worker in workers_of(server)} - {victim.pid}
     os.kill(victim.pid, signal.SIGKILL)
-    # With retries nobody notices; the counters of the dead one stay.
+    # With retries no request fails; the counters of the dead worker are kept.
     answers = ask(server.url, [images] * 200, attempts=8)
     assert all(np.abs(answer.probs - expected((0, 1, 2), images).mean_probs).max() < 1e-5 for answer in answers)
     for _ in range(300):
@@ -173,7 +173,7 @@ def test_the_death_of_a_worker_costs_its_own_connections_only(store, serve):
         raise AssertionError("the worker was not replaced")
     server.until(200)
     labels = frozenset({("ensemble", "animals"), ("mode", "average")})
-    # A request may have been answered by the dead one just before its answer was lost, and asked again.
+    # The dead worker may have answered a request whose response was lost, so that it was sent again.
     assert 400 <= metrics_of(server.url)["modepath_queue_seconds_count", labels] <= 408
 
 

@@ -11,7 +11,7 @@ SMALL = {"network": "preresnet8", "network_options": ("width=0.25",), "batch_siz
 
 
 def make_data(count=64, shape=(1, 6, 6), classes=3, seed=0):
-    """Small random splits whose label is the brightest third of the image, so that there is something to learn."""
+    """Small random splits. The label is the brightest third of the image, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
 
     def split(rows):
@@ -32,7 +32,7 @@ def data():
 
 @pytest.fixture(scope="session")
 def curve_version(tmp_path_factory):
-    """A small published curve of three members, at t = 0, ½ and 1, in a store of its own."""
+    """A small published curve of three members, at t = 0, ½ and 1, in a separate store."""
     from training import curve
 
     folder = tmp_path_factory.mktemp("path")
@@ -44,7 +44,7 @@ def curve_version(tmp_path_factory):
 
 @pytest.fixture
 def here(curve_version, monkeypatch, tmp_path):
-    """That curve, with its store as the store."""
+    """The published curve, with $MODELS_STORE set to its store."""
     monkeypatch.setenv("MODELS_STORE", str(curve_version.folder.parent.parent))
     monkeypatch.chdir(tmp_path)
     return curve_version

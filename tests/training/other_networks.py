@@ -1,4 +1,4 @@
-"""Networks as other people write them, of which each has one fault or habit; factories as users give them."""
+"""Networks as users may write them, each with one fault or peculiarity, and their factories."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch.nn import functional
 
 
 def _factory(forward, **layers):
-    """A network of an 8×8 grey image: `forward(self, images) -> (batch, 64)` and a linear head."""
+    """A factory of networks for 8×8 grey images: `forward(self, images) -> (batch, 64)`, then a linear head."""
 
     class Network(nn.Module):
         def __init__(self, num_classes):
@@ -54,7 +54,7 @@ class _Squeezing(nn.Module):
 
 
 class _Settling(nn.Module):
-    """Its running level moves in eval mode, too."""
+    """Its running level changes in eval mode, too."""
 
     def __init__(self, num_classes):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a user sees when something is wrong: one line, exit code 2, the store as it was."""
+"""What a user sees on an error: one line and exit code 2; the store is unchanged."""
 
 import os
 
@@ -53,13 +53,13 @@ def test_a_store_that_cannot_be_written_is_told_before_training(command, tmp_pat
 
 
 def test_a_full_disk_is_told(command, tmp_path):
-    """A real one: a file system of one megabyte."""
+    """A real full disk: a file system of one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=1m tmpfs {disk} 2>/dev/null") != 0:
         pytest.skip("mounting a small file system needs root")
     try:
-        # The store fills up while publishing; the run, which lies elsewhere, stays and is published later.
+        # The store fills up during publishing. The run is stored elsewhere, so it is kept and is published later.
         done = command(*QUICK, "--network-options", "hidden=400", MODELS_STORE=str(disk / "store"))
         line = refused(done)
         assert "disk is full" in line

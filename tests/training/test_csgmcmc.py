@@ -17,7 +17,7 @@ from training.runs import Run
 
 
 class Weights(nn.Module):
-    """As many parameters as there are chains: each is a Markov chain of its own."""
+    """One parameter per chain: each parameter is a separate Markov chain."""
 
     def __init__(self, chains):
         super().__init__()
@@ -70,7 +70,7 @@ def test_the_samples_of_a_gaussian_posterior_are_distributed_as_its_closed_form(
     assert stats.kstest(network.weight.detach().numpy(), "norm", (mean, sd)).pvalue > 0.01
     assert (
         stats.kstest(network.weight.detach().numpy(), "norm", (mean, 1.1 * sd)).pvalue < 1e-4
-    )  # the test would see 10 %
+    )  # the test detects a deviation of 10 %
 
 
 @pytest.mark.parametrize("options", [{"samples": 0}, {"sampling": 0.0}, {"posterior_temperature": -1.0}])

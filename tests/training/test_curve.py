@@ -85,7 +85,7 @@ def test_a_curve_is_published_with_a_bank_whose_points_are_the_networks_of_the_c
     assert manifest.members[0].origin.coefficients == [1, 0, 0, 0]
     assert manifest.geometry.shape == "bezier"
     assert manifest.bank.points == 9
-    # The ends are the given networks, statistics included: they are re-estimated on the same images.
+    # The ends equal the given networks, including the statistics, which are re-estimated on the same images.
     for member, end in ((0, 0), (2, 1)):
         given, found = (
             load_file(v.folder / f"weights/{i:03d}.safetensors") for v, i in ((ends, end), (version, member))
@@ -95,7 +95,7 @@ def test_a_curve_is_published_with_a_bank_whose_points_are_the_networks_of_the_c
     session = {p: MemberSession(bank.template, weights=bank.weights(p)) for p in (0, 3, 4, 8)}
     splits = data.load(Config(**SMALL).data_options())
     images, labels = data.as_arrays(splits.validation)
-    # Point 4 of 9 is t = ½, and so is member 1 of 3: the same network by two ways, the second one through torch's names.
+    # Point 4 of 9 and member 1 of 3 are both at t = ½: the same network, from the bank and from weights by torch name.
     middle = MemberSession(version.folder / "members/001.onnx")
     assert softmax(session[4].logits(images)) == pytest.approx(softmax(middle.logits(images)), abs=1e-5)
     network = networks.build("preresnet8", 10, (1, 8, 8), {"width": 0.25})
@@ -144,7 +144,7 @@ def odd_network(num_classes, input_shape):
 
 
 class Merged(nn.Module):
-    """Evaluates with a product of two weights, made when it is put in eval mode: not linear in its parameters."""
+    """Its eval mode uses a product of two weights, computed in train(False), so it is not linear in its parameters."""
 
     def __init__(self, classes):
         super().__init__()
@@ -165,7 +165,7 @@ def merged_network(num_classes, input_shape):
 
 @pytest.mark.parametrize("factory", ["rows_network", "attention_network", "odd_network"])
 def test_any_module_can_be_curved_and_its_ends_are_exact(factory, tmp_path):
-    """LSTM, transformer, and a module with GroupNorm, PReLU, a tied weight and a buffer that is no statistic."""
+    """LSTM, transformer, and a module with GroupNorm, PReLU, a tied weight and a buffer that is not a statistic."""
     make = globals()[factory]
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -199,7 +199,7 @@ def test_a_module_that_no_bank_can_hold_publishes_its_members_and_says_why(capsy
 
 
 def test_a_bank_costs_its_vertices_and_a_few_buffers():
-    """preresnet8 of width 16: 256 points in at most V + 2 weight sets."""
+    """preresnet8 of width 16: a bank of 256 points is at most as large as V + 2 weight sets."""
     version = curve.run(
         Config(name="full", bank=256, members=2, bn_images=64, **{**SMALL, "network_options": (), "epochs": 1})
     )

@@ -147,10 +147,10 @@ def test_it_is_published_with_its_base_its_samples_and_a_bank(capsys):
         assert drawn.sum() == pytest.approx(1)
         assert drawn[own].sum() == pytest.approx(1)
     assert manifest.bank.points == 5
-    # Each run: 3 epochs of its own, and two vertices of 2 epochs with 2 networks a step.
+    # Each run has 3 epochs of plain training, and two vertices with 2 epochs and 2 networks per step.
     assert manifest.provenance.epochs_spent == pytest.approx(2 * (3 + 2 * 2 * 2))
     said = capsys.readouterr().out
-    # Batch norm of 6 members and 5 points of the bank, on all 576 training images each.
+    # Batch norm of 6 members and 5 bank points, each on all 576 training images.
     assert manifest.provenance.epochs_forward == 11
     assert "cost 22 plain epochs, and 11 epochs of forward passes for batch norm" in said
     assert said.count("log-volume") == 2
@@ -183,7 +183,7 @@ def test_a_vertex_that_no_loss_holds_back_rises_as_far_as_the_help_says():
     for k in (1, 2, 3):
         weight = 0.2 * 6 / ((k + 1) * (k + 2))
         height = volume.heights(places[: k + 1])[-1]
-        # Momentum carries the first, strongest push further than the closed form has it.
+        # Momentum carries the first, strongest step further than the closed form predicts.
         assert height == pytest.approx(np.sqrt(weight * 0.03 * iterations / 0.1), rel=0.2)
 
 
@@ -235,13 +235,13 @@ def test_options_of_modes_are_said_to_be_unused_where_the_modes_are_given(capsys
 
 @pytest.mark.parametrize(("factory", "rate"), [("rows_network", 0.3), ("attention_network", 0.1), ("odd_network", 0.1)])
 def test_any_module_can_be_grown_around_and_its_base_is_exact(factory, rate, tmp_path):
-    """LSTM, transformer, and a module with GroupNorm, PReLU, a tied weight and a buffer that is no statistic."""
+    """LSTM, transformer, and a module with GroupNorm, PReLU, a tied weight and a buffer that is not a statistic."""
     torch.manual_seed(0)
     torch.save(getattr(test_curve, factory)(10, (1, 8, 8)).state_dict(), tmp_path / "own.pt")
     given = torch.load(tmp_path / "own.pt", weights_only=True)
     module = {"network": f"tests.training.test_curve:{factory}", "network_options": ()}
     grow = {**GROW, **module, "vertex_epochs": 20, "vertex_lr": rate}
-    # Without the volume, so that nothing but the loss moves a vertex from where it began. Publishing checks parity.
+    # Without the volume term, so that only the loss moves a vertex from its start. Publishing checks parity.
     version = espro.run(Config(name="own", base=(str(tmp_path / "own.pt"),), volume_weight=0.0, **grow))
     Store().verify(version)
     base, *others = vertices_of(version)
@@ -252,7 +252,7 @@ def test_any_module_can_be_grown_around_and_its_base_is_exact(factory, rate, tmp
         began = perturbed(mean, names_of(version), 0.01, generator)
         for name in names_of(version):
             assert not torch.equal(other[name], began[name]), (vertex, name)
-    assert version.manifest.validation.nll < 0.95 * np.log(10)  # the given network knows nothing
+    assert version.manifest.validation.nll < 0.95 * np.log(10)  # the given network is untrained
     bank = Bank.load(version.folder / "bank")
     assert len(bank) == 5
     images = np.random.default_rng(0).random((4, 1, 8, 8), np.float32)
@@ -308,5 +308,5 @@ def test_two_processes_grow_one_simplex(command, tmp_path):
     Store().verify(version)
     assert "2 processes" in version.manifest.provenance.device
     assert done.stdout.count("vertex 1/2 epoch 1/2") == 1
-    # Processes that draw other points pull other gradients back, and their vertices part.
+    # Processes that sampled different points would get different gradients, and their vertices would diverge.
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()

@@ -78,7 +78,7 @@ def factory():
 @pytest.mark.parametrize(
     ("classes", "refused"),
     [
-        (None, None),  # without names of its own the ensemble only counts
+        (None, None),  # without class names the ensemble only numbers its classes
         ([f"class {9 - k}" for k in range(10)], None),
         ([f"class {k}" for k in range(10)], "in another order: class 0 is 'class 0' in one and 'class 9' in the other"),
         ([f"dog {k}" for k in range(10)], "under other names: class 0 is 'dog 0'"),

@@ -38,7 +38,7 @@ def test_the_budget_is_split_and_the_schedule_is_of_the_whole_budget():
 @pytest.mark.parametrize("members", [1, 2, 6])
 def test_never_more_than_the_budget_and_as_many_members_as_asked_or_a_refusal(steps, epochs, members):
     available = (epochs - round(0.8 * epochs)) * steps
-    if available < 2 * (members - 1) + 1:  # a cycle of two iterations each, of which the last is cut at half
+    if available < 2 * (members - 1) + 1:  # cycles of two iterations each, the last of which ends after its first half
         with pytest.raises(ConfigError, match=f"--members {members} do not fit"):
             plan(steps, epochs=epochs, members=members)
         return
@@ -192,7 +192,7 @@ def make_data():
 
 
 def test_the_users_own_module_data_and_checkpoint(command, tmp_path):
-    """An LSTM that lives outside the project, through the command line."""
+    """An LSTM from outside the project, trained through the command line."""
     (tmp_path / "mine.py").write_text(USERS_MODULE)
     sys.path.insert(0, str(tmp_path))
     try:

@@ -17,7 +17,7 @@ def test_networks_differ_in_their_initial_weights_and_each_gets_the_whole_budget
 
 
 def test_more_networks_leave_the_first_ones_as_they_are():
-    """So that one training serves every budget."""
+    """One training run can therefore serve every budget."""
     one = independent.run(Config(name="one", epochs=2, runs=1, **SMALL))
     two = independent.run(Config(name="two", epochs=2, runs=2, **SMALL))
     Store().verify(two)

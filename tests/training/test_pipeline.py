@@ -16,7 +16,7 @@ from training import independent, pipeline
 
 
 def run(capsys, **options):
-    """A training of seconds; it is activated even where it has learnt nothing yet."""
+    """Train for a few seconds, and activate the result even if it has learnt nothing yet."""
     small = {**SMALL, "epochs": 1, "bn_images": 64, "limit": 128, "activate_anyway": True}
     version = independent.run(independent.Config(name="n", **{**small, **options}))
     return version, capsys.readouterr().out
@@ -24,7 +24,7 @@ def run(capsys, **options):
 
 @pytest.fixture
 def stopped(capsys):
-    """Version 1 is published, by a run that was stopped before it had activated it."""
+    """Version 1, published by a run that was stopped before it activated the version."""
     with mock.patch.object(Store, "_activate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         run(capsys)
     assert Store().names() == ["n"]
@@ -72,7 +72,7 @@ def test_copies_of_trained_members_are_related_however_they_are_rounded_and_netw
 
 
 def test_a_method_may_weigh_its_members_by_their_validation_answers(capsys):
-    """Each member's weight is its share of right answers, and the published average uses it."""
+    """Weights are proportional to the members' correct answers, and the published average uses them."""
     seen = []
 
     def weigh(logits, labels):

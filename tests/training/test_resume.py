@@ -1,4 +1,4 @@
-"""Every method: killed at any moment, the same command ends in what the undisturbed one publishes, bit for bit."""
+"""Every method, killed at any moment: the repeated command publishes the same bits as an uninterrupted one."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 COMMON = [
     "--dataset", "digits", "--network", "preresnet8", "--network-options", "width=0.5", "--batch-size", "32", "--name", "r",
 ]  # fmt: skip
-# A method without options here fails: each is killed and resumed.
+# Every method must have options here: each is killed and resumed.
 OPTIONS = {
     "fge": "--epochs 12 --members 3",
     "independent": "--epochs 4 --runs 2",

@@ -1,4 +1,4 @@
-"""The network that a query gets is torch's at that point, its own batch norm included: for curves and for simplexes."""
+"""A single network equals torch's network at its point, including batch norm, for curves and simplexes."""
 
 import asyncio
 import os

@@ -20,7 +20,7 @@ def state(value):
 
 
 def test_candidates_stay_in_the_order_of_their_accuracy_while_the_average_is_no_worse():
-    """Wortsman et al. 2022, recipe 1, by hand: the averages tried are 4; (4, 2) = 3; (4, 2, 9) = 5; (4, 2, 0) = 2."""
+    """Wortsman et al. 2022, recipe 1, by hand: it tries the averages 4; (4, 2) = 3; (4, 2, 9) = 5; (4, 2, 0) = 2."""
     accuracy = {3.0: 0.9, 5.0: 0.5, 2.0: 0.9}
     tried = []
 

@@ -81,7 +81,7 @@ def test_without_samples_the_mean_of_the_collected_weights_is_published():
 
 
 def test_a_gaussian_over_the_bend_gives_points_of_curves_between_the_same_ends():
-    """Each network is (1 − t)² a + 2t(1 − t) b + t² c, with a bend b near those that SGD passed through."""
+    """Each network is (1 − t)² a + 2t(1 − t) b + t² c, with a bend b near the weights that SGD visited."""
     ends = independent.run(independent.Config(name="ends", runs=2, epochs=2, **SMALL))
     options = {**SMALL, "epochs": 8, "endpoints": (f"{ends.name}/0", f"{ends.name}/1"), "samples": 4}
     config = Config(name="s", **options, lr=0.1, swag_lr=1e-7)
@@ -105,7 +105,7 @@ def test_a_gaussian_over_the_bend_gives_points_of_curves_between_the_same_ends()
 
 @pytest.mark.parametrize("factory", ["rows_network", "attention_network", "odd_network"])
 def test_any_module_can_be_drawn_around(factory, tmp_path):
-    """LSTM, transformer, and a module with GroupNorm, PReLU, a tied weight and a buffer that is no statistic."""
+    """LSTM, transformer, and a module with GroupNorm, PReLU, a tied weight and a buffer that is not a statistic."""
     torch.manual_seed(0)
     torch.save(getattr(test_curve, factory)(10, (1, 8, 8)).state_dict(), tmp_path / "own.pt")
     options = {**SMALL, "network": f"tests.training.test_curve:{factory}", "network_options": ()}

@@ -34,7 +34,7 @@ def only_among_many(images):
 
 
 def nearly_constant(images):
-    """An untrained network: every image is answered nearly alike, and the batch moves that little."""
+    """An untrained network: its outputs are nearly equal for all images, so the effect of the batch is small, too."""
     return 1e-4 * minus_mean(images)
 
 
@@ -76,7 +76,7 @@ def test_a_network_that_answers_row_by_row_passes_whatever_its_scale(scale):
     generator = np.random.default_rng(0)
 
     def rounded(images):
-        # Another kernel for another batch size rounds otherwise.
+        # Another batch size uses another kernel, which rounds differently.
         found = scale * logits(images)
         return (found * (1 + 1e-6 * generator.normal(size=found.shape))).astype(np.float32)
 
@@ -93,7 +93,7 @@ def test_a_network_that_divides_by_the_largest_pixel_of_each_image_passes_though
 
 
 def test_a_chaotic_network_is_not_blamed_for_its_rounding():
-    """Untrained, it amplifies the last bit of a pixel to all of its answer; another batch size rounds otherwise."""
+    """Untrained, it amplifies the last bit of a pixel to its whole output; another batch size rounds differently."""
 
     def chaotic(images):
         wave = logits(images).astype(np.float64) * 1e9

@@ -56,7 +56,7 @@ def test_networks_of_every_kind_merge(tmp_path):
             return self.head(self.cell(x.flatten(1, 2))[0][:, -1])
 
     class Tokens(nn.Module):
-        """A transformer over the rows."""
+        """A transformer over the rows of an image."""
 
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""What a stranger may send before, after and in place of a request, against a real server."""
+"""Unexpected bytes before, after and instead of a request, sent to a real server."""
 
 import contextlib
 import http.client
@@ -50,7 +50,7 @@ def read(connection):
 
 
 def ask(server, request):
-    """Send bytes, and read one answer."""
+    """Send bytes and read one response."""
     with connected(server) as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(request)
@@ -118,7 +118,7 @@ def test_an_offer_of_http_2_is_answered_over_http_1_with_its_body(server, split,
             time.sleep(0.05)
         response, body = read(connection)
         assert (response.status, len(body["predictions"])) == (200, 1)
-        if framing == "length":  # and the connection goes on as what it is
+        if framing == "length":  # the connection can be used for another request
             connection.sendall(head(HOST, *JSON))
             assert read(connection)[0].status == 200
 
@@ -156,7 +156,7 @@ def test_a_head_without_end_is_cut_off(server):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while sent < 100 * 2**20:
                 sent += connection.send(b"a:\r\n" * 1000)
-        assert sent < 20 * 2**20  # what the kernel takes before the answer is seen
+        assert sent < 20 * 2**20  # what the kernel buffers before the response is seen
 
 
 def test_trailers_without_end_are_cut_off(server):

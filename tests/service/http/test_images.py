@@ -81,7 +81,7 @@ array = np.array(good, np.float32)
 
 
 def of_shape(shape, data=b""):
-    """An array that numpy could not make."""
+    """An .npy file whose header has a shape that numpy itself would not write."""
     header = str({"descr": "<f4", "fortran_order": False, "shape": shape}).ljust(500).encode()
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
 

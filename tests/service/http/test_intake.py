@@ -64,7 +64,7 @@ def test_what_is_still_coming_is_read_before_the_answer():
     with pytest.raises(TooLargeError):
         read(Intake(10, 100, 1), asked)
     with pytest.raises(TimeoutError):
-        asyncio.run(asyncio.wait_for(asked.receive(), 0.05))  # nothing is left
+        asyncio.run(asyncio.wait_for(asked.receive(), 0.05))  # nothing is left to receive
 
 
 def test_all_bodies_together_are_bounded():
@@ -99,7 +99,7 @@ def test_a_slow_body_is_waited_for_as_long_as_it_makes_progress(monkeypatch, pac
     slow = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
     if patient:
         assert read(Intake(10, 100, 0.15), slow)[0] == b"x" * 10
-    else:  # a byte now and then would hold memory for ever
+    else:  # a client that sends single bytes slowly would hold memory forever
         with pytest.raises(SlowBodyError):
             read(Intake(10, 100, 0.15), slow)
 
@@ -122,7 +122,7 @@ def test_a_loop_that_was_held_up_is_not_the_clients_fault(monkeypatch, times):
 
     async def hold_up():
         for _ in range(times):
-            time.sleep(0.2)  # that is the point
+            time.sleep(0.2)  # blocks the event loop on purpose
             await asyncio.sleep(0.01)
         came.set()
 
@@ -149,7 +149,7 @@ def test_what_came_fast_at_the_beginning_does_not_excuse_silence_afterwards():
     silent = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
 
     async def go():
-        async with asyncio.timeout(3):  # by the mean pace of the whole body, 17 × 0.3 s would be granted
+        async with asyncio.timeout(3):  # measured by the mean rate of the whole body, 17 × 0.3 s would be allowed
             async with Intake(2**21, 2**22, 0.3).body(silent):
                 pass
 
@@ -214,7 +214,7 @@ def test_decoded_images_count_before_they_are_made_and_until_their_request_is_ov
             assert intake.decoded == 100
         assert intake.decoded == 0
         async with intake.body(request(part(b"a"))) as alone:
-            intake.decode(alone, 1000)  # who finds nobody is taken: its own limits hold
+            intake.decode(alone, 1000)  # a request is accepted if no other is active: its own limits apply
 
     asyncio.run(go())
     assert intake.decoded == 0

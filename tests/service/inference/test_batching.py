@@ -16,7 +16,7 @@ LIMITS = QueueLimits(batch_rows=8, batch_seconds=10, rows=100, seconds=10)
 
 
 class Part:
-    """One member. Logits that tell the image and the member; may wait, count, and fail."""
+    """A member whose logits identify the image and the member. It can block, count its calls, and fail."""
 
     def __init__(self, number, ensemble):
         self.number, self.ensemble = number, ensemble
@@ -195,7 +195,7 @@ def test_beyond_its_bounds_nobody_is_let_in(batcher):
         assert refused.value.retry_after >= 1
         ensemble.gate.set()
         assert len(await asyncio.gather(*accepted)) == 3
-        await made.run(ensemble, rows(*[0.1] * 50))  # nobody waits: any size is taken
+        await made.run(ensemble, rows(*[0.1] * 50))  # nothing is queued: any size is accepted
 
     asyncio.run(go())
 
@@ -227,7 +227,7 @@ def test_whoever_could_not_be_answered_in_time_is_told_at_once(batcher):
 def test_a_large_request_to_a_slow_ensemble_shuts_nobody_out(batcher):
     slow, quick = Ensemble(1), Ensemble(1)
     made = batcher(QueueLimits(8, 0.5, 10_000, seconds=1), threads=1)
-    made._row_seconds[slow] = 0.4  # a hundred rows are 40 s of work, but each piece of it one row
+    made._row_seconds[slow] = 0.4  # a hundred rows are 40 s of work, but each piece is one row
 
     async def go():
         slow.gate.clear()
@@ -261,7 +261,7 @@ def test_whoever_waited_too_long_is_told(batcher):
 
 def test_a_failure_beyond_the_members_ends_no_thread(batcher):
     ensemble, made = Ensemble(), batcher(threads=1)
-    joined, ensemble.joined = ensemble.joined, None  # what must never happen
+    joined, ensemble.joined = ensemble.joined, None  # a programming error, which must never happen
 
     async def go():
         with pytest.raises(BrokenEnsembleError):
@@ -284,13 +284,13 @@ def test_a_client_that_gave_up_is_no_trouble(batcher):
         for one in (gone, *waiting):
             one.cancel()
         await asyncio.sleep(0)
-        # Released at once, not when its turn would have come.
+        # They are released immediately rather than at their turn.
         assert (made._rows, len(made._waiting)) == (0, 0)
         ensemble.gate.set()
         return await made.run(ensemble, rows(0.2))
 
     assert asyncio.run(go()).prediction.label.shape == (1,)
-    assert sum(ensemble.sizes) == 2  # whoever had gone before their turn was not computed
+    assert sum(ensemble.sizes) == 2  # requests cancelled before their turn were not computed
     assert made._rows == 0
 
 

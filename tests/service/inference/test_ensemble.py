@@ -230,7 +230,7 @@ def test_what_was_refused_is_not_hashed_at_every_look_but_tried_again_later(stor
         ensembles.refresh()
     assert len(tries) == 2
     store.activate("a", 1)
-    os.utime(store.root / "a" / "active", (2e9, 2e9))  # activated anew
+    os.utime(store.root / "a" / "active", (2e9, 2e9))  # activated again
     ensembles.refresh()
     assert ensembles.get("a").manifest.version == 1
 
@@ -257,7 +257,7 @@ def test_relatives_of_a_defended_ensemble_answer_nobody_whatever_became_of_it(st
     with pytest.raises(NotReadyError if unreadable else ForbiddenError):
         ensembles.get("ends")
     assert "ends" not in [one.manifest.name for one in ensembles.all()]
-    if unreadable:  # it is not known whose networks it held
+    if unreadable:  # it is unknown which ensembles share its networks
         with pytest.raises(NotReadyError, match="cannot be determined"):
             ensembles.get("free")
     else:
@@ -343,7 +343,7 @@ def test_where_a_policy_names_what_the_store_never_held_nothing_answers_until_it
 
 
 def remove(store, name):
-    """As if it had never been there: its numbers are given again."""
+    """Remove an ensemble together with its record of numbers, so that its version numbers are reused."""
     shutil.rmtree(store.root / name)
     shutil.rmtree(store.root / ".numbers", ignore_errors=True)
 
@@ -529,7 +529,7 @@ def test_while_comparing_a_defended_ensemble_hangs_no_other_one_answers(store, m
     ensembles.follow(0.05)
     try:
         assert eventually(lambda: len(ensembles._served.loaded) == 2)
-        time.sleep(0.5)  # several looks
+        time.sleep(0.5)  # time for several polls
         assert ensembles.all() == []
         for name in ("free", "ends"):
             with pytest.raises(NotReadyError, match="cannot be determined"):

@@ -72,7 +72,7 @@ def test_who_shares_networks_with_a_defended_one_is_closed_also_through_others()
 
 
 def test_of_defended_relatives_one_answers():
-    """Two of them would give two answers to one question, each under a policy of its own."""
+    """Two of them would give two answers to the same question, each under its own policy."""
     found = {"curve": Known(marks("x", "y"), 256), "ends": Known(marks("x", "z"), 2), "base": Known(marks("x"), 1)}
     assert closed(found, {"curve": DEFENDED, "ends": DEFENDED}) == {"ends", "base"}
     assert closed(found, {"ends": DEFENDED, "base": Policy(modes=("keyed",))}) == {"curve", "base"}

@@ -17,7 +17,7 @@ IMAGES = np.random.default_rng(0).random((6, *SHAPE)).astype(np.float32)
 
 
 def answers(networks, threads=4):
-    """(batch, classes): each row from its own network."""
+    """Probabilities, (batch, classes), with each row computed by its own network."""
     each, rows = OneEach(threads), Rows(IMAGES, tuple(networks))
     assert each.tasks(len(rows)) == min(threads, len(rows))
     logits = each.joined([each.run(task, rows) for task in range(each.tasks(len(rows)))])
@@ -71,7 +71,7 @@ def test_those_that_do_not_fit_take_turns(store, monkeypatch):
 
 
 def test_a_failed_renewal_is_tried_again_soon(store, monkeypatch):
-    monkeypatch.setattr(pools, "RENEWING", 1e-6)  # of the time: what failed must not be counted in it
+    monkeypatch.setattr(pools, "RENEWING", 1e-6)  # share of the time; failed renewals must not count towards it
     monkeypatch.setattr(pools, "FAILED_SECONDS", 0.01)
     tried = []
 

@@ -1,4 +1,4 @@
-"""Trials in real processes."""
+"""Trials of ensembles in real processes."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ def children():
 
 
 def the_one_that_forks():
-    """When every trial has ended."""
+    """The process that forks the trials, after every trial has ended."""
     deadline = time.monotonic() + 20
     while len(found := children()) > 1 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -166,7 +166,7 @@ def test_trials_end_with_the_worker_that_wanted_them(store, tmp_path):
         time.sleep(0.05)
         found = psutil.Process(worker.pid).children(recursive=True)
     assert len(found) == 2
-    time.sleep(0.5)  # it is computing
+    time.sleep(0.5)  # time for it to start computing
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
     _, alive = psutil.wait_procs(found, timeout=20)

@@ -30,7 +30,7 @@ def test_one_worker_at_a_time_has_the_turn(tmp_path):
     with one.turn("a"):
         waiting = threading.Thread(target=wait)
         waiting.start()
-        with two.turn("b"):  # of another thing
+        with two.turn("b"):  # a turn for another key does not wait
             order.append("other")
         waiting.join(0.2)
         order.append("one")
@@ -41,9 +41,9 @@ def test_one_worker_at_a_time_has_the_turn(tmp_path):
 def test_what_cost_other_workers_their_lives_waits_longer_each_time(tmp_path):
     one = Verdicts(tmp_path / "shared")
     with one.surviving("a", "token"):
-        with one.surviving("a", "token"):  # another one that lives is no reason to wait
+        with one.surviving("a", "token"):  # another worker that is alive is no reason to wait
             pass
-        with pytest.raises(ZeroDivisionError), one.surviving("a", None):  # nor is an error
+        with pytest.raises(ZeroDivisionError), one.surviving("a", None):  # nor is an exception
             raise ZeroDivisionError
     for deaths in (1, 2):
         before = {**one._begun("a")}
@@ -72,7 +72,7 @@ def test_without_its_folder_each_worker_goes_on_by_itself(tmp_path, harm):
         for file in folder.iterdir():
             file.write_bytes(b"no pickle")
     elif harm == "not ours":
-        folder.chmod(0o777)  # anybody may have put something there
+        folder.chmod(0o777)  # any user could have written there
     else:
         shutil.rmtree(folder)
     if harm == "a file":
@@ -83,7 +83,7 @@ def test_without_its_folder_each_worker_goes_on_by_itself(tmp_path, harm):
     assert two.first("something")
     one.write("b", 2)
     assert one.read("b") == 2
-    if harm == "removed":  # it is made again
+    if harm == "removed":  # it is created again
         assert two.read("b") == 2
 
 

@@ -1,4 +1,4 @@
-"""Each change of BentoML, circus and uvicorn: that it is made, and what happens without it."""
+"""Each change to BentoML, circus and uvicorn: that it is applied, and what happens without it."""
 
 import asyncio
 import logging
@@ -47,7 +47,7 @@ def test_everything_that_is_changed_looks_as_it_did_in_the_tested_versions(messa
     for owner, name in (
         (uvicorn.Server, "shutdown"), (Arbiter, "initialize"), (Arbiter, "stop"), (Arbiter, "_stop_watchers"),
     ):  # fmt: skip
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it is set back
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that monkeypatch restores it
     bentoml_internals.end_gently(1, lambda: None)
     bentoml_internals.supervise(None, lambda living: None)
     assert not messages
@@ -85,7 +85,7 @@ print(TimeoutMiddleware(app, timeout=60) is app)
 
 
 class Served:
-    """A uvicorn in a thread, as BentoML runs it: on a socket that it is given."""
+    """A uvicorn server in a thread, listening on an existing socket, as BentoML runs it."""
 
     def __init__(self, app, listener):
         self.server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_keep_alive=30))
@@ -142,7 +142,7 @@ def test_requests_that_are_on_their_way_when_a_worker_is_to_end_are_answered(ser
         kept.sendall(REQUEST)
         assert kept.recv(4096)
         begun.sendall(REQUEST[:10])
-        one.connect().close()  # the others are accepted when this one is
+        one.connect().close()  # once this one is accepted, so are the others
         one.server.should_exit = True
         while not one.server.servers or one.server.servers[0].is_serving():
             threading.Event().wait(0.01)

@@ -16,7 +16,7 @@ from service.operations.log_writer import LogStream, LogWriter
 def pipe():
     reader, writer = os.pipe()
     yield reader, writer
-    # A writer's thread may still hold the other end; closed, its number would soon be that of another test's file.
+    # The other end stays open: a writer's thread may still use it, and another test's file could get its number.
     os.close(reader)
 
 
@@ -137,6 +137,6 @@ def test_everything_that_a_process_logs_or_prints_goes_through_a_writer():
     blocked, output = os.pipe()
     code = code.replace("print('printed')", "[print('x' * 1000) for _ in range(1000)]").replace("1 / 0", "")
     done = subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.DEVNULL, timeout=30)
-    assert done.returncode == 0  # although nobody reads
+    assert done.returncode == 0  # although no process reads
     os.close(blocked)
     os.close(output)

@@ -6,7 +6,7 @@ from service.operations import memory
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
-    """A file system of control groups: each folder with its files."""
+    """Write a fake control-group file system: a mapping from each folder to its files."""
     monkeypatch.setattr(memory, "GROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(memory, "OWN", tmp_path / "own")
 

@@ -1,4 +1,4 @@
-"""The files of the metrics of several processes, read by prometheus_client itself where it can serve as a second opinion."""
+"""Metric files of several processes, compared with prometheus_client's own reader where that is possible."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from service.operations import metric_files
 from service.operations.metric_files import Archive, Pages, Sum, read
 
-DEAD = 2**22 + 1  # no process has such a number: Linux gives at most 2**22
+DEAD = 2**22 + 1  # no process has this id: Linux assigns at most 2**22
 
 
 def key(name="modepath_refused", **labels):
@@ -89,7 +89,7 @@ def test_without_room_values_stay_in_memory_and_return_when_there_is(tmp_path, m
         other.write(other.position(key(reason="b")), 7)
         assert not pages.in_file
         assert not other.in_file
-        assert read(pages.path)[key(reason="a")] == 1.0  # as it was
+        assert read(pages.path)[key(reason="a")] == 1.0  # unchanged
         assert not other.path.exists()
     for one in (pages, other):
         one.look()
@@ -159,7 +159,7 @@ def test_the_dead_are_merged_without_a_change_of_any_number(tmp_path):
     assert with_more != before
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
-    archive.merge([])  # a cleaner of /tmp takes the archive too
+    archive.merge([])  # a cleaner of /tmp removes the archive, too
     assert (
         total(tmp_path)["modepath_refused_total", ("reason", "0")]
         == with_more["modepath_refused_total", ("reason", "0")]

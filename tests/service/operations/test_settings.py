@@ -38,7 +38,7 @@ def test_all_wrong_settings_are_named_in_one_line_and_their_values_are_not_shown
     message = str(raised.value)
     assert "MODEPATH_MAX_ROWS: " in message
     assert "MODEPATH_WORKERS: " in message
-    assert "THREADS" not in message  # it only follows from the other
+    assert "THREADS" not in message  # its error only follows from the other one
     assert "\n" not in message + str(raised.value.__cause__)
     monkeypatch.setenv("MODEPATH_MAX_ROWS", "1")
     monkeypatch.setenv("MODEPATH_WORKERS", "1")
@@ -121,7 +121,7 @@ def test_workers_share_the_key_that_its_file_held_at_the_start(monkeypatch, tmp_
     file = tmp_path / "key"
     file.write_bytes("a key of sixteen bytes, and ø\xff\n".encode("latin-1"))
     monkeypatch.setenv("MODEPATH_KEY_FILE", str(file))
-    monkeypatch.setenv("MODEPATH_KEY", "")  # so that what is set here is taken back
+    monkeypatch.setenv("MODEPATH_KEY", "")  # so that monkeypatch restores it
     monkeypatch.delenv("MODEPATH_KEY")
     alone = Settings().secret()
     monkeypatch.setattr("service.operations.settings.settings", Settings)

@@ -12,7 +12,7 @@ from service.operations.supervision import Board, Pulse, Watch
 
 @pytest.fixture
 def board(monkeypatch):
-    monkeypatch.setenv(supervision.SHARED, "")  # so that what `make` sets is taken back
+    monkeypatch.setenv(supervision.SHARED, "")  # so that monkeypatch undoes what `make` sets
     return Board.make()
 
 
@@ -29,7 +29,7 @@ def test_without_ticks_no_time_passes(board):
     board.write(0, 10, 1, False)
     assert not watch.tick([10])
     assert not watch.tick([10])
-    board.write(0, 10, 2, False)  # both were stopped for a night, and go on
+    board.write(0, 10, 2, False)  # both were suspended overnight and now resume
     assert not watch.tick([10])
 
 
@@ -45,7 +45,7 @@ def test_a_new_worker_does_not_inherit_what_the_line_held(board):
     watch.tick([10])
     assert watch.incomplete() == 1
     for _ in range(5):
-        assert not watch.tick([11])  # has not written yet
+        assert not watch.tick([11])  # it has not written yet
     assert watch.incomplete() == 0
 
 

@@ -23,7 +23,7 @@ def test_every_crop_is_a_window_of_its_own_padded_image():
         found = [at for at, window in windows.items() if torch.equal(window, image)]
         assert found
         offsets.add(found[0])
-    assert len(offsets) > 15  # of 25: each image has its own
+    assert len(offsets) > 15  # of 25 possible ones: each image gets its own
 
 
 def test_about_half_of_the_images_are_mirrored_and_the_others_untouched():

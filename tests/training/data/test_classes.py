@@ -51,7 +51,7 @@ def test_labels_that_are_not_known_need_names():
 
 
 class Counting(Dataset):
-    """Reads are counted; `answer` is what becomes of a label."""
+    """Counts reads; `answer` maps a stored label to the one that is returned."""
 
     def __init__(self, labels, attribute="targets", answer=int):
         setattr(self, attribute, labels)

@@ -133,7 +133,7 @@ def test_pil_images_are_their_pixels():
 
 
 class Later:
-    """Ten good rows but one."""
+    """Ten rows, one of which is bad."""
 
     def __init__(self, image=None, label=0, error=None):
         self.item, self.error = (torch.rand(1, 4, 4) if image is None else image, label), error

@@ -128,7 +128,7 @@ def pair(count, scale=1.0, classes=3):
 
 
 def with_row(dataset, row, image=None, label=None):
-    """Its items, one of them with another image or label."""
+    """The items of a data set, with the image or label of one row replaced."""
     items = [(image, int(label)) for image, label in dataset]
     items[row] = (items[row][0] if image is None else image, items[row][1] if label is None else label)
     return items
@@ -208,7 +208,7 @@ def test_arrays_data_loaders_and_other_types_are_the_same_data_as_tensors():
 
 
 class Listed(Dataset):
-    """More images than may lie in memory, with a list of labels."""
+    """A data set too large for memory, with a list of labels."""
 
     def __init__(self, labels):
         self.targets = labels
@@ -242,7 +242,7 @@ def fixed(count, kind=torch.float32):
 
 
 def test_fingerprints_of_data_stay_what_they_were():
-    """A run is found again by them; these are of the first release."""
+    """Runs are looked up by these fingerprints, which are those of the first release."""
     assert load(DataOptions(dataset="digits")).fingerprint.startswith("c2de9bf95a5b7788")
     sets = [TensorDataset(*fixed(count)) for count in (30, 9, 12)]
     named = SimpleNamespace(train=sets[0], validation=sets[1], test=sets[2], classes=["a", "b", "c"])

@@ -11,7 +11,7 @@ COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}
 
 
 def fill(folder, count=10, **colours):
-    """Class folders of PNG files."""
+    """Fill a folder with one folder of PNG files per class."""
     for name, colour in (colours or COLOURS).items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):

@@ -65,7 +65,7 @@ def read_with_workers():
 
 
 def read_where_shared_memory_is_small():
-    """Run in a process that may mount: a batch is 4.8 MB."""
+    """Run in a process that may mount file systems; a batch has 4.8 MB."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", "/dev/shm"], check=True)
     read_with_workers()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=1", "tmpfs", "/dev/shm"], check=True)

@@ -57,7 +57,7 @@ def test_what_is_no_point_is_refused():
 
 
 def test_chords_and_averages_of_a_known_path():
-    """A right angle with legs 3 and 1: over t each leg counts half, over length 3 to 1."""
+    """A right angle with legs 3 and 1: uniform in t, each leg has weight ½; uniform in length, the ratio is 3 to 1."""
     vertices = np.array([[0.0, 0], [3, 0], [3, 1]])
     points = coefficients.curve("polychain", T, 1)
     lengths = coefficients.chords(points, vertices)

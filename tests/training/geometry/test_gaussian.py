@@ -30,7 +30,7 @@ def test_mean_and_variance_are_those_of_all_weight_sets_even_far_from_zero():
     passed = states(40, scale=1e-3)
     gaussian = Gaussian(passed, NAMES, rank=5)
     assert flat(gaussian.mean) == pytest.approx(stacked(passed).mean(axis=0), abs=2e-5)
-    # float32 keeps 8e-6 of 100; the difference of two squares would keep nothing of 1e-6.
+    # Near 100, float32 resolves 8e-6; a difference of two squares would lose a variance of 1e-6 completely.
     assert flat(gaussian.variance) == pytest.approx(stacked(passed).var(axis=0), rel=2e-2)
 
 
@@ -43,7 +43,7 @@ def test_the_low_rank_part_holds_the_last_deviations_from_the_running_mean():
 
 
 def test_samples_have_half_the_diagonal_and_half_the_low_rank_covariance():
-    """Over all parameters together: a z₂ of its own for each parameter would leave no covariance between them."""
+    """Checked over all parameters together: a separate z₂ per parameter would remove the covariance between them."""
     passed = states(12)
     gaussian = Gaussian(passed, NAMES, rank=3)
     drawn = stacked([gaussian.sample(torch.Generator().manual_seed(seed)) for seed in range(6000)])

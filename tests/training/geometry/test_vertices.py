@@ -44,7 +44,7 @@ def test_coordinates_keep_lengths_and_angles_of_the_flat_weights():
 
 
 def test_coordinates_keep_a_small_height_over_long_vectors():
-    """|w| = 100, height 1e-9: in inner products it would be 1e-18 beside 1e4."""
+    """|w| = 100 and height 1e-9: inner products would have to resolve 1e-18 next to 1e4."""
     base = {"w": torch.zeros(8, dtype=torch.float64)}
     base["w"][0] = 100
     along, beside = base["w"].clone(), base["w"].clone()
@@ -57,7 +57,7 @@ def test_coordinates_keep_a_small_height_over_long_vectors():
 
 
 class Small(nn.Module):
-    """A tied weight and a buffer that differs between vertices, in float64."""
+    """A network in float64 with a tied weight and a buffer that differs between vertices."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ class Small(nn.Module):
 @pytest.mark.parametrize("shape", ["bezier", "polychain"])
 @pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.9])
 def test_gradients_of_the_bends_are_finite_differences(shape, t):
-    """Loss with L2 at the point, against central differences in float64; two bends."""
+    """Gradients of the loss with L2 at the point, compared with central differences in float64, for two bends."""
     decay, four = 0.1, states(Small, 4)
     network = Small()
     vertices = Vertices(network, four, [1, 2], set())
@@ -120,7 +120,7 @@ def test_several_points_add_up():
 
 
 def test_points_that_use_different_parameters_add_up():
-    """A module may leave layers out at random, as LayerDrop does: each pass then leaves other gradients."""
+    """A module may skip layers at random, as LayerDrop does, so that each pass computes other gradients."""
     three = states(Small, 3)
     network = Small()
     vertices = Vertices(network, three, [1], set())
@@ -190,7 +190,7 @@ def test_a_combination_of_many_weights_is_flat_in_a_step_too():
 
     first, second = ({"weight": torch.randn(2_000_000)} for _ in range(2))
     between = {"weight": 0.3 * first["weight"] + 0.7 * second["weight"]}
-    for end in (second, {"weight": first["weight"] + 1e-3 * second["weight"]}):  # far apart, and nearly alike
+    for end in (second, {"weight": first["weight"] + 1e-3 * second["weight"]}):  # far apart, and nearly equal
         middle = {"weight": 0.5 * first["weight"] + 0.5 * end["weight"]}
         places = Vertices(Wide(), [first, end, middle], [2], set()).coordinates()
         assert volume.log_volume(places) == -np.inf

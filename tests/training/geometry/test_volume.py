@@ -8,7 +8,7 @@ from training.geometry import volume
 
 
 def regular(k):
-    """k + 1 points at distance √2 from each other, in k + 1 dimensions."""
+    """k + 1 points with pairwise distance √2, in k + 1 dimensions."""
     return np.eye(k + 1)
 
 

@@ -17,7 +17,7 @@ LABELS = np.arange(200) % 4
 
 
 def answers(accuracy, labels=LABELS, seed=0, confidence=0.9):
-    """A network that is right on so large a share of the images, and as confident as that."""
+    """Answers of a network with this accuracy and this confidence."""
     rng = np.random.default_rng(seed)
     right = np.zeros(len(labels), bool)
     right[rng.permutation(len(labels))[: round(accuracy * len(labels))]] = True
@@ -59,7 +59,7 @@ def test_a_version_that_is_not_better_than_chance_is_refused(accuracy):
 
 
 def test_a_rare_class_is_told_from_chance_by_the_nll():
-    """Never more accurate than the most frequent class, yet far better than the class frequencies."""
+    """Its accuracy is that of the most frequent class, but its NLL is far better than that of the class frequencies."""
     labels = (np.arange(400) % 20 == 0).astype(int)
     nll = np.where(labels == 1, -np.log(0.45), -np.log(0.99))
     version = Answers(labels == 0, nll)
@@ -113,13 +113,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def good(trained, monkeypatch):
-    """The weights of one of its members; its store is the store."""
+    """Weights of one of its members; $MODELS_STORE is set to its store."""
     monkeypatch.setenv("MODELS_STORE", str(trained.folder.parent.parent))
     return trained.folder / trained.manifest.members[0].weights
 
 
 def backwards(logits, labels):
-    """A loss that makes a network worse, but not without end."""
+    """A bounded loss that makes a network worse."""
     return 4 - nn.functional.cross_entropy(logits, labels).clamp(max=4)
 
 
@@ -172,7 +172,7 @@ def test_a_collapsed_member_is_left_out_by_name_and_kept_when_asked(good, tmp_pa
     collapsed = networks.build("mlp", 10, (1, 8, 8), {})
     nn.init.zeros_(list(collapsed.parameters())[-2])
     torch.save(collapsed.state_dict(), tmp_path / "collapsed.pt")
-    # Rates at which neither network moves: the first three members are good, the given collapsed one and its two are not.
+    # At these rates neither network moves: the first three members are good; the collapsed one and its two are not.
     options = {**SMALL, "epochs": 2, "init": (good, tmp_path / "collapsed.pt"), "alpha_1": 1e-4, "alpha_2": 1e-5}
     version = fge.run(Config(name="chosen", **options))
     printed = capsys.readouterr().out

@@ -45,7 +45,7 @@ def test_networks_without_statistics_are_left_alone(norm):
 
 
 class RunningScale(nn.Module):
-    """A norm of the user's own, with a statistic that torch does not know."""
+    """A user-defined norm with a statistic that is unknown to torch."""
 
     def __init__(self):
         super().__init__()

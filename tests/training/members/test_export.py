@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Odd(nn.Module):
-    """GroupNorm, PReLU, a tied weight, and a buffer that is no statistic."""
+    """GroupNorm, PReLU, a tied weight, and a buffer that is not a statistic."""
 
     def __init__(self):
         super().__init__()
@@ -137,7 +137,7 @@ def test_a_loop_over_the_batch_is_named_and_the_exporter_is_quiet(capfd):
 
 
 class Fixed:
-    """A session that answers with what it was given."""
+    """A session that always returns the given logits."""
 
     def __init__(self, logits):
         self._logits = logits
@@ -159,7 +159,7 @@ class Fixed:
     ],
 )
 def test_parity_is_measured_by_the_size_of_the_logits_and_divergence_is_named(scale, off, told):
-    # Two equal logits: probabilities of ½ move the most.
+    # Two equal logits, because probabilities of ½ are the most sensitive.
     logits = np.array([[scale, scale, -scale]], np.float32)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_parity_is_measured_by_the_size_of_the_logits_and_divergence_is_named(sc
 
 
 class Amplified(Fixed):
-    """It makes this much more of a pixel's last bit."""
+    """A session that amplifies the last bit of a pixel by this factor."""
 
     def __init__(self, logits, factor):
         super().__init__(logits)

@@ -18,7 +18,7 @@ def test_a_member_has_the_batch_norm_of_its_own_weights_and_answers_as_its_file_
     torch.manual_seed(0)
     network = networks.build("preresnet8", 3, data.shape, {"width": 0.25})
     weights = {k: v.clone() for k, v in network.state_dict().items()}
-    weights["bn.running_mean"] += 100  # gathered somewhere else
+    weights["bn.running_mean"] += 100  # as if collected at other weights
     made = member.make(network, weights, data, bn_images=64, device=CPU, exporter=Exporter(data.shape))
     assert abs(made.state["bn.running_mean"]).max() < 50
     assert torch.equal(made.state["head.weight"], weights["head.weight"])

@@ -58,7 +58,7 @@ def test_the_estimate_is_the_penalised_one_that_a_grid_finds():
 
 @pytest.mark.parametrize("mode", [0.0, 0.15, -0.3, 0.39, -0.5, 0.7, 0.8, -2.0])
 def test_the_shrunk_estimate_minimises_the_clipped_penalty(mode):
-    """Against the penalty's derivative (Fan and Li 2001, eq. 2.7), summed up along a grid."""
+    """Compared with the penalty's derivative (Fan and Li 2001, eq. 2.7), integrated along a grid."""
     error = 0.1
     level = THRESHOLD / error
     unit = THRESHOLD * error
@@ -81,7 +81,7 @@ def test_a_split_without_errors_leaves_it_at_1_and_is_warned_of(rows):
 def test_a_single_error_does_not_drive_it_to_a_bound():
     labels = np.arange(144) % 10
     logits = np.eye(10)[labels] * 8
-    logits[0] = np.roll(logits[0], 1) * 0.2  # wrong, and unsure of it
+    logits[0] = np.roll(logits[0], 1) * 0.2  # wrong and uncertain
     found = estimate(logits[None], labels, np.ones(1))
     assert 0.8 < found.temperature <= 1
     assert found.errors == 1
@@ -105,7 +105,7 @@ def test_any_logits_give_a_positive_finite_temperature_and_an_error_no_larger_th
 
 
 def test_confident_errors_raise_it_however_confident_they_are():
-    """Beyond what a probability in floating point can hold: exp(-3000) is 0."""
+    """Such confidence exceeds the range of floating-point probabilities: exp(-3000) is 0."""
     labels = np.arange(200) % 4
     logits = np.eye(4)[labels] * 3000.0
     logits[:40] = np.roll(logits[:40], 1, axis=1)
@@ -113,7 +113,7 @@ def test_confident_errors_raise_it_however_confident_they_are():
 
 
 def test_it_hardly_ever_makes_a_calibrated_network_worse():
-    """Labels drawn at T = 1: over many small splits it mostly stays there, and no split moves it far."""
+    """With labels sampled at T = 1, the fit stays at 1 for most small splits, and no split moves it far."""
     logits, labels = sampled(1.0, 100_000)
     splits = np.split(np.arange(20_000), 100)
     found = np.array([fit(logits[None, rows], labels[rows], np.ones(1)) for rows in splits])

@@ -30,7 +30,7 @@ def plain(iterations, rate=0.05, **more):
 
 
 def test_a_step_is_sgds_step(data):
-    """Against torch's SGD written out: same order, same batches, no augmentation."""
+    """Compared with an explicit loop over torch's SGD: same order, same batches, no augmentation."""
     config = Config(network="mlp", network_options=("hidden=16",), batch_size=16, precision="32")
     found, _ = train(data, plain(3))
     loop.initialise(config.seed)
@@ -62,7 +62,7 @@ def test_the_rate_is_asked_for_every_iteration_in_order(data):
         return 0.01
 
     train(data, lambda run: [Leg("plain", 6, rate)])
-    # 4 iterations an epoch; once more after each epoch, for its line.
+    # 4 iterations per epoch, and one more call after each epoch, for its log line.
     assert asked == [1, 2, 3, 4, 4, 5, 6, 6]
 
 
@@ -98,7 +98,7 @@ def test_a_run_that_is_taken_up_again_is_bit_identical_to_an_undisturbed_one(dat
     def dying(logits, labels):
         nonlocal calls
         calls += 1
-        if calls in (6, 16):  # inside the second epoch; inside the second leg
+        if calls in (6, 16):  # within the second epoch, and within the second leg
             raise stopped
         return torch.nn.functional.cross_entropy(logits, labels)
 

@@ -47,7 +47,7 @@ def test_the_plain_schedule_is_constant_then_linear_then_flat():
 
 
 def test_the_snapshot_rate_is_the_papers_cosine():
-    """Huang et al. 2017, eq. 2, where the cycles divide the budget."""
+    """Huang et al. 2017, eq. 2, if the number of cycles divides the budget."""
     total, cycles = 60, 4
     ends = schedules.snapshot_collections(total, cycles)
     assert ends == [15, 30, 45, 60]

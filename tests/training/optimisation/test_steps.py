@@ -20,10 +20,10 @@ IMAGES, LABELS = torch.randn(8, 4), torch.arange(8) % 3
 @pytest.mark.parametrize("points", [POINTS[:1], POINTS], ids=["one", "three"])
 @pytest.mark.parametrize("push", [None, np.array([[0.3, -0.1, -0.2]])], ids=["loss", "loss and push"])
 def test_a_step_descends_the_mean_loss_of_the_drawn_points(points, push):
-    """Against the definition: autograd through w(c) = Σ c_v w_v, the mean over the points of loss and L2 at w(c)."""
+    """Compared with the definition: autograd through w(c) = Σ c_v w_v, of loss and L2 at w(c), averaged over points."""
     config = Config(precision="32", device="cpu", weight_decay=DECAY, momentum=0.0)
     fabric, network = hardware.launch(config), nn.Linear(4, 3)
-    network(IMAGES).square().sum().backward()  # as a leg that trained the network before leaves it
+    network(IMAGES).square().sum().backward()  # gradients as an earlier leg leaves them
     fixed = [{name: torch.randn_like(t) for name, t in network.state_dict().items()} for _ in range(2)]
     begun = {name: torch.randn_like(t) for name, t in network.state_dict().items()}
     span = Span(

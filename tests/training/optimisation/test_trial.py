@@ -86,7 +86,7 @@ def test_a_trial_leaves_network_and_random_state_as_they_were():
 def fitted(name, **options):
     config = fge.Config(network=f"tests.training.other_networks:{name}", **options)
     fabric = hardware.launch(config)
-    if options.get("precision", "auto") == "auto":  # as on hardware that computes in bf16
+    if options.get("precision", "auto") == "auto":  # like hardware that computes in bf16
         reduced = hardware.launch(dataclasses.replace(config, precision="bf16"))
         fabric._precision = fabric.strategy.precision = reduced._precision
     lines = []

@@ -91,7 +91,7 @@ def test_files_that_are_no_checkpoint_are_named_for_what_they_are(tmp_path, cont
 
 
 class Versioned(nn.Linear):
-    """It refuses weights that do not say their version, as torchvision's mnasnet does."""
+    """Refuses weights without a version, as torchvision's mnasnet does."""
 
     _version = 2
 
