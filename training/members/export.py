@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx
-import onnxscript.optimizer
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -143,7 +142,7 @@ def to_open_template(
         for name, tensor in left_out.items()
     )
     with _quiet():
-        model = onnxscript.optimizer.optimize(model)
+        model = _optimised(model)
     _forget_sources(model)
     graph = model.graph
     images = [value for value in graph.input if value.name not in left_out]
@@ -161,9 +160,15 @@ def to_open_template(
 def _fold(template: onnx.ModelProto) -> bytes:
     # Constants folded, batch norm merged into convolutions: ONNX Runtime leaves a traced graph half as fast.
     with _quiet():
-        model = onnxscript.optimizer.optimize(template)
+        model = _optimised(template)
     _forget_sources(model)
     return model.SerializeToString()
+
+
+def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxscript.optimizer  # imported where it is needed: commands start sooner
+
+    return onnxscript.optimizer.optimize(model)
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:
