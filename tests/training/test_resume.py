@@ -1,18 +1,16 @@
 """Every method, killed at any moment: the repeated command publishes the same bits as an uninterrupted one."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from models_store.store import Store
 from tests.conftest import ROOT
+from tests.training import forked
 
 COMMON = [
-    "--dataset", "digits", "--network", "preresnet8", "--network-options", "width=0.5", "--batch-size", "32", "--name", "r",
+    "--dataset", "digits", "--network", "preresnet8", "--network-options", "width=0.5", "--batch-size", "32", "--limit", "480",
+    "--name", "r",
 ]  # fmt: skip
 # Every method must have options here: each is killed and resumed.
 OPTIONS = {
@@ -36,11 +34,17 @@ def contents(store):
     }
 
 
+def run(method, output, **environment):
+    """Run the method's command to its end; returns what it printed."""
+    process = forked.start(f"training.{method}", [*COMMON, *OPTIONS[method].split()], output, **environment)
+    process.join()
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_and_taken_up_again_it_publishes_the_same_bits(method, command, tmp_path):
-    arguments = [f"training.{method}", *COMMON, *OPTIONS[method].split()]
-    calm = command(*arguments, MODELS_STORE=str(tmp_path / "calm"), MODEPATH_RUNS=str(tmp_path / "calm-runs"))
-    assert calm.returncode == 0, calm.stderr
+def test_killed_and_taken_up_again_it_publishes_the_same_bits(method, tmp_path):
+    run(method, tmp_path / "calm.log", MODELS_STORE=str(tmp_path / "calm"), MODEPATH_RUNS=str(tmp_path / "calm-runs"))
     store, runs = Store(tmp_path / "store"), tmp_path / "runs"
     moments = {
         "in the first leg": lambda lines: sum(" epoch " in line for line in lines) >= 1,
@@ -53,23 +57,19 @@ def test_killed_and_taken_up_again_it_publishes_the_same_bits(method, command, t
         moments["in the bank"] = lambda lines: len(list(runs.glob("*/bank/*.safetensors"))) >= 3
     for moment, reached in moments.items():
         log = tmp_path / f"{moment}.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-u", "-m", *arguments], stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-            deadline = time.monotonic() + 120
-            while not reached(log.read_text().splitlines()):
-                assert process.poll() is None, f"ended before {moment}: {log.read_text()}"
-                assert time.monotonic() < deadline, moment
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        log.touch()
+        process = forked.start(f"training.{method}", [*COMMON, *OPTIONS[method].split()], log)
+        deadline = time.monotonic() + 120
+        while not reached(log.read_text().splitlines()):
+            assert process.is_alive(), f"ended before {moment}: {log.read_text()}"
+            assert time.monotonic() < deadline, moment
+            time.sleep(0.005)
+        process.kill()  # SIGKILL
+        process.join()
         assert store.names() == [], moment
-    resumed = command(*arguments)
-    assert resumed.returncode == 0, resumed.stderr
+    run(method, tmp_path / "resumed.log")
     assert contents(store) == contents(Store(tmp_path / "calm"))
     store.verify(store.load("r"))
     assert not list(store.root.glob("r/.staging-*"))
-    assert "already finished: this run published r@1" in command(*arguments).stdout
+    assert "already finished: this run published r@1" in run(method, tmp_path / "again.log")
     assert store.versions("r") == [1]
