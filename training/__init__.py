@@ -1,1 +1,1 @@
-"""Training: from data to a published ensemble. Every command is a Config and a function run(config): python -m training.COMMAND."""
+"""Training: from data to a published ensemble. `python -m training.COMMAND` calls run(config) of a module."""

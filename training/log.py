@@ -1,6 +1,6 @@
 """The log of training: one logger, `modepath`, whose records carry a level and the rank of their process.
 
-A command shows it on standard output. A program that configures logging itself gets the same records through its own handlers.
+A command shows it on standard output. A program that configures logging itself gets the same records in its handlers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ logger = logging.getLogger("modepath")
 
 
 class _OneRank(logging.Filter):
-    """Sets `record.rank`. All processes of a training log the same lines, so only errors pass from those after the first."""
+    """Sets `record.rank`. All processes of a training log the same lines, so others than the first log errors only."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

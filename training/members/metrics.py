@@ -22,7 +22,7 @@ def score(probs: Floats, labels: Labels) -> Scores:
 
 
 def accuracy(probs: Floats, labels: Labels) -> float:
-    """Share of right labels."""
+    """Share of correct predictions."""
     return float((probs.argmax(axis=1) == labels).mean())
 
 
@@ -57,7 +57,7 @@ def aurc(uncertainty: Floats, wrong: NDArray[np.bool_]) -> float:
 
 
 def auroc(uncertainty: Floats, positive: NDArray[np.bool_]) -> float:
-    """Chance that a positive is more uncertain than a negative; NaN where one kind is absent."""
+    """Probability that a positive is more uncertain than a negative; NaN if there are no positives or no negatives."""
     if positive.all() or not positive.any():
         return float("nan")
     return float(roc_auc_score(positive, uncertainty))

@@ -45,7 +45,7 @@ def test_labels_and_names_that_do_not_fit_are_refused_with_the_cause(train, test
 
 
 def test_labels_that_are_not_known_need_names():
-    with pytest.raises(DataError, match="must say its classes"):
+    with pytest.raises(DataError, match="must name its classes"):
         settle("pets", None, {"train": None, "test": torch.tensor([0, 1])})
     assert settle("pets", ["a", "b"], {"train": None, "test": torch.tensor([0, 1])}) == ["a", "b"]
 

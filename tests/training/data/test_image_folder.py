@@ -81,7 +81,7 @@ def test_splits_are_recognised_however_they_are_spelled(tmp_path, names, expecte
     found = read(tmp_path, said.append)
     assert found.classes == ["blue", "red"]
     assert sizes(found) == expected
-    assert "1 folders that are no split (as unlabelled)" in said[0]
+    assert "1 folders that are not a split (as unlabelled)" in said[0]
 
 
 def test_a_class_may_be_called_training(tmp_path):
