@@ -186,14 +186,14 @@ def evaluate(name: str, *, data: Any = None, **options: Any) -> Report:
         if data is not None and not isinstance(data, str):
             classes = Store().resolve(name).manifest.classes
             dataset = objects.data_name({"train": data, "validation": data, "test": data, "classes": classes}, "test")
-        importlib.import_module("training.log").show()
+        importlib.import_module("training.command").show_log()
         return command.run(command.Config(name=name, dataset=dataset, **options))
 
 
 def _train(method: str, network: Any, data: Any, name: str, loss: Loss, options: Any) -> Ensemble:
     with own_packages():
         command = importlib.import_module(f"training.{method}")
-        importlib.import_module("training.log").show()
+        importlib.import_module("training.command").show_log()
         given = dict(options)
         if "init" in given:
             given["init"] = _files(given["init"], several=method != "soup")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+from tqdm.auto import tqdm
 
 from models_store.errors import ProviderError, StoreError
-from training import log
+from training import logger
 from training.errors import TrainingError
 
 C = TypeVar("C")
@@ -18,7 +20,7 @@ C = TypeVar("C")
 
 def main(config: type[C], run: Callable[[C], Any], description: str | None) -> NoReturn:
     """Parse, run and exit: with code 0 on success, 2 on an error that the user can correct, 130 when interrupted."""
-    log.show()
+    show_log()
     try:
         run(tyro.cli(config, description=description, config=(tyro.conf.AvoidSubcommands,)))
     except (TrainingError, StoreError, ProviderError) as error:
@@ -33,6 +35,36 @@ def main(config: type[C], run: Callable[[C], Any], description: str | None) -> N
         print("interrupted; the same command resumes from the last finished epoch", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def show_log() -> None:
+    """Show the log of training on standard output, unless this program has configured logging itself."""
+    if logger.hasHandlers():
+        return
+    handler = _AboveBars()
+    handler.setFormatter(_Marked())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+class _AboveBars(logging.Handler):
+    """Writes to standard output without breaking progress bars, in a terminal and in a notebook."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record))
+        except OSError:  # for example a closed pipe: the command ends, as it would after print()
+            raise
+        except Exception:
+            self.handleError(record)
+
+
+class _Marked(logging.Formatter):
+    """The message; warnings and errors are marked as such."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
 def _fail(message: str) -> NoReturn:

@@ -26,10 +26,9 @@ from models_store.graphs.runtime import EnsembleSession, in_batches
 from models_store.manifest import ECE_BINS
 from models_store.store import Store, Version
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction, softmax
-from training import command, data
+from training import command, data, logger
 from training.config import data_options
 from training.errors import ConfigError
-from training.log import logger
 from training.measurement import path_evaluation
 from training.measurement.figures import answers
 from training.measurement.probing import Subset

@@ -16,10 +16,9 @@ import numpy as np
 import tyro
 
 from models_store.store import Store, Version
-from training import command, csgmcmc, fge, snapshot
+from training import command, csgmcmc, fge, logger, snapshot
 from training.errors import ConfigError
 from training.geometry import coefficients
-from training.log import logger
 from training.measurement.figures import plane, simplexes, trajectory
 from training.measurement.probing import Subset
 from training.measurement.report import Report

@@ -18,11 +18,11 @@ from torch import nn
 
 from models_store.manifest import Origin
 from models_store.store import Store, Version
+from training import logger
 from training.config import Config
 from training.data import Data
 from training.errors import CheckpointError, DivergenceError, ExportError
 from training.geometry.vertices import State
-from training.log import logger
 from training.members import activation, publication
 from training.members.export import Exporter
 from training.members.publication import Cost, Job, Points, Weigh

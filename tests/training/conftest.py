@@ -4,8 +4,13 @@ pytest.importorskip("torch", reason="the training extra is not installed")
 
 import torch
 
+from training import command, logger
 from training.data import Data, InMemory
 from training.data.augment import Augment
+
+# Shown as a command shows it: under pytest the root logger has handlers, which would take its place.
+logger.propagate = False
+command.show_log()
 
 SMALL = {"network": "preresnet8", "network_options": ("width=0.25",), "batch_size": 64, "limit": 640}
 

@@ -1,12 +1,17 @@
 """What a user sees on an error: one line and exit code 2; the store is unchanged."""
 
+import logging
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from models_store.store import Store
+from training import logger
+from training.optimisation import hardware
 
 QUICK = ("training.fge", "--network", "mlp", "--epochs", "2", "--pretrain", "0.5", "--members", "2", "--name", "x")
 
@@ -75,3 +80,30 @@ def test_help_explains_every_option(command):
     text = command("training.fge", "--help").stdout
     for option in ("--init", "--alpha-1", "--cycle", "--loss", "--precision", "--starts", "--split-seed", "--fresh"):
         assert option in text
+
+
+def test_the_log_marks_warnings_and_keeps_its_level_for_programs_that_configure_logging(tmp_path):
+    """In one program the log is shown as by a command; in another, which has configured logging, by that program's handlers alone."""
+    lines = (
+        "from training import command, logger; command.show_log(); logger.info('an epoch'); logger.warning('too few')"
+    )
+    shown = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    assert shown.stdout == "an epoch\nwarning: too few\n"
+    configured = "import logging, sys; logging.basicConfig(level='WARNING', stream=sys.stdout, format='%(name)s %(levelname)s %(message)s');"
+    theirs = subprocess.run([sys.executable, "-c", configured + lines], capture_output=True, text=True, check=True)
+    assert theirs.stdout == "modepath WARNING too few\n"
+
+
+def test_only_the_first_process_logs_what_all_processes_log():
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    try:
+        for rank in (1, 0):
+            hardware._log_once(rank)
+            logger.info("line")
+            logger.error("failure")
+    finally:
+        logger.removeHandler(handler)
+    assert [(r.rank, r.levelname) for r in records] == [(1, "ERROR"), (0, "INFO"), (0, "ERROR")]

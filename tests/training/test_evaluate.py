@@ -6,7 +6,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, roc_auc_score
 
 from models_store.importing import ImportOptions, import_members
 from models_store.store import Store
@@ -30,7 +30,7 @@ def ensemble(tmp_path):
 
 def test_the_report_is_what_the_files_answer(ensemble, tmp_path):
     report = evaluate.run(evaluate.Config(name="lin", dataset="digits", ood="digits", output=tmp_path / "out"))
-    images, labels = as_arrays(load_data(DataOptions(dataset="digits"), lambda line: None).test)
+    images, labels = as_arrays(load_data(DataOptions(dataset="digits")).test)
     probs = np.stack([softmax(linear_logits(m, images)) for m in ensemble])
     average = combine(probs, np.full(3, 1 / 3))
     scores = {row["who"]: row for row in report["scores"]}
@@ -46,7 +46,10 @@ def test_the_report_is_what_the_files_answer(ensemble, tmp_path):
     assert (np.diag(pairs) == 0).all()
     assert json.loads((tmp_path / "out/report.json").read_text())["images"] == 360
     assert "| average" in (tmp_path / "out/report.md").read_text()
-    assert (tmp_path / "out/reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert report["confusion"] == confusion_matrix(labels, average.label).tolist()
+    assert set(report.figures) == {"reliability", "confusion"}
+    for figure in report.figures:
+        assert (tmp_path / f"out/{figure}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_imported_ensemble_needs_the_data_set_named(ensemble):

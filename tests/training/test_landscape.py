@@ -6,7 +6,7 @@ import pytest
 
 from models_store.graphs.runtime import EnsembleSession
 from tests.training.conftest import SMALL
-from training import data, fge, landscape
+from training import csgmcmc, data, fge, independent, landscape, snapshot
 from training.errors import ConfigError
 from training.measurement.figures.plane import Plane
 from training.members.metrics import accuracy
@@ -63,3 +63,29 @@ def test_the_run_of_an_fge_ensemble_is_trained_again_to_the_same_members(tmp_pat
     assert report["rows"][0]["distance"] == pytest.approx(0, abs=1e-9)
     assert all(row["distance"] > 0 for row in report["rows"][1:])
     assert all(row["rate"] == pytest.approx(5e-4) for row in members)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(snapshot, {"cycles": 2}), (csgmcmc, {"cycles": 2, "samples": 2})],
+    ids=["snapshot", "csgmcmc"],
+)
+def test_any_run_that_collected_members_is_drawn(method, options, tmp_path):
+    version = method.run(method.Config(name="run", epochs=4, keep_all_members=True, **options, **SMALL))
+    report = landscape.run(landscape.Config(of=("run",), each_cycle=3, output=tmp_path / "out"))
+    members = [row for row in report["rows"] if row["member"]]
+    assert [row["epoch"] for row in members] == pytest.approx([m.origin.epoch for m in version.manifest.members])
+    probs = EnsembleSession(version.folder, version.manifest).member_probs
+    images, labels = data.as_arrays(data.load(fge.Config(**SMALL).data_options()).test)
+    errors = [1 - accuracy(one, labels) for one in probs(images)]
+    assert [row["test_error"] for row in members] == pytest.approx(errors, abs=1e-9)
+    assert (tmp_path / f"out/{method.Config.method}-run.png").stat().st_size > 1000
+
+
+def test_networks_that_were_trained_apart_have_no_run_to_draw(tmp_path):
+    independent.run(independent.Config(name="apart", epochs=1, runs=2, **SMALL))
+    with pytest.raises(ConfigError, match="nor an ensemble collected along a run"):
+        landscape.run(landscape.Config(of=("apart",), output=tmp_path / "out"))
+    snapshot.run(snapshot.Config(name="single", epochs=1, cycles=1, **SMALL))
+    with pytest.raises(ConfigError, match="do not lie along one run"):
+        landscape.run(landscape.Config(of=("single",), output=tmp_path / "out"))

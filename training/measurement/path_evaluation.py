@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from models_store.store import Version
+from training import logger
 from training.errors import ConfigError
 from training.geometry import coefficients
 from training.geometry.coefficients import Coefficients
-from training.log import logger
 from training.measurement.probing import Kept, Measured, Subset, open_probe
 from training.measurement.report import Report
 
@@ -137,7 +136,7 @@ def plot(report: dict[str, Any]) -> Figure:
             axes.plot(report["t"], values, "--" if name == "segment" else "-", label=name)
         axes.set(xlabel="t", ylabel=label, yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.suptitle(report["ensemble"])

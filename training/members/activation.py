@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 from torch import nn
 
 from models_store.errors import StoreError
@@ -126,7 +126,7 @@ def refusal(
         assert scores is not None
         pooled = (version.accuracy + scores.accuracy) / 2
         spread = math.sqrt(2 * pooled * (1 - pooled) / count)
-        less_accurate = scores.accuracy - version.accuracy > stats.norm.ppf(1 - LEVEL) * spread
+        less_accurate = scores.accuracy - version.accuracy > special.ndtri(1 - LEVEL) * spread
         if less_accurate or _larger(version.nll - scores.nll, 2) < LEVEL:
             return (
                 f"on the {count} validation images it is worse than the active version {active.name}: {version}, against "
@@ -221,7 +221,7 @@ def _class_frequencies_nll(labels: Labels) -> NDArray[np.float64]:
 def _mcnemar(right: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
     """p-value: probability of so many images that only the reference gets right, if both were equally good."""
     lost, won = int((reference & ~right).sum()), int((right & ~reference).sum())
-    return float(stats.binomtest(lost, lost + won, alternative="greater").pvalue) if lost + won else 1.0
+    return float(special.bdtrc(lost - 1, lost + won, 0.5)) if lost + won else 1.0
 
 
 def _larger(values: NDArray[np.float64], samples: int) -> float:
@@ -231,4 +231,4 @@ def _larger(values: NDArray[np.float64], samples: int) -> float:
     """
     mean, count = float(values.mean()), len(values)
     spread = float(values.std(ddof=1)) * math.sqrt(samples / count) if count > 1 else math.inf
-    return float(stats.t.sf(mean / spread, count - 1)) if 0 < spread < math.inf else 1.0
+    return float(special.stdtr(count - 1, -mean / spread)) if 0 < spread < math.inf else 1.0

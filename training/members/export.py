@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx
-import onnxscript.optimizer
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -144,7 +143,7 @@ def to_open_template(
         for name, tensor in left_out.items()
     )
     with _quiet():
-        model = onnxscript.optimizer.optimize(model)
+        model = _optimised(model)
     _forget_sources(model)
     graph = model.graph
     images = [value for value in graph.input if value.name not in left_out]
@@ -163,9 +162,15 @@ def _fold(template: onnx.ModelProto) -> bytes:
     # Fold constants and merge batch norm into convolutions: without this, ONNX Runtime is half as fast on a traced
     # graph.
     with _quiet():
-        model = onnxscript.optimizer.optimize(template)
+        model = _optimised(template)
     _forget_sources(model)
     return model.SerializeToString()
+
+
+def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxscript.optimizer  # imported where it is needed: commands start sooner
+
+    return onnxscript.optimizer.optimize(model)
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from models_store.manifest import ECE_BINS, Scores
 
@@ -37,12 +34,11 @@ def brier(probs: Floats, labels: Labels) -> float:
 
 
 def ece(probs: Floats, labels: Labels, bins: int = ECE_BINS) -> float:
-    """Expected calibration error of the confidence over equal-width bins (Guo et al. 2017, eq. 3)."""
-    return float(
-        multiclass_calibration_error(
-            torch.from_numpy(np.clip(probs, 0, 1)), torch.from_numpy(labels), probs.shape[1], n_bins=bins, norm="l1"
-        )
-    )
+    """Expected calibration error of the confidence over equal-width bins (l, u] (Guo et al. 2017, eq. 3)."""
+    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(bin_of, right - confidence, bins)  # number of answers in a bin × (its accuracy − its mean confidence)
+    return float(np.abs(gap).sum() / len(labels))
 
 
 def aurc(uncertainty: Floats, wrong: NDArray[np.bool_]) -> float:
@@ -58,6 +54,8 @@ def aurc(uncertainty: Floats, wrong: NDArray[np.bool_]) -> float:
 
 def auroc(uncertainty: Floats, positive: NDArray[np.bool_]) -> float:
     """Probability that a positive is more uncertain than a negative; NaN if there are no positives or no negatives."""
+    from sklearn.metrics import roc_auc_score  # imported where it is needed: commands start sooner
+
     if positive.all() or not positive.any():
         return float("nan")
     return float(roc_auc_score(positive, uncertainty))

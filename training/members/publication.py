@@ -17,13 +17,13 @@ from models_store import manifest
 from models_store.bank import Bank
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
+from training import logger
 from training.config import Config
 from training.data import Data, as_arrays
 from training.errors import ExportError
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, coordinates
 from training.geometry.vertices import combine as combine_states
-from training.log import logger
 from training.members import activation, bank, batch_norm, member, temperature
 from training.members.activation import Answers
 from training.members.export import Exporter

@@ -117,7 +117,7 @@ def posterior(loss: Callable[[float], float], width: float = PRIOR_WIDTH) -> tup
 
 
 def shrunk(mode: float, error: float, threshold: float = THRESHOLD) -> float:
-    """Move an estimate of log T towards 0: to 0 up to `threshold` standard errors, not at all beyond CLIP times that."""
+    """Move an estimate of log T towards 0: to 0 below `threshold` standard errors, not at all above CLIP times that."""
     size, unit = abs(mode), threshold * error
     if size <= 2 * unit:
         size = max(0.0, size - unit)

@@ -10,11 +10,24 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import Precision
 
+from training import logger
 from training.config import Config
 from training.errors import ConfigError
 
 # glibc's mallopt(): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD.
 _MALLOC = {-3: 2**25, -1: 2**31 - 1, -2: 2**26}
+
+
+class _Rank(logging.Filter):
+    """Sets `record.rank`. All processes log the same lines, so the others than the first log errors only."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self._rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.__dict__["rank"] = self._rank
+        return self._rank == 0 or record.levelno >= logging.ERROR
 
 
 def launch(config: Config) -> Fabric:
@@ -39,9 +52,16 @@ def launch(config: Config) -> Fabric:
             precision="bf16-mixed" if bf16 else "32-true",
         )
         fabric.launch()
+    _log_once(fabric.global_rank)
     if device == "cpu":
         keep_memory()
     return fabric
+
+
+def _log_once(rank: int) -> None:
+    for earlier in [f for f in logger.filters if isinstance(f, _Rank)]:
+        logger.removeFilter(earlier)
+    logger.addFilter(_Rank(rank))
 
 
 def keep_memory() -> None:

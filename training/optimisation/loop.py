@@ -21,11 +21,11 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from training import logger
 from training.config import Config
 from training.data import Data, in_order
 from training.data.import_string import import_string
 from training.errors import ConfigError, DivergenceError
-from training.log import logger
 from training.members import member
 from training.networks import layout
 from training.optimisation.adversary import Adversary

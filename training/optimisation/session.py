@@ -10,10 +10,9 @@ from typing import Self
 from lightning_fabric import Fabric
 from torch import nn
 
-from training import data, networks
+from training import data, logger, networks
 from training.config import Config
 from training.data import Data
-from training.log import logger
 from training.optimisation import hardware, loop
 from training.optimisation.loop import Leg
 from training.runs import Run

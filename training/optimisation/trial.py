@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from models_store.graphs import independence, output_kind
+from training import logger
 from training.config import Config
 from training.data import Data
 from training.errors import ConfigError, ExportError, NetworkError, TrainingError
-from training.log import logger
 from training.members import member
 from training.members.export import LOGITS_TOLERANCE, Exporter, Normalised, torch_logits
 from training.networks import layout

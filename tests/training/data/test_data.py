@@ -42,14 +42,12 @@ def test_digits_are_split_without_overlap_and_repeatably():
 
 
 def test_mean_and_std_are_those_of_the_train_split_and_said_aloud():
-    said = []
-    found = load(DataOptions(dataset="digits"), said.append)
+    found = load(DataOptions(dataset="digits"))
     assert found.mean == pytest.approx([float(found.train.images.mean())], abs=1e-5)
     assert found.std == pytest.approx([float(found.train.images.std(correction=0))], abs=1e-5)
-    assert "measured on 1293" in said[0]
-    said.clear()
-    assert load(DataOptions(dataset="digits", mean=(0.5,), std=(0.25,)), said.append).mean == (0.5,)
-    assert said == []
+    assert "measured on 1293" in found.notes[0]
+    given = load(DataOptions(dataset="digits", mean=(0.5,), std=(0.25,)))
+    assert (given.mean, given.notes) == ((0.5,), ())
 
 
 def test_a_users_tuple_of_datasets_works():
@@ -230,10 +228,10 @@ def test_a_streamed_data_set_that_lists_its_labels_needs_no_class_names():
 
 def test_a_class_without_training_images_is_reported_where_classes_are_named():
     value = SimpleNamespace(train=pair(30, classes=2), validation=None, test=pair(9), classes=["a", "b", "c"])
-    made["value"], said = value, []
-    found = load(DataOptions(dataset="tests.training.data.test_data:factory"), said.append)
+    made["value"] = value
+    found = load(DataOptions(dataset="tests.training.data.test_data:factory"))
     assert found.classes == ["a", "b", "c"]
-    assert any("no training image of 1 of 3 classes: c" in line for line in said)
+    assert any("no training image of 1 of 3 classes: c" in line for line in found.warnings)
 
 
 def fixed(count, kind=torch.float32):

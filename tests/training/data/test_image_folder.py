@@ -18,8 +18,8 @@ def fill(folder, count=10, **colours):
             Image.new("RGB", (20, 30), colour).save(folder / name / f"{index}.png")
 
 
-def read(folder, say=lambda line: None, **options):
-    return load(DataOptions(dataset=f"imagefolder:{folder}", image_size=16, **options), say)
+def read(folder, **options):
+    return load(DataOptions(dataset=f"imagefolder:{folder}", image_size=16, **options))
 
 
 def sizes(found):
@@ -48,8 +48,8 @@ def test_what_only_looks_like_data_is_left_out_and_said(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / file)
     for file in ("red/notes.txt", "empty/a.heic", ".DS_Store", "red/Thumbs.db"):
         (tmp_path / file).write_bytes(b"x")
-    said = []
-    found = read(tmp_path, said.append)
+    found = read(tmp_path)
+    said = found.notes
     assert found.classes == ["blue", "red"]
     assert sum(sizes(found)) == 20
     for part in (
@@ -61,9 +61,8 @@ def test_what_only_looks_like_data_is_left_out_and_said(tmp_path):
 
 def test_a_clean_folder_is_read_in_silence(tmp_path):
     fill(tmp_path)
-    said = []
-    read(tmp_path, said.append, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert said == []
+    said = read(tmp_path, mean=(0.5,) * 3, std=(0.5,) * 3).notes
+    assert said == ()
 
 
 @pytest.mark.parametrize(
@@ -77,8 +76,8 @@ def test_splits_are_recognised_however_they_are_spelled(tmp_path, names, expecte
     for name in names:
         fill(tmp_path / name)
     (tmp_path / "unlabelled").mkdir()
-    said = []
-    found = read(tmp_path, said.append)
+    found = read(tmp_path)
+    said = found.notes
     assert found.classes == ["blue", "red"]
     assert sizes(found) == expected
     assert "1 folders that are not a split (as unlabelled)" in said[0]
@@ -93,8 +92,8 @@ def test_a_split_may_lack_a_class_which_is_said(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "test", red=(255, 0, 0))
     (tmp_path / "test" / "blue").mkdir()
-    said = []
-    found = read(tmp_path, said.append)
+    found = read(tmp_path)
+    said = found.notes
     images, labels = next(found.test.batches(torch.arange(10), 10))
     assert labels.tolist() == [1] * 10
     assert (images[:, 0] == 1).all()

@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import logging
 import random
 
 import numpy as np
@@ -8,7 +10,7 @@ from torch import nn
 
 from models_store.store import Store
 from tests.training.conftest import make_data
-from training import fge, networks
+from training import fge, logger, networks
 from training.errors import ConfigError, ExportError, NetworkError
 from training.members.export import Exporter
 from training.optimisation import hardware, trial
@@ -73,7 +75,7 @@ def test_a_trial_leaves_network_and_random_state_as_they_were():
     before = state_of_everything(network)
     trial.check(network, DATA, Exporter(SHAPE))
     config = fge.Config(precision="32")
-    assert trial.fit(config, hardware.launch(config), network, DATA, print) is config
+    assert trial.fit(config, hardware.launch(config), network, DATA) is config
     after = state_of_everything(network)
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     assert torch.equal(before[1], after[1])
@@ -89,8 +91,19 @@ def fitted(name, **options):
     if options.get("precision", "auto") == "auto":  # like hardware that computes in bf16
         reduced = hardware.launch(dataclasses.replace(config, precision="bf16"))
         fabric._precision = fabric.strategy.precision = reduced._precision
+    with capture() as lines:
+        return trial.fit(config, fabric, build(name), DATA), hardware.is_reduced(fabric), lines
+
+
+@contextlib.contextmanager
+def capture():
+    """The lines that are logged meanwhile."""
     lines = []
-    return trial.fit(config, fabric, build(name), DATA, lines.append), hardware.is_reduced(fabric), lines
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
 
 
 def test_a_network_that_views_what_a_convolution_gave_is_trained_in_the_usual_layout():

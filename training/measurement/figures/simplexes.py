@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models_store.store import Version
+from training import logger
 from training.errors import ConfigError
 from training.geometry import volume
 from training.geometry.coefficients import Coordinates
-from training.log import logger
 from training.measurement.figures import plane
 from training.measurement.probing import Kept, Subset, open_probe
 from training.measurement.report import Report
