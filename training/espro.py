@@ -58,10 +58,10 @@ class Config(BaseConfig):
     """Number of networks drawn from the simplexes whose losses are averaged in one step, each on the whole batch. At
     equal cost, more steps were better than more networks per step."""
     volume_weight: float = 0.1
-    """Weight λ of the log-volume term, in nats of loss for each factor e of volume. Simplexes of k + 1 vertices use
-    6 λ / ((k + 1)(k + 2)), so that all vertices trade loss for distance equally. Quadrupling λ doubles the distance;
-    the network at a vertex is about 1.5 λ nats worse than the base. A vertex that does not raise the loss moves away
-    until the L2 penalty balances the term."""
+    """Weight λ of the log-volume term in the loss of a new vertex, in nats for each factor e of volume. Simplexes of
+    k + 1 vertices use 6 λ / ((k + 1)(k + 2)), so that all vertices trade loss for distance equally. Quadrupling λ doubles
+    the distance; the network at a vertex is about 1.5 λ nats worse than the base. A vertex that does not raise the loss
+    moves away until the L2 penalty balances the term."""
     perturbation: float = 0.01
     """Initial distance of a new vertex from the mean of the other vertices, as a share of each tensor's norm."""
     samples: int = 25

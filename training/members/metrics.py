@@ -37,7 +37,8 @@ def ece(probs: Floats, labels: Labels, bins: int = ECE_BINS) -> float:
     """Expected calibration error of the confidence over equal-width bins (l, u] (Guo et al. 2017, eq. 3)."""
     confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(bin_of, right - confidence, bins)  # number of answers in a bin × (its accuracy − its mean confidence)
+    # For each bin: number of answers × (accuracy − mean confidence).
+    gap = np.bincount(bin_of, right - confidence, bins)
     return float(np.abs(gap).sum() / len(labels))
 
 

@@ -182,7 +182,7 @@ def test_one_wrong_row_is_refused_in_every_form_and_split(form, split, fault, ca
         ((DataLoader(images(6), sampler=WeightedRandomSampler([1.0] * 6, 6)), images(6), images(6)), "sampler or collate_fn"),
         (SimpleNamespace(train=pair(30), validation=None, test=pair(9), classes=["a", "b", "a"]), "several classes of the name 'a'"),
         (SimpleNamespace(train=pair(30), validation=None, test=pair(9), classes=3), "classes must be a list of names"),
-        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), mean=0.5), "mean is a list of numbers"),
+        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), mean=0.5), "mean must be a list of numbers"),
     ],
 )  # fmt: skip
 def test_splits_that_break_the_contract_are_refused_with_the_cause(value, cause):

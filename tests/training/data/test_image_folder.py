@@ -129,7 +129,7 @@ def folder_with(fault, root):
         ("no classes", "no class folders with images in them.*1 files outside"),
         ("a file", "red/7.png is a link to .*gone.png, which does not exist"),
         ("a class", "green is a link to .*gone, which does not exist"),
-        ("a circle", "again is a link to a folder that holds it"),
+        ("a circle", "again is a link to a folder that contains it"),
     ],
 )
 def test_folders_that_cannot_be_meant_are_refused_with_the_cause(tmp_path, fault, cause):
