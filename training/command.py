@@ -1,4 +1,4 @@
-"""From the command line to a Config, and from an error to one line and exit code 2."""
+"""Runs a command: parses the command line into a Config, and reports an error on one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ C = TypeVar("C")
 
 
 def main(config: type[C], run: Callable[[C], Any], description: str | None) -> NoReturn:
-    """Parse, run, exit: 0 when done, 2 when something the user can mend is wrong, 130 when interrupted."""
+    """Parse, run and exit: with code 0 on success, 2 on an error that the user can correct, 130 when interrupted."""
     show_log()
     try:
         run(tyro.cli(config, description=description, config=(tyro.conf.AvoidSubcommands,)))
@@ -29,10 +29,10 @@ def main(config: type[C], run: Callable[[C], Any], description: str | None) -> N
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
         _fail(
-            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space or fix permissions; the same command goes on."
+            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space or fix permissions; the same command resumes."
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        print("interrupted; the same command resumes from the last finished epoch", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -53,7 +53,7 @@ class _AboveBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record))
-        except OSError:  # for example a closed pipe: the command ends, as if it had printed
+        except OSError:  # for example a closed pipe: the command ends, as it would after print()
             raise
         except Exception:
             self.handleError(record)

@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 def later(default: T) -> T:
-    """A field added to a released command. At its default it is left out of the hash of the run, so that older runs can be resumed."""
+    """A field added to a released command. Its default stays out of the run's hash, so that older runs can resume."""
     return dataclasses.field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options shared by all methods. The same options again resume a run, or find it finished."""
+    """Options shared by all methods. The same options resume an interrupted run; a finished run is not repeated."""
 
     method: ClassVar[str]
     # Options that do not change the result; they are left out of the hash of the run.
@@ -31,83 +31,95 @@ class Config:
     name: str | None = None
     """Name to publish the ensemble under (default: DATASET-METHOD)."""
     dataset: str = "digits"
-    """Data set: digits, fashion-mnist, cifar10, cifar100, imagefolder:PATH, package.module:factory or path/to/file.py:factory."""
+    """Data set: digits, fashion-mnist, cifar10, cifar100, imagefolder:PATH, package.module:factory or
+    path/to/file.py:factory."""
     network: str = "preresnet8"
-    """Network: mlp, vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME, package.module:factory or path/to/file.py:factory."""
+    """Network: mlp, vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME, package.module:factory or
+    path/to/file.py:factory."""
     network_options: tuple[str, ...] = ()
     """Arguments passed to the network's factory, for example width=0.5 bottleneck=True."""
     epochs: int = 40
-    """Budget of one run, in epochs over the training split."""
+    """Budget of one run, in epochs (passes over the training split)."""
     runs: int = 1
     """Number of independent runs, each from new initial weights and each with the whole budget."""
     seed: int = 0
-    """Seed of the initial weights, the order of images, augmentation and dropout. A run on a CPU is reproducible to the bit."""
+    """Seed of the initial weights, the order of images, augmentation and dropout. Runs on a CPU are reproducible bit
+    for bit."""
 
     batch_size: int = 128
-    """Number of images per step, over all devices together."""
+    """Number of images per training step, summed over all devices."""
     lr: float = 0.1
-    """Initial learning rate of the plain schedule: constant to half of the budget, then linear to 1 % at 0.9 of it, then constant."""
+    """Initial learning rate of the plain schedule, which is constant for half of the budget, falls linearly to 1 % of
+    this rate at 90 % of the budget, and is constant again."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Use Nesterov's momentum."""
     weight_decay: float = 3e-4
-    """Factor of the L2 penalty on all parameters."""
+    """Coefficient of the L2 penalty on all parameters."""
     label_smoothing: float = 0.0
-    """Label smoothing of the cross-entropy, from 0 to 1."""
+    """Amount of label smoothing in the cross-entropy, in [0, 1)."""
     loss: str | None = None
-    """Loss that replaces the cross-entropy: package.module:function of (logits, labels), which returns a scalar."""
+    """Loss that replaces the cross-entropy: package.module:function or path/to/file.py:function, which is called with
+    (logits, labels) and returns a scalar."""
     adversarial_epsilon: float = later(0.0)
-    """Adversarial training: the network is trained on the worst images within this distance of each pixel, in [0, 1]. 0 switches it off."""
+    """Adversarial training: largest change of each pixel, for pixels in [0, 1]. The network is trained on images that
+    are changed within this limit so as to raise the loss. 0: no adversarial training."""
     adversarial_steps: int = later(7)
-    """Steps of the search for adversarial images. Each costs one forward and one backward pass."""
+    """Adversarial training: gradient steps that change an image. Each costs one forward and one backward pass."""
     adversarial_share: float = later(1.0)
-    """Share of each batch that is replaced by adversarial images."""
+    """Adversarial training: share of each batch that is replaced by changed images."""
 
     validation: float = 0.1
     """Share of the training images set aside for validation if the data set has no validation split."""
     split_seed: int = 0
-    """Seed of the choice of the images set aside for validation."""
+    """Seed of the random choice of images that are set aside for validation."""
     limit: int | None = None
-    """Train on this many images only."""
+    """Use only this many training images, chosen at random (default: all)."""
     augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
-    """Random crop and flip of training images; auto uses what suits the data set."""
+    """Random crops and flips of training images; auto uses those that suit the data set."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel, in [0, 1], used to normalise images (default: measured on the training split). Give it with --init if the network was trained elsewhere."""
+    """Mean of each channel, in [0, 1], used to normalise images (default: measured on the training split). Set it when
+    you start from weights that were trained with another mean."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each channel, used to normalise images (default: measured on the training split)."""
+    """Standard deviation of each channel, used to normalise images (default: measured on the training split). Set it
+    when you start from weights that were trained with another standard deviation."""
     image_size: int | None = None
-    """Side length of the images of an imagefolder, in pixels (default: 224)."""
+    """Data set imagefolder: side length in pixels to which images are scaled and cropped (default: 224)."""
     in_memory: Literal["auto", "yes", "no"] = "auto"
-    """Keep the data set in memory (on the GPU if it takes at most half of it); auto does so if it fits and is not random by itself."""
+    """Load the data set into memory, and onto the GPU if it takes at most half of the free GPU memory. auto: load it if
+    each split fits into --memory-gib and returns the same images every time."""
     memory_gib: float = 4.0
-    """Memory that a split may take if --in-memory is auto, in GiB."""
+    """Largest size of a split that --in-memory auto loads into memory, in GiB."""
     workers: int = 0
-    """Number of processes that read a streamed data set."""
+    """Number of processes that read a data set that is not in memory. 0: the training process reads it."""
     bn_images: int = 8192
-    """Number of training images, without augmentation, on which batch-norm statistics are re-estimated for each member."""
+    """Number of training images (not augmented) on which batch-norm statistics are re-estimated for each member."""
     keep_all_members: bool = later(False)
-    """Average every member. Otherwise members that are far worse on validation than most are left out and named."""
+    """Average all members. By default, members that are far worse on validation than most are left out, and the log
+    names them."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on."""
+    """Device to train on; auto uses the GPU if there is one."""
     devices: int = 1
     """Number of devices to train on, with data parallelism."""
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """Precision of training: bf16 is autocast with float32 weights; auto uses it if the hardware computes in it. Published members are float32."""
+    """Precision of training: bf16 is autocast with float32 weights; auto uses bf16 if the hardware supports it
+    natively. Published members are always float32."""
     channels_last: bool = True
-    """Lay convolutions out with channels last, which is faster on most hardware."""
+    """Use the channels-last memory layout for convolutions, which is faster on most hardware."""
     compile: bool = False
     """Compile the network with torch.compile (on a CPU this needs a C++ compiler)."""
 
     log: Literal["none", "csv", "tensorboard"] = "none"
-    """Also write rate, losses and scores, an epoch a row, into the run's folder."""
+    """Also write the learning rate, training loss and validation scores of each epoch to a file in the run's folder."""
     fresh: bool = False
-    """Forget an earlier run of these options and train anew."""
+    """Delete an earlier run with the same options, and train from the beginning."""
     activate: bool = True
-    """Serve the new version at once, unless it is worse on validation than the given network, the active version or chance."""
+    """Serve the new version at once, unless on validation it is worse than a network that the training started from,
+    worse than the active version, or no better than chance."""
     activate_anyway: bool = False
-    """Serve it even then."""
+    """Serve the new version even if its validation scores speak against it (see --activate)."""
 
     def __post_init__(self) -> None:
         positive = {"epochs", "runs", "batch_size", "lr", "bn_images", "devices", "memory_gib"}
@@ -123,34 +135,34 @@ class Config:
                 raise ConfigError(f"--{key.replace('_', '-')} must lie in [0, 1); got {getattr(self, key)}.")
         if not 0 <= self.adversarial_epsilon < 1 or self.adversarial_steps < 1 or not 0 < self.adversarial_share <= 1:
             raise ConfigError(
-                "--adversarial-epsilon lies in [0, 1), --adversarial-steps is at least 1, --adversarial-share lies in (0, 1]."
+                "--adversarial-epsilon must lie in [0, 1), --adversarial-steps must be at least 1, and --adversarial-share must lie in (0, 1]."
             )
         if self.nesterov and self.momentum == 0:
             raise ConfigError("--nesterov needs --momentum above 0.")
         if self.loss is not None and self.label_smoothing:
             raise ConfigError(
-                "--label-smoothing belongs to the cross-entropy; a --loss of your own does its own smoothing."
+                "--label-smoothing applies to the cross-entropy only; a --loss of your own must do its own smoothing."
             )
 
     @property
     def published_name(self) -> str:
-        """The name that is published."""
+        """The name that the ensemble is published under."""
         return self.name or f"{self.dataset.split(':')[-1].rsplit('/', 1)[-1]}-{self.method}"
 
     def given(self) -> tuple[str, ...]:
-        """Weights that the run begins from: checkpoint files, or members of published ensembles."""
+        """References to the weights that the run starts from: checkpoint files, or members of published ensembles."""
         return ()
 
     def beginning_from(self, given: Sequence[str]) -> Self:
-        """The same options with these in place of `given()`."""
+        """Returns the same options, but with these references instead of `given()`."""
         return self
 
     def initial_networks(self) -> int:
-        """How many networks with initial weights of their own the run needs."""
+        """Number of networks with new initial weights that the run needs."""
         return 0 if self.given() else self.runs
 
     def deciding(self) -> dict[str, Any]:
-        """What decides the result, as JSON: it names the run and is kept as provenance."""
+        """Options that decide the result, as JSON values. Their hash names the run, and the manifest records them."""
         fields = [field for field in dataclasses.fields(self) if field.name not in self.INCIDENTAL]
         record = {
             f.name: getattr(self, f.name)
@@ -161,24 +173,26 @@ class Config:
 
     @property
     def passes(self) -> float:
-        """Forward and backward passes of a step, in units of a plain one."""
+        """Cost of a step, in units of a plain forward and backward pass."""
         return 1 + self.adversarial_steps * self.adversarial_share if self.adversarial_epsilon else 1.0
 
     def data_options(self) -> DataOptions:
-        """The part that data.load reads."""
+        """The options that data.load reads."""
         return data_options({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
     def network_kwargs(self) -> dict[str, Any]:
-        """--network-options as keyword arguments: Python literals, else strings.
+        """--network-options as keyword arguments. Values that are not Python literals are strings.
 
         Raises:
-            ConfigError: not key=value.
+            ConfigError: an option does not have the form key=value.
         """
         kwargs: dict[str, Any] = {}
         for option in self.network_options:
             key, equals, value = option.partition("=")
             if not equals or not key.isidentifier():
-                raise ConfigError(f"--network-options are key=value, as width=0.5; got {option!r}.")
+                raise ConfigError(
+                    f"--network-options must have the form key=value, for example width=0.5; got {option!r}."
+                )
             try:
                 kwargs[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
@@ -187,7 +201,7 @@ class Config:
 
 
 def data_options(record: dict[str, Any]) -> DataOptions:
-    """DataOptions from a configuration, or from the one that a manifest keeps."""
+    """DataOptions from a configuration, or from the one that a manifest records."""
     known = {f.name for f in dataclasses.fields(DataOptions)}
     chosen: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items() if key in known}
     return DataOptions(**chosen)

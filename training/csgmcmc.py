@@ -1,6 +1,7 @@
 """Cyclical stochastic gradient MCMC (Zhang et al. 2020): each cycle explores with SGD, then samples with noise.
 
-The rate falls along a cosine in each cycle. In its last share noise is added to the velocity (SGHMC): the weights sample the posterior there.
+In each cycle the learning rate falls along a cosine. In the last part of a cycle (--sampling) noise is added to the
+velocity (SGHMC), so that the weights are samples of the posterior.
 """
 
 from __future__ import annotations
@@ -30,31 +31,33 @@ class Config(BaseConfig):
     method: ClassVar[str] = "csgmcmc"
 
     cycles: int = 4
-    """Number of cycles: equal parts of the budget. The learning rate starts each cycle at --lr and falls to nearly 0."""
+    """Number of cycles that divide the budget equally. In each, the learning rate falls from --lr to nearly 0."""
     samples: int = 3
-    """Number of members collected in each cycle, equally spaced over its sampling stage; the last one at its end."""
+    """Number of members collected in each cycle, equally spaced over its sampling stage (see --sampling)."""
     sampling: float = 0.2
-    """Share of each cycle that samples, at its end (1 − β of the paper). Noise is added only there."""
+    """Length of the sampling stage at the end of each cycle, as a share of the cycle (1 − β in the paper). Noise is
+    added only in this stage."""
     posterior_temperature: float = 1.0
-    """Temperature of the posterior that is sampled: 1 is the posterior itself, smaller values concentrate on its mode."""
+    """Temperature of the sampled posterior: 1 samples the posterior itself, smaller values concentrate on its mode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.cycles, self.samples) < 1 or not 0 < self.sampling <= 1 or self.posterior_temperature < 0:
             raise ConfigError(
-                "--cycles and --samples are at least 1, --sampling lies in (0, 1], --posterior-temperature is not negative."
+                "--cycles and --samples must be at least 1, --sampling must lie in (0, 1], --posterior-temperature must not be negative."
             )
 
 
 class Langevin(OneNetwork):
     """SGHMC in the velocity form of the paper's code: v ← μ v − η ∇L + √(2 η (1 − μ) T / N) ε, then w ← w + v.
 
-    L is the mean loss with the L2 term, N the number of training images, so that at small rates w is distributed as exp(−N L / T).
-    The velocity is kept where SGD keeps its momentum. SGD's own momentum has no rate in it and would carry noise into the next cycle.
+    L is the mean loss with the L2 term, N the number of training images, so that at small rates w is distributed as
+    exp(−N L / T). The velocity is stored in the optimizer's momentum buffer. SGD's own momentum does not include the
+    learning rate, and would carry noise into the next cycle.
     """
 
     def __init__(self, training: Training, first_noisy: int, temperature: float):
-        """Noise is added from iteration `first_noisy` of the leg on."""
+        """Add noise from iteration `first_noisy` of the leg onwards."""
         super().__init__(training)
         self._first_noisy, self._temperature, self._config = first_noisy, temperature, training.config
 
@@ -83,7 +86,7 @@ class Langevin(OneNetwork):
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """A leg for each cycle; each but a run's first goes on with the weights and the velocity of the one before.
+    """One leg for each cycle. All but the first of a run continue with the weights and velocity of the one before.
 
     Raises:
         ConfigError: a sampling stage has fewer iterations than samples.
@@ -111,7 +114,7 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
 
 
 def run(config: Config) -> Version:
-    """Train, or go on training, and publish."""
+    """Train, resuming an interrupted run if there is one, and publish."""
     return pipeline.run(config, plan)
 
 

@@ -1,7 +1,8 @@
-"""Curves of low loss between two networks (Garipov et al. 2018, section 3), and the ensemble along one.
+"""Curves of low loss between two networks (Garipov et al. 2018, section 3), and ensembles along them.
 
-The ends stay as they are; the bends between them are trained so that every network of the curve is good:
-min over the bends of E_{t ~ U(0, 1)} L(w(t)). Members are equally spaced points; a bank holds many more.
+The ends stay fixed; the bends between them are trained so that every network on the curve has a low loss:
+min over the bends of E_{t ~ U(0, 1)} L(w(t)). Members are equally spaced points of the curve; a bank holds many more
+points.
 """
 
 from __future__ import annotations
@@ -37,36 +38,47 @@ class Config(BaseConfig):
     method: ClassVar[str] = "curve"
 
     endpoints: tuple[str, ...] = ()
-    """The two ends of the curve: checkpoint files, or members of published ensembles as NAME[@VERSION]/INDEX. Without them two networks are trained."""
+    """The two ends of the curve: checkpoint files, or members of published ensembles as NAME[@VERSION]/INDEX. Without
+    --endpoints, two networks are trained first."""
     end_epochs: int | None = None
-    """Epochs for each end that is trained here (default: --epochs, which is the budget of the curve itself)."""
+    """Epochs of training for each end, without --endpoints (default: --epochs, which is also the budget of the curve
+    itself)."""
     shape: Shape = "bezier"
-    """Shape of the curve. A segment is not trained; it shows what lies between the ends."""
+    """Shape of the curve: bezier has the bends as control points, polychain is a chain of straight segments through the
+    bends, segment is the straight line between the ends and has nothing to train."""
     bends: int = 1
-    """Number of trained vertices between the ends."""
+    """Number of bends: trained vertices between the ends."""
     curve_lr: float = 0.03
-    """Initial learning rate of the curve's plain schedule (the paper: 0.3 of --lr; with small budgets, all of it was better)."""
+    """Initial learning rate of the curve, which follows the plain schedule (see --lr). The paper uses 0.3 of --lr; with
+    small budgets, --lr itself was better."""
     points_per_step: int = 1
-    """Number of points of the curve in one step, each on the whole batch. A step costs as many passes."""
+    """Number of random points of the curve whose losses are averaged in one step, each on the whole batch. A step costs
+    this many forward and backward passes."""
     members: int = 6
-    """Number of members: equally spaced points of the curve, ends included, whose predictions are averaged."""
+    """Number of members per curve: equally spaced points, including both ends. Their predictions are averaged."""
     bank: int = 256
-    """Number of equally spaced points in the bank, for the modes random and keyed. 0: no bank."""
+    """Number of equally spaced points in the bank, from which the service's modes random and keyed draw. 0: no bank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.endpoints and len(self.endpoints) != 2:
-            raise ConfigError(f"--endpoints are two networks; got {len(self.endpoints)}.")
+            raise ConfigError(f"--endpoints must be two networks; got {len(self.endpoints)}.")
         if self.endpoints and self.runs > 1:
-            raise ConfigError("--runs are runs from fresh networks; between given --endpoints there is one curve.")
+            raise ConfigError(
+                "--runs trains new networks for each curve; between given --endpoints there is only one curve. Leave out one of the two."
+            )
         if self.endpoints and self.end_epochs is not None:
-            raise ConfigError("--end-epochs train ends; with --endpoints there are none to train.")
+            raise ConfigError(
+                "--end-epochs applies to ends that are trained here; with --endpoints there are none. Leave out one of the two."
+            )
         if self.bends < 1 and self.shape != "segment":
-            raise ConfigError(f"--bends {self.bends}: a curve has at least one; straight is --shape segment.")
+            raise ConfigError(
+                f"--bends {self.bends}: a curve has at least one bend; for a straight line give --shape segment."
+            )
         if self.curve_lr <= 0 or self.points_per_step < 1 or (self.end_epochs is not None and self.end_epochs < 1):
             raise ConfigError("--curve-lr, --points-per-step and --end-epochs must be positive.")
         if self.members < 2 or self.bank < 0 or self.bank == 1:
-            raise ConfigError("--members are at least 2, the ends; --bank is 0 or at least 2.")
+            raise ConfigError("--members must be at least 2 (the two ends); --bank must be 0 or at least 2.")
 
     def given(self) -> tuple[str, ...]:
         """See Config."""
@@ -82,16 +94,16 @@ class Config(BaseConfig):
 
     @property
     def interior(self) -> int:
-        """Bends that there are."""
+        """Number of bends; 0 for a segment."""
         return 0 if self.shape == "segment" else self.bends
 
     def at(self, t: np.ndarray) -> Coefficients:
-        """The points at `t` over one curve's vertices, in order."""
+        """Coefficients of the points at `t` over the vertices of one curve, in order."""
         return coefficients.curve(self.shape, t, self.interior)
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """For each run two ends, unless they are given, and the curve between them."""
+    """For each run, legs that train two ends, unless they are given, and a leg that trains the curve between them."""
     legs: list[Leg] = []
     vertices: list[tuple[Path, Origin]] = []
     components: list[list[int]] = []
@@ -137,14 +149,15 @@ def _bends(config: Config, steps: int, ends: Sequence[Path], label: str) -> Leg:
 
 
 def between(config: Config, ends: Sequence[Path]) -> Span:
-    """The bends of a curve as what is trained."""
+    """The span that trains the bends of a curve."""
     points = config.points_per_step
 
     def begin(fixed: Sequence[State], _: Collection[str]) -> list[State]:
         return [combine(fixed, row) for row in coefficients.on_the_segment(config.interior)]
 
     def draw(generator: np.random.Generator, _: Coordinates | None) -> Coefficients:
-        # One t in each of as many equal parts: uniform together, and steadier than independent ones.
+        # Stratified: one t in each of `points` equal parts. This is uniform too, and varies less than independent
+        # draws.
         return config.at((np.arange(points) + generator.random(points)) / points)
 
     return Span(
@@ -173,7 +186,7 @@ def _points(config: Config, components: list[list[int]], total: int) -> Points:
 
 
 def run(config: Config) -> Version:
-    """Train, or go on training, and publish."""
+    """Train, resuming an interrupted run if there is one, and publish."""
     return pipeline.run(config, plan)
 
 

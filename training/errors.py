@@ -1,29 +1,29 @@
-"""What can go wrong in training. Every command prints the message on one line and exits with code 2.
+"""Errors of training. Every command prints the message on one line and exits with code 2.
 
 TrainingError
-├── ConfigError      options that cannot be carried out
-├── ImportStringError    `package.module:attribute` that does not lead anywhere
+├── ConfigError      options that are invalid or contradict each other
+├── ImportStringError    a `package.module:attribute` that cannot be imported
 ├── DataError        a data set that is unknown, missing or malformed
-├── NetworkError     a network that is unknown, cannot be built, or gives no logits
+├── NetworkError     a network that is unknown, cannot be built, or does not return logits
 ├── CheckpointError  a checkpoint that cannot be read, or belongs to another network
 ├── DivergenceError  the loss is NaN or infinite
-├── RunError         the run folder is in use, or was made by other code or data
-└── ExportError      ONNX export failed, or the exported member answers differently
+├── RunError         the run folder is in use, or was begun with other code or data
+└── ExportError      ONNX export failed, or the exported member gives different outputs
 """
 
 from models_store.errors import ModepathError
 
 
 class TrainingError(ModepathError):
-    """Anything that stops a training for a reason the user can mend."""
+    """Base class of errors that stop a training and that the user can correct."""
 
 
 class ConfigError(TrainingError):
-    """Options that cannot be carried out."""
+    """Options that are invalid or contradict each other."""
 
 
 class ImportStringError(TrainingError):
-    """An import string that does not lead anywhere."""
+    """An import string that cannot be imported."""
 
 
 class DataError(TrainingError):
@@ -31,7 +31,7 @@ class DataError(TrainingError):
 
 
 class NetworkError(TrainingError):
-    """A network that is unknown, cannot be built, or gives no logits."""
+    """A network that is unknown, cannot be built, or does not return logits."""
 
 
 class CheckpointError(TrainingError):
@@ -43,8 +43,8 @@ class DivergenceError(TrainingError):
 
 
 class RunError(TrainingError):
-    """The run folder is in use, or was made by other code or data."""
+    """The run folder is in use, or was begun with other code or data."""
 
 
 class ExportError(TrainingError):
-    """ONNX export failed, or the exported member answers differently from torch."""
+    """ONNX export failed, or the exported member gives other outputs than torch."""

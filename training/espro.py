@@ -1,8 +1,9 @@
 """Simplexes of low loss around trained networks, and the ensembles inside them (Benton et al. 2021).
 
-ESPRO: at each mode (a trained network) a simplex grows, one vertex at a time; with --connect (SPRO) the new vertices are shared, so
-that a simplicial complex joins the modes. A new vertex is trained so that networks drawn uniformly from the complex are good and
-the complex is large: its loss is the mean over the drawn networks, minus --volume-weight times the log of the volume.
+ESPRO: at each mode (a trained network) a simplex grows, one vertex at a time; with --connect (SPRO) the new vertices
+are shared, so that a simplicial complex joins the modes. A new vertex is trained so that networks drawn uniformly from
+the complex are good and the complex is large: its loss is the mean loss of the drawn networks minus --volume-weight
+times the logarithm of the volume.
 """
 
 from __future__ import annotations
@@ -41,39 +42,50 @@ class Config(BaseConfig):
     method: ClassVar[str] = "espro"
 
     base: tuple[str, ...] = ()
-    """The networks to grow simplexes around: published ensembles (NAME for all members, NAME/INDEX for one) or checkpoint files. Without them each of --runs trains one."""
+    """The networks to grow simplexes around: published ensembles (NAME for all members, NAME/INDEX for one) or
+    checkpoint files. Without --base, each of --runs trains one network first."""
     vertices: int | None = None
-    """Number of vertices that grow around each network (default: 3). With --connect, the simplexes name their vertices."""
+    """Number of new vertices around each network (default: 3). Not with --connect, which lists the vertices of the
+    simplexes."""
     connect: tuple[str, ...] = ()
-    """Simplexes that join the networks, as lists of vertices, for example 0,2,3 1,2,3. The networks are counted first, from 0; further numbers are new vertices."""
+    """Simplexes that connect the networks, each as a list of vertex numbers, for example 0,2,3 1,2,3. The networks have
+    the first numbers, from 0; higher numbers are new vertices (in the example, 2 and 3 if there are two networks)."""
     vertex_epochs: int = 10
-    """Epochs for each new vertex. Each epoch costs --points-per-step plain epochs."""
+    """Epochs of training for each new vertex. Each epoch costs as much as --points-per-step plain epochs."""
     vertex_lr: float = 0.05
     """Initial learning rate of a new vertex; it falls along a cosine."""
     points_per_step: int = 1
-    """Number of networks drawn from the simplexes in one step, each on the whole batch. At equal cost, more steps were better than more networks per step."""
+    """Number of networks drawn from the simplexes whose losses are averaged in one step, each on the whole batch. At
+    equal cost, more steps were better than more networks per step."""
     volume_weight: float = 0.1
-    """Weight λ of the log-volume term, in nats of loss for each e-fold of volume. Simplexes of k + 1 vertices use 6 λ / ((k + 1)(k + 2)), so that all
-    vertices trade loss for distance equally. A vertex that the loss does not hold back rises to a height where the L2 penalty balances the term.
-    Quadrupling λ doubles the distance; a vertex loses about 1.5 λ nats."""
+    """Weight λ of the log-volume term in the loss of a new vertex, in nats for each factor e of volume. Simplexes of
+    k + 1 vertices use 6 λ / ((k + 1)(k + 2)), so that all vertices trade loss for distance equally. Quadrupling λ doubles
+    the distance; the network at a vertex is about 1.5 λ nats worse than the base. A vertex that does not raise the loss
+    moves away until the L2 penalty balances the term."""
     perturbation: float = 0.01
-    """Distance from the mean of the other vertices at which a new vertex starts, as a share of each tensor's norm."""
+    """Initial distance of a new vertex from the mean of the other vertices, as a share of each tensor's norm."""
     samples: int = 25
-    """Number of members drawn from each simplex, whose predictions are averaged. From joined simplexes they are drawn together."""
+    """Number of members for each simplex; their predictions are averaged. From connected simplexes, all members are
+    drawn together, in proportion to volume."""
     bank: int = 256
-    """Number of networks in the bank, drawn from all simplexes, for the modes random and keyed. 0: no bank."""
+    """Number of networks in the bank, drawn from all simplexes, from which the service's modes random and keyed draw.
+    0: no bank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.base and self.runs > 1:
-            raise ConfigError("--runs train that many modes here; with --base the modes are given.")
+            raise ConfigError(
+                "--runs trains that many modes here; with --base the modes are given. Leave out one of the two."
+            )
         if self.connect and self.vertices is not None:
-            raise ConfigError("--vertices grow at each mode by itself; --connect names the vertices that there are.")
+            raise ConfigError(
+                "--vertices grows a separate simplex at each mode; --connect lists the vertices itself. Leave out one of the two."
+            )
         if self.grown < 1 or self.vertex_epochs < 1 or self.vertex_lr <= 0 or self.points_per_step < 1:
             raise ConfigError("--vertices, --vertex-epochs, --vertex-lr and --points-per-step must be positive.")
         if self.volume_weight < 0 or not 0 < self.perturbation < 1:
             raise ConfigError(
-                "--volume-weight must not be negative, and --perturbation lies between 0 and 1: at the mean itself a simplex is flat."
+                "--volume-weight must not be negative, and --perturbation must lie between 0 and 1: at 0 a simplex is flat."
             )
         if self.samples < 1 or self.bank < 0:
             raise ConfigError("--samples must be at least 1; --bank must not be negative.")
@@ -83,7 +95,7 @@ class Config(BaseConfig):
         """See Config.
 
         Raises:
-            StoreError: a published ensemble that has no such version.
+            StoreError: a published ensemble does not have the given version.
         """
         store = Store()
         return tuple(one for reference in self.base for one in checkpoint.members(reference, store))
@@ -94,37 +106,39 @@ class Config(BaseConfig):
 
     @property
     def grown(self) -> int:
-        """Vertices that grow at each mode."""
+        """Number of new vertices at each mode, without --connect."""
         return 3 if self.vertices is None else self.vertices
 
     @property
     def connections(self) -> list[list[int]]:
-        """--connect as numbers.
+        """--connect as lists of vertex numbers.
 
         Raises:
-            ConfigError: not lists of at least two different vertices.
+            ConfigError: an entry is not a list of at least two different vertices.
         """
         try:
             found = [[int(vertex) for vertex in simplex.split(",")] for simplex in self.connect]
         except ValueError:
             raise ConfigError(
-                f"--connect are lists of vertices, as 0,2,3 1,2,3; got {' '.join(self.connect)}."
+                f"--connect must be lists of vertices, for example 0,2,3 1,2,3; got {' '.join(self.connect)}."
             ) from None
         for simplex in found:
             if min(simplex) < 0:
                 raise ConfigError(f"--connect {','.join(map(str, simplex))}: vertices are counted from 0.")
             if len(simplex) < 2 or len(set(simplex)) != len(simplex):
                 raise ConfigError(
-                    f"--connect {','.join(map(str, simplex))}: a simplex has two different vertices or more."
+                    f"--connect {','.join(map(str, simplex))}: a simplex has at least two different vertices."
                 )
         return found
 
 
 def complexes(config: Config, modes: int) -> list[list[list[int]]]:
-    """The simplexes of each complex; modes are the vertices 0 … modes − 1, the others are to be trained.
+    """The simplexes of each complex; vertices 0 … modes − 1 are the modes, the others are to be trained.
 
     Raises:
-        ConfigError: --connect leaves out a mode or a number, has a simplex of modes alone or one in another, or falls into parts.
+        ConfigError: --connect leaves out a mode or a number, has a simplex of modes only or one that is part of
+        another, or
+            is not connected.
     """
     if not config.connect:
         first = [modes + mode * config.grown for mode in range(modes)]
@@ -133,34 +147,32 @@ def complexes(config: Config, modes: int) -> list[list[list[int]]]:
     used = {vertex for simplex in found for vertex in simplex}
     if (missing := next(number for number in itertools.count() if number not in used)) < max(modes, *used):
         raise ConfigError(
-            f"--connect names no vertex {missing}; the {modes} modes are 0 … {modes - 1}, connecting vertices are counted on from {modes}."
+            f"--connect does not use vertex {missing}; the {modes} modes are 0 … {modes - 1}, new vertices are counted from {modes}."
         )
     if fixed := [simplex for simplex in found if max(simplex) < modes]:
-        raise ConfigError(f"--connect {','.join(map(str, fixed[0]))} has modes alone; nothing in it could be trained.")
+        raise ConfigError(f"--connect {','.join(map(str, fixed[0]))} has modes only; there is nothing in it to train.")
     for number, simplex in enumerate(found):
         if any(set(simplex) <= set(other) for other in found[:number] + found[number + 1 :]):
-            raise ConfigError(
-                f"--connect {','.join(map(str, simplex))} is part of another of its simplexes; leave it out."
-            )
+            raise ConfigError(f"--connect {','.join(map(str, simplex))} is part of another simplex; leave it out.")
     reached = {0}
     while near := {v for simplex in found if reached & set(simplex) for v in simplex} - reached:
         reached |= near
     if apart := sorted(used - reached):
-        raise ConfigError(f"--connect falls into parts: nothing joins vertex {apart[0]} to mode 0.")
+        raise ConfigError(f"--connect is not connected: no simplexes join vertex {apart[0]} to mode 0.")
     return [found]
 
 
 def star(simplexes: Sequence[Sequence[int]], vertex: int, others: Collection[int]) -> list[list[int]]:
-    """The simplexes of a new vertex, as far as there are others yet, without faces of one another.
+    """The simplexes that contain a new vertex, reduced to vertices that exist already, without faces of one another.
 
-    The rest of the complex does not move with the vertex, so drawing there would be passes for nothing.
+    The rest of the complex does not depend on the vertex, so passes for networks drawn there would be wasted.
     """
     grown = {tuple(sorted(v for v in own if v == vertex or v in others)) for own in simplexes if vertex in own}
     return [list(own) for own in sorted(grown) if not any(set(own) < set(other) for other in grown)]
 
 
 def in_turn(simplexes: Sequence[Sequence[int]], modes: int) -> list[int]:
-    """The vertices to train in an order in which each has something to hold on to: by number as far as that goes."""
+    """The vertices to train, in order: by number, but not before a simplex joins a vertex to an existing one."""
     there = {vertex for simplex in simplexes for vertex in simplex if vertex < modes}
     left = sorted({vertex for simplex in simplexes for vertex in simplex} - there)
     order: list[int] = []
@@ -173,10 +185,10 @@ def in_turn(simplexes: Sequence[Sequence[int]], modes: int) -> list[int]:
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """The modes, unless they are given, and the vertices of each complex in turn.
+    """A leg for each mode, unless they are given, and one for each new vertex, complex by complex.
 
     Raises:
-        ConfigError: see complexes; one mode of a complex is given twice.
+        ConfigError: see complexes; or --base names a mode of a complex twice.
     """
     given = len(config.base)
     if config.connect and (twice := [one for one in config.base if config.base.count(one) > 1]):
@@ -193,7 +205,7 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
             files[vertex] = run.vertex_file(len(legs) - 1, 0)
     vertices = [(files[vertex], Origin()) for vertex in sorted(files)]
     unused = given and (config.epochs, config.lr) != (Config.epochs, Config.lr)
-    note = "note: --epochs and --lr are those of modes that are trained here; with --base there are --vertex-epochs and --vertex-lr"
+    note = "note: --epochs and --lr apply to modes that are trained here, and are ignored with --base; see --vertex-epochs and --vertex-lr"
     return Plan(legs, vertices, _points(config, joined, len(vertices)), note=note if unused else None)
 
 
@@ -224,12 +236,14 @@ def _vertex(
 
 
 def within(config: Config, files: Mapping[int, Path], around: Sequence[Sequence[int]], vertex: int) -> Span:
-    """A new vertex as what is trained, in the simplexes `around` it; the others lie in `files`."""
+    """The span that trains one new vertex, in the simplexes `around` it; `files` holds the other vertices."""
     fixed = sorted({v for simplex in around for v in simplex} - {vertex})
     order = {v: i for i, v in enumerate([*fixed, vertex])}
     simplexes = [[order[v] for v in simplex] for simplex in around]
-    # The loss holds a vertex back as the second moment of its coefficient, 2 / ((k + 1)(k + 2)): with one λ for all, each vertex would be worse than the
-    # one before it (a third one by 6 points of error where the first was by 0.7).
+    # The loss resists the growth of a vertex in proportion to the second moment of its coefficient, 2 / ((k + 1)(k +
+    # 2)).
+    # With one λ for all, each vertex would be worse than the one before it (the third by 6 points of error, the first
+    # by 0.7).
     k = max(len(simplex) for simplex in simplexes) - 1
     weight = config.volume_weight * 6 / ((k + 1) * (k + 2))
 
@@ -252,7 +266,7 @@ def within(config: Config, files: Mapping[int, Path], around: Sequence[Sequence[
 
 
 def perturbed(state: State, parameters: Collection[str], length: float, generator: torch.Generator) -> State:
-    """A random step away: in each parameter of `length` times its norm."""
+    """The weights plus a random step, in each parameter of `length` times its norm."""
     found = dict(state)
     for name in parameters:
         noise = torch.randn(state[name].shape, generator=generator).to(state[name])
@@ -280,7 +294,7 @@ def _points(config: Config, joined: list[list[list[int]]], total: int) -> Points
 
 
 def describe(positions: Coordinates, simplexes: Sequence[Sequence[int]]) -> str:
-    """Volume and edges of each simplex, for people."""
+    """Volume and edge lengths of each simplex, as text for the log."""
     lines: list[str] = []
     for number, own in enumerate(map(list, simplexes), 1):
         edges = coefficients.distances(positions[own])[np.triu_indices(len(own), 1)]
@@ -290,7 +304,7 @@ def describe(positions: Coordinates, simplexes: Sequence[Sequence[int]]) -> str:
             + (
                 ""
                 if np.isfinite(log_volume)
-                else f"; flat: a vertex is a combination of the others but for rounding (height under {volume.lowest(positions[own]):.1g}). "
+                else f"; flat: up to rounding, a vertex is a combination of the others (height under {volume.lowest(positions[own]):.1g}). "
                 "Raise --volume-weight or --perturbation, or grow fewer vertices."
             )
         )
@@ -298,7 +312,7 @@ def describe(positions: Coordinates, simplexes: Sequence[Sequence[int]]) -> str:
 
 
 def run(config: Config) -> Version:
-    """Train, or go on training, and publish."""
+    """Train, resuming an interrupted run if there is one, and publish."""
     return pipeline.run(config, plan)
 
 

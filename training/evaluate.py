@@ -1,9 +1,9 @@
 """Measure a published ensemble on the test split, through the same sessions that serve it.
 
 Reports the scores of the average, each member and the best single member; pairwise disagreement; the most frequent
-confusions; how well each uncertainty measure finds the ensemble's errors and a foreign data set. Writes them as Markdown and JSON, with a reliability diagram
-and a confusion matrix.
-With --path: loss and error along a curve instead, and along the straight segment between its ends.
+confusions; how well each uncertainty measure detects the ensemble's errors and the images of a foreign data set. Writes
+them as Markdown and JSON, with a reliability diagram and a confusion matrix. With --path: loss and error along a curve
+instead, and along the straight segment between its ends.
 """
 
 from __future__ import annotations
@@ -38,34 +38,36 @@ from training.members import metrics
 
 @dataclass(frozen=True)
 class Config:
-    """What to evaluate."""
+    """Options of the command."""
 
     name: Annotated[str, tyro.conf.Positional]
     """Ensemble to measure: NAME or NAME@VERSION."""
     dataset: str | None = None
-    """Data set whose test split is used (default: the one it was trained on)."""
+    """Data set whose test split is used (default: the one that the ensemble was trained on)."""
     ood: str | None = None
-    """A foreign data set, whose images are made to fit and should look uncertain: its test split, or all images in a folder
-    (imagefolder:PATH, with or without class folders)."""
+    """Foreign data set, whose images should get a high uncertainty: its test split, or all images in a folder
+    (imagefolder:PATH, with or without class folders). The images are converted to the ensemble's image shape."""
     limit: int | None = None
     """Number of test images to use (default: all); the output states it."""
     output: Path | None = None
     """Folder for report.md, report.json, reliability.png and confusion.png (default: evaluation/NAME-VERSION)."""
 
     path: bool = False
-    """Measure points along a curve instead, and write path.md, path.json and path.png. The same command resumes."""
+    """Measure points along a published curve instead, and write path.md, path.json and path.png. If the measurement is
+    interrupted, the same command resumes it."""
     points: int = 61
     """With --path: number of equally spaced points."""
     component: int = 0
-    """With --path: which curve, from 0, if --runs made several."""
+    """With --path: index of the curve, from 0, if the ensemble has several (trained with --runs)."""
     train_images: int | None = None
-    """With --path: number of training images for train loss and error; the output states it."""
+    """With --path: number of training images for train loss and error (default: all); the output states it."""
     bn_images: int = 8192
-    """With --path: number of training images, without augmentation, on which batch norm is re-estimated at every point."""
+    """With --path: number of training images, without augmentation, on which batch norm is re-estimated at every
+    point."""
 
 
 def run(config: Config) -> Report:
-    """Evaluate, log the report and write it; returns what report.json holds, with the figures."""
+    """Evaluate, log the report and write it; returns the content of report.json, with the figures."""
     version = Store().resolve(config.name)
     if config.path:
         return _along_path(config, version)
@@ -111,7 +113,7 @@ def _along_path(config: Config, version: Version) -> Report:
     if config.dataset or config.ood:
         raise ConfigError("--path measures on the data of the training; leave --dataset and --ood out.")
     if config.points < 2:
-        raise ConfigError(f"--points {config.points}: at least the two ends.")
+        raise ConfigError(f"--points {config.points}: at least 2 are needed, the two ends.")
     subset = Subset(config.train_images, config.limit, config.bn_images)
     return path_evaluation.evaluate(version, config.points, config.component, subset, _folder(config, version))
 
@@ -120,18 +122,18 @@ def _data_of(config: Config, version: Version) -> tuple[data.Data, data.DataOpti
     """The data set to measure on.
 
     Raises:
-        ConfigError: it is unknown, or the ensemble was not made for such images or classes.
+        ConfigError: it is unknown, or its image shape or classes are not those of the ensemble.
     """
     kept = version.manifest.provenance.config
     if config.dataset is None and "dataset" not in kept:
-        raise ConfigError(f"{version.name} does not say what it was trained on; name the data set with --dataset.")
+        raise ConfigError(f"{version.name} does not record what it was trained on; name the data set with --dataset.")
     options = data_options({**kept, **({"dataset": config.dataset} if config.dataset else {})})
     found = data.load(options)
     shape = version.manifest.input.shape
     if found.shape != shape or len(found.classes) != len(version.manifest.classes):
         raise ConfigError(
             f"{version.name} takes images {shape} of {len(version.manifest.classes)} classes; {options.dataset!r} has {found.shape} of "
-            f"{len(found.classes)}. Evaluate on the data it was made for, and give others with --ood."
+            f"{len(found.classes)}. Evaluate on data like that of the training; give other data with --ood."
         )
     _check_classes(version.name, version.manifest.classes, options.dataset, found.classes)
     return found, options
@@ -145,7 +147,7 @@ def _foreign(
     session: EnsembleSession,
     average: Prediction,
 ) -> dict[str, Any]:
-    """How well each measure of uncertainty tells foreign images from those of the test split."""
+    """AUROC of each measure of uncertainty, as a detector of foreign images among those of the test split."""
     foreign, notes = data.foreign(
         dataclasses.replace(options, dataset=name, mean=None, std=None, limit=None), config.limit
     )
@@ -168,15 +170,15 @@ def _foreign(
 
 
 def _check_classes(name: str, own: Sequence[str], dataset: str, given: Sequence[str]) -> None:
-    """Class names are compared one by one, unless one side has none and only counts."""
+    """Compare class names one by one, unless one of the two has no names, only numbers."""
     counted = [str(label) for label in range(len(own))]
     if list(own) == list(given) or (counted in (list(own), list(given)) and sorted(own) != sorted(given)):
         return
     label = next(label for label, names in enumerate(zip(own, given, strict=True)) if names[0] != names[1])
     order = "in another order" if sorted(own) == sorted(given) else "under other names"
     raise ConfigError(
-        f"{name} and {dataset!r} have their classes {order}: class {label} is {own[label]!r} in one and {given[label]!r} in the other. Scores would be "
-        "those of wrong labels. Evaluate on data with the classes of the training; foreign data belongs to --ood."
+        f"{name} and {dataset!r} have their classes {order}: class {label} is {own[label]!r} in one and {given[label]!r} in the other. The labels "
+        "would be wrong. Evaluate on data with the classes of the training; give other data with --ood."
     )
 
 
@@ -185,7 +187,7 @@ def _folder(config: Config, version: Version) -> Path:
 
 
 def pairwise_disagreement(probs: Floats) -> Floats:
-    """Share of rows on which members i and j name different classes: (members, members) from (members, batch, classes)."""
+    """Share of rows for which members predict different classes: (members, members) from (members, batch, classes)."""
     labels = probs.argmax(axis=2)
     return (labels[:, None] != labels[None]).mean(axis=2)
 
@@ -196,7 +198,7 @@ def confusion_counts(labels: NDArray[np.integer], predicted: NDArray[np.integer]
 
 
 def fit_images(images: NDArray[np.float32], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Foreign images (N, c, h, w) as (N, C, H, W): grey from the channels' mean or repeated, then stretched bilinearly."""
+    """Foreign images (N, c, h, w) as (N, C, H, W), resized bilinearly. If c ≠ C, their channels' mean is repeated."""
     tensor = torch.from_numpy(images)
     if tensor.shape[1] != shape[0]:
         tensor = tensor.mean(dim=1, keepdim=True).expand(-1, shape[0], -1, -1)
@@ -211,9 +213,9 @@ def _scores(
     rows = [{"who": "average", **_row(average.mean_probs, labels)}]
     members = version.manifest.members
     for index, member in enumerate(members):
-        # A member alone answers at its own temperature, or the comparison would flatter the average.
+        # A single member uses its own temperature; otherwise the comparison would favour the average.
         rows.append({"who": f"member {index}", **_row(softmax(logits[index], member.temperature), labels)})
-    # Chosen on validation: choosing on test would flatter it. Imported members have no validation scores.
+    # Chosen on validation, because choosing on test would favour it. Imported members have no validation scores.
     if all(member.validation for member in members):
         best = max(range(len(members)), key=lambda k: members[k].validation.accuracy)  # pyright: ignore[reportOptionalMemberAccess]
         rows.insert(1, {**rows[best + 1], "who": f"best single (member {best}, by validation)"})
@@ -232,7 +234,7 @@ def _auroc(prediction: Prediction, positive: NDArray[np.bool_]) -> dict[str, flo
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report as a person reads it."""
+    """The report as Markdown."""
     columns = ("accuracy", "nll", "brier", "ece", "aurc")
     table = [[row["who"], *(f"{row[c]:.4f}" for c in columns)] for row in report["scores"]]
     pairs = np.array(report["pairwise_disagreement"])

@@ -30,30 +30,38 @@ class Config(BaseConfig):
     method: ClassVar[str] = "fge"
 
     pretrain: float = 0.8
-    """Share of the budget for pre-training, which follows the plain schedule of the whole budget and stops there."""
+    """Share of the budget for pre-training, which follows the plain schedule of the whole budget (see --lr) up to this
+    share."""
     alpha_1: float = 0.05
     """Largest learning rate of a cycle."""
     alpha_2: float = 5e-4
-    """Smallest learning rate of a cycle. Members are collected where it is reached."""
+    """Smallest learning rate of a cycle, at which a member is collected."""
     members: int = 6
-    """Number of members collected after each start. Their cycles fill the rest of the budget; --cycle overrides it."""
+    """Number of members collected from each start (see --starts). Their cycles share the rest of the budget equally.
+    With --cycle, the length of a cycle decides the number instead."""
     cycle: float | None = None
-    """Length of a cycle in epochs (the paper: 2 to 4 with a budget of 200)."""
+    """Length of a cycle in epochs (default: from --members; the paper: 2 to 4 with a budget of 200)."""
     starts: tuple[int, ...] = ()
-    """Epochs of the pre-training whose checkpoints each start an equal share of the cycles (default: the last one)."""
+    """Epochs of the pre-training after which a checkpoint is kept. Cycles start from each of these checkpoints, and
+    share the rest of the budget equally (default: the last epoch only)."""
     init: tuple[Path, ...] = ()
-    """Your own trained weights. The whole budget is then spent on cycles, and each given network becomes a member too."""
+    """Files with your own trained weights, instead of pre-training. The whole budget is then spent on cycles, and each
+    given network also becomes a member."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.alpha_2 < self.alpha_1:
-            raise ConfigError(f"0 < alpha_2 < alpha_1 is needed; got {self.alpha_2:g} and {self.alpha_1:g}.")
+            raise ConfigError(
+                f"--alpha-2 must be positive and less than --alpha-1; got {self.alpha_2:g} and {self.alpha_1:g}."
+            )
         if self.init and self.runs > 1:
             raise ConfigError(
-                "--runs are runs from fresh networks; with --init every given network has its own cycles."
+                "--runs pre-trains new networks; with --init there is one set of cycles for each given network. Leave out one of the two."
             )
         if self.init and self.starts:
-            raise ConfigError("--starts are epochs of the pre-training; with --init there is none.")
+            raise ConfigError(
+                "--starts names epochs of the pre-training; with --init there is none. Leave out one of the two."
+            )
         if not self.init and not 0 < self.pretrain_epochs < self.epochs:
             raise ConfigError(
                 f"--pretrain {self.pretrain:g} of {self.epochs} epochs leaves {self.pretrain_epochs} for pre-training and "
@@ -62,7 +70,7 @@ class Config(BaseConfig):
         if self.members < 1 or (self.cycle is not None and self.cycle <= 0):
             raise ConfigError("--members must be at least 1 and --cycle positive.")
         if wrong := [epoch for epoch in self.starts if not 1 <= epoch <= self.pretrain_epochs]:
-            raise ConfigError(f"--starts {wrong[0]} is no epoch of the pre-training (1 … {self.pretrain_epochs}).")
+            raise ConfigError(f"--starts {wrong[0]} is not an epoch of the pre-training (1 … {self.pretrain_epochs}).")
 
     def given(self) -> tuple[str, ...]:
         """See Config."""
@@ -74,18 +82,20 @@ class Config(BaseConfig):
 
     @property
     def pretrain_epochs(self) -> int:
-        """Epochs of the plain schedule."""
+        """Number of epochs of pre-training."""
         return 0 if self.init else round(self.pretrain * self.epochs)
 
     def cycles(self, steps: int) -> tuple[int, tuple[int, ...]]:
-        """Iterations in one cycle (even), and those after which members are collected, at `steps` an epoch.
+        """Returns the length of a cycle (even), and the iterations after which members are collected.
+
+        `steps` is the number of iterations in an epoch.
 
         Raises:
-            ConfigError: not one collection fits.
+            ConfigError: no collection fits into the budget.
         """
         starts = len(self.init or self.starts or (0,))
         available = (self.epochs - self.pretrain_epochs) * steps // starts
-        # The last collection, at half of the last cycle, is where the budget ends.
+        # The budget ends with the last collection, in the middle of the last cycle.
         exact = available / (self.members - 0.5) if self.cycle is None else self.cycle * steps
         cycle = max(2, 2 * round(exact / 2))
         while self.cycle is None and cycle > 2 and (self.members - 1) * cycle + cycle // 2 > available:
@@ -93,8 +103,8 @@ class Config(BaseConfig):
         collect = fge_collections(available, cycle)
         if self.cycle is None and 0 < len(collect) < self.members:
             raise ConfigError(
-                f"--members {self.members} do not fit: the {available} iterations after each start have room for {len(collect)}, as a cycle has "
-                "at least two. Give more --epochs, a smaller --batch-size, or fewer --members."
+                f"--members {self.members} do not fit: the {available} iterations after each start have room for {len(collect)}, because a cycle "
+                "has at least two. Give more --epochs, a smaller --batch-size, or fewer --members."
             )
         if not collect:
             raise ConfigError(
@@ -105,7 +115,7 @@ class Config(BaseConfig):
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """Pre-training, unless weights were given, and the cycles after each start; so for each run."""
+    """For each run, a leg of pre-training, unless weights are given, and a leg of cycles from each start."""
     cycle, collect = config.cycles(steps)
     note = None
     if config.cycle is not None and len(collect) != config.members:
@@ -148,7 +158,7 @@ def _cycles(config: Config, cycle: int, collect: tuple[int, ...], file: Path, of
 
 
 def run(config: Config) -> Version:
-    """Train, or go on training, and publish."""
+    """Train, resuming an interrupted run if there is one, and publish."""
     return pipeline.run(config, plan)
 
 

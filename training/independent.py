@@ -1,6 +1,6 @@
-"""A deep ensemble (Lakshminarayanan et al. 2017): networks trained on their own, each at the full price.
+"""A deep ensemble (Lakshminarayanan et al. 2017): networks trained independently, each with the whole budget.
 
-Each has its own initial weights and its own order of the data. The baseline that cheaper ensembles are measured against.
+They differ in their initial weights and in the order of the data. This is the baseline for cheaper ensembles.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Config(BaseConfig):
     method: ClassVar[str] = "independent"
 
     runs: int = 5
-    """Number of networks. Each costs the whole budget."""
+    """Number of networks, each of which is trained with the whole budget and becomes a member."""
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """The plain schedule for each network."""
+    """One leg with the plain schedule for each network."""
     total = config.epochs * steps
     legs = [
         Leg(
@@ -44,7 +44,7 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
 
 
 def run(config: Config) -> Version:
-    """Train, or go on training, and publish."""
+    """Train, resuming an interrupted run if there is one, and publish."""
     return pipeline.run(config, plan)
 
 

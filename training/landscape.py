@@ -1,8 +1,9 @@
-"""The loss around published networks, as the papers draw it.
+"""Measures and draws the loss around published networks, as in the papers.
 
-Of a curve with one bend, or of three networks: train loss and test error over the plane through the three weight sets.
-Of an ensemble collected along one run (FGE, snapshots, cSG-MCMC): rate, test error and distance from the start along that run.
-Of simplexes: the loss over their faces, the whole complex in three dimensions, and the volume by the number of vertices.
+For a curve with one bend, or for three networks: train loss and test error over the plane through the three weight
+sets. For an ensemble collected along one run (FGE, snapshots, cSG-MCMC): learning rate, test error and distance from
+the start along that run. For simplexes: the loss over their faces, the whole complex in three dimensions, and the
+volume by the number of vertices.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ RUNS = {module.Config.method: module for module in (csgmcmc, fge, snapshot)}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to look at."""
+    """Options of the command."""
 
     of: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """A published ensemble of curves, simplexes, FGE, snapshots or cSG-MCMC, NAME[@VERSION]; or three networks, NAME[@VERSION]/INDEX each, of one architecture."""
+    """What to measure: a published ensemble, NAME[@VERSION], of a curve with one bend, simplexes, FGE, snapshots or
+    cSG-MCMC; or three networks of one architecture, NAME[@VERSION]/INDEX each."""
     grid: int = 21
-    """Number of points on each side of a plane."""
+    """Number of grid points on each side of a plane."""
     margin: float = 0.25
     """How far a plane extends beyond its three networks, as a share of their extent."""
     train_images: int | None = 5000
@@ -44,36 +46,39 @@ class Config:
     bn_images: int = 2048
     """Number of training images, without augmentation, on which batch norm is re-estimated at every point."""
     each_cycle: int = 10
-    """Ensembles collected along a run: number of measurements in each cycle."""
+    """For ensembles collected along a run (FGE, snapshots, cSG-MCMC): number of measurements in each cycle."""
     face: tuple[str, ...] = ()
-    """Simplexes: faces to draw, each as its three vertices, for example 0,1,2 0,1,3 (default: the first three vertices of the first simplex)."""
+    """For simplexes: faces to draw, each as three vertices, for example 0,1,2 0,1,3 (default: the first three vertices
+    of the first simplex)."""
     output: Path | None = None
     """Folder for the tables and figures (default: evaluation/NAME-VERSION)."""
 
     def __post_init__(self) -> None:
         if self.grid < 2 or self.each_cycle < 2:
-            raise ConfigError("--grid and --each-cycle are at least 2.")
+            raise ConfigError("--grid and --each-cycle must be at least 2.")
         _ = self.faces
         if len(self.of) not in (1, 3):
             raise ConfigError(f"Give one ensemble, or three networks; got {len(self.of)} names.")
 
     @property
     def faces(self) -> list[list[int]]:
-        """--face as numbers.
+        """--face as lists of vertex numbers.
 
         Raises:
-            ConfigError: not three different vertices.
+            ConfigError: a face does not have three different vertices.
         """
         faces = [[int(vertex) if vertex.isdecimal() else -1 for vertex in face.split(",")] for face in self.face]
         if wrong := [
             given for given, face in zip(self.face, faces, strict=True) if len(set(face)) != 3 or min(face) < 0
         ]:
-            raise ConfigError(f"--face {wrong[0]}: a face has three different vertices, counted from 0, as 0,1,2.")
+            raise ConfigError(
+                f"--face {wrong[0]}: a face has three different vertices, counted from 0, for example 0,1,2."
+            )
         return faces
 
 
 def run(config: Config) -> Report:
-    """Measure, log where the files are, and return what the JSON holds."""
+    """Measure, write tables and figures, log their folder, and return the content of the JSON file."""
     subset = Subset(config.train_images, config.test_images, config.bn_images)
     store = Store()
     if len(config.of) == 3:

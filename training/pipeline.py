@@ -1,4 +1,4 @@
-"""The pipeline shared by all methods: data, network, run, legs of training, points between weights, a published version.
+"""The pipeline shared by all methods: data, network, run, legs of training, points between weights, publication.
 
 A method describes its own part in a Plan: how to train, and which points of the trained weights become members.
 """
@@ -37,7 +37,7 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class Trained:
-    """What code that runs after the legs may use."""
+    """What `Plan.build_vertices` works with, once the legs are trained."""
 
     network: nn.Module  # its weights may be overwritten
     data: Data
@@ -46,25 +46,26 @@ class Trained:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method makes of its options."""
+    """What a method trains and publishes with the given options."""
 
     legs: list[Leg]
-    vertices: Sequence[tuple[Path, Origin]]  # files of the weight sets that there are when the legs are done
+    vertices: Sequence[tuple[Path, Origin]]  # files of the weight sets that exist after training
     points: Points | None = None  # members between the vertices; None: each vertex is a member
     note: str | None = None  # printed before training begins
-    # Builds vertices from the collected weights where the legs did not train them. It runs again after a crash.
+    # Builds vertices from the collected weights if the legs do not train them directly. It runs again after a crash.
     build_vertices: Callable[[Trained], None] | None = None
-    # Weights of the members, (members,), from their validation logits (members, batch, classes) and the labels (batch,); None: equal ones.
+    # Weights of the members, (members,), from their validation logits (members, batch, classes) and the labels
+    # (batch,); None: equal weights.
     weigh: Weigh | None = None
 
 
 def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
-    """Train, or go on training, and publish; a finished run is found and left alone.
+    """Train, resuming an interrupted run if there is one, and publish. A finished run is not repeated.
 
     Args:
         config: the method's options.
-        plan: (options, run, iterations in an epoch) -> Plan. `run.start_file("fresh-0")` … are networks with initial
-            weights of their own, `run.start_file("given-0")` … the weights that `config.given()` names.
+        plan: (options, run, iterations in an epoch) -> Plan. `run.start_file("fresh-0")` … hold networks with new
+            initial weights, `run.start_file("given-0")` … the weights that `config.given()` names.
     """
     store = Store()
     store.check_writable(config.published_name)
@@ -81,7 +82,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     starts = [_state(network, weights.file) for weights in given]
     _warn_of(given, loaded, config)
     exporter = Exporter(loaded.shape)
-    if begun_from is None:  # a run that was begun has passed
+    if begun_from is None:  # a run that exists has passed this check
         trial.check(network, loaded, exporter)
     config = trial.fit(config, session.fabric, network, loaded)
     session = dataclasses.replace(session, config=config)
@@ -107,7 +108,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
                 _write_starts(session, this_run, starts)
         if (done := store.find_run(config.published_name, this_run.identity)) is not None:
             logger.info(
-                f"already finished: this run published {config.published_name}@{done}. Nothing to do; --fresh trains anew."
+                f"already finished: this run published {config.published_name}@{done}. Nothing to do; --fresh trains again."
             )
             if leader and config.activate:
                 _activate_late(store, config.published_name, done, this_run, config)
@@ -152,26 +153,26 @@ def _warn_of(given: Sequence[Given], loaded: Data, config: Config) -> None:
     if loaded.validation_cut:
         logger.warning(
             "the validation images were set aside from the training images just now. If the given network was trained on "
-            "them, the validation scores are too good and the temperature too low; let your data set bring a validation split."
+            "them, the validation scores are too good and the temperature too low; use a data set with its own validation split."
         )
     if config.mean is None or config.std is None:
         logger.warning(
-            f"the given network gets images normalised by mean {_numbers(loaded.mean)} and std {_numbers(loaded.std)}, those of this data "
-            "set. If it was trained with others, it answers wrongly: give them with --mean and --std."
+            f"the given network gets images normalised by mean {_numbers(loaded.mean)} and std {_numbers(loaded.std)}, the values of this "
+            "data set. If it was trained with other values, its predictions are wrong: give those with --mean and --std."
         )
 
 
 def _activate_late(store: Store, name: str, version: int, run: Run, config: Config) -> None:
-    """What an earlier process was stopped before, or was not allowed to do."""
+    """Activate a published version if the run was stopped before doing so, or if --activate-anyway is new."""
     refused = activation.activation_refused(run)
     if refused is not None and config.activate_anyway:
         store.activate(name, version)
         activation.keep_decision(run, refused, anyway=True)
         logger.warning(f"{name}@{version} is active now because of --activate-anyway, although {refused}")
     elif refused is not None:
-        logger.warning(f"NOT ACTIVATED: {refused} --activate-anyway serves it.")
+        logger.warning(f"NOT ACTIVATED: {refused} To serve it anyway, give --activate-anyway.")
     elif store.finish_activation(name, version):
-        logger.info(f"{name}@{version} is active now: the run was stopped before it had activated it.")
+        logger.info(f"{name}@{version} is active now: the run was stopped before activating it.")
 
 
 @contextlib.contextmanager
@@ -206,7 +207,7 @@ def _state(network, file: Path) -> State:
 
 
 def _save_start(file: Path, state: State) -> None:
-    if not file.exists():  # the run was begun before
+    if not file.exists():  # it exists if the run is resumed
         save_state(file, {f"network.{name}": tensor for name, tensor in state.items()}, PREFIXED)
 
 

@@ -1,4 +1,6 @@
-"""Snapshot ensembles (Huang et al. 2017): the rate falls along a cosine and starts anew, and each fall leaves a member."""
+"""Snapshot ensembles (Huang et al. 2017): in each cycle the learning rate falls along a cosine, and
+the weights at its end become a member.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,22 @@ class Config(BaseConfig):
     method: ClassVar[str] = "snapshot"
 
     cycles: int = 5
-    """Number of cycles: equal parts of the budget. The learning rate starts each cycle at --lr and falls to nearly 0 (the paper: 5 or 6)."""
+    """Number of cycles that divide the budget equally (the paper: 5 or 6). In each, the learning rate falls from --lr
+    to nearly 0."""
     members: int | None = None
-    """Number of last snapshots of a run that become members (default: all)."""
+    """Number of snapshots of a run that become members: those of its last cycles (default: all)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cycles < 1 or not 1 <= (self.members or self.cycles) <= self.cycles:
-            raise ConfigError(f"--members lie between 1 and --cycles; got {self.members} of {self.cycles}.")
+            raise ConfigError(f"--members must lie between 1 and --cycles; got {self.members} of {self.cycles}.")
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """One leg a run: all its cycles.
+    """One leg for each run, with all its cycles.
 
     Raises:
-        ConfigError: more cycles than iterations.
+        ConfigError: there are more cycles than iterations.
     """
     total = config.epochs * steps
     if config.cycles > total:
@@ -56,7 +59,7 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
 
 
 def run(config: Config) -> Version:
-    """Train, or go on training, and publish."""
+    """Train, resuming an interrupted run if there is one, and publish."""
     return pipeline.run(config, plan)
 
 

@@ -1,6 +1,7 @@
-"""Greedy soup (Wortsman et al. 2022): one network, the average of those weights that are better together on validation.
+"""Greedy soup (Wortsman et al. 2022): the average of trained weight sets that are chosen greedily on validation.
 
-The candidates are the weights at the end of the last epochs of one training, or of fine-tunings of one given network at several rates.
+The candidates are the weights after each of the last epochs of one training, or of several fine-tunings of one given
+network at different learning rates.
 """
 
 from __future__ import annotations
@@ -33,18 +34,22 @@ class Config(BaseConfig):
     method: ClassVar[str] = "soup"
 
     init: Path | None = None
-    """Weights to fine-tune (safetensors, or a torch checkpoint). Without it, one network is trained from scratch."""
+    """File with weights to fine-tune (safetensors, or a torch checkpoint). Without --init, training starts from new
+    initial weights."""
     rates: tuple[float, ...] = ()
-    """Learning rates: one training of --epochs for each, all from the same weights (default: --lr alone)."""
+    """Learning rates of the trainings: one training of --epochs for each, all from the same weights (default: one, with
+    --lr)."""
     last: int = 5
-    """Number of epochs at the end of each training whose weights are candidates."""
+    """Number of epochs at the end of each training after which the weights are candidates for the average."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.runs > 1:
-            raise ConfigError("--runs begin from different weights, whose average is no network; give --rates instead.")
+            raise ConfigError(
+                "--runs start from different weights, which cannot be averaged to one network; give --rates instead."
+            )
         if not 1 <= self.last <= self.epochs or min(self.rates, default=1) <= 0:
-            raise ConfigError(f"--last lies between 1 and --epochs {self.epochs}, and --rates are positive.")
+            raise ConfigError(f"--last must lie between 1 and --epochs {self.epochs}, and --rates must be positive.")
 
     def given(self) -> tuple[str, ...]:
         """See Config."""
@@ -56,7 +61,7 @@ class Config(BaseConfig):
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """A training for each rate, a candidate after each of its last epochs, and the soup of all."""
+    """A leg for each rate, which collects a candidate after each of its last epochs, and the soup of all candidates."""
     total = config.epochs * steps
     legs = [
         Leg(
@@ -85,12 +90,12 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
 
 
 def greedy(states: Sequence[State], alone: Sequence[Answers | None], judge: Callable[[State], Answers | None]) -> State:
-    """Recipe 1 of the paper: from the most accurate on, each candidate stays if the average with it is at least as accurate.
+    """Recipe 1 of the paper: in order of accuracy, a candidate is kept if the average with it is at least as accurate.
 
     Args:
         states: the candidates.
-        alone: what each answers on validation; None: nothing finite.
-        judge: gives the same of an average.
+        alone: the predictions of each on validation; None if they are not finite.
+        judge: returns the same for an average.
     """
     able = [(one, state) for one, state in zip(alone, states, strict=True) if one is not None]
     able.sort(key=lambda pair: (-pair[0].accuracy, pair[0].nll.mean()))
@@ -107,7 +112,7 @@ def _average(states: Sequence[State]) -> State:
 
 
 def run(config: Config) -> Version:
-    """Train, or go on training, and publish."""
+    """Train, resuming an interrupted run if there is one, and publish."""
     return pipeline.run(config, plan)
 
 

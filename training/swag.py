@@ -1,7 +1,7 @@
-"""SWAG (Maddox et al. 2019): a Gaussian over the weights that SGD passes through at a constant rate, and networks drawn from it.
+"""SWAG (Maddox et al. 2019): a Gaussian over the weights that SGD visits at a constant rate, and samples from it.
 
-With --runs k it is MultiSWAG, one Gaussian a run. With --endpoints the Gaussian is over the bend of a curve between two networks
-(Benton et al. 2021, section 4.1): each draw is a curve, and the member a point of it.
+With --runs k it is MultiSWAG: one Gaussian for each run. With --endpoints the Gaussian is over the bend of a curve
+between two networks (Benton et al. 2021, section 4.1): each sample is a curve, and the member a random point of it.
 """
 
 from __future__ import annotations
@@ -39,32 +39,41 @@ class Config(BaseConfig):
     method: ClassVar[str] = "swag"
 
     start: float = 0.75
-    """Share of the budget after which weights are collected; until then the learning rate falls to --swag-lr. With --init it is 0."""
+    """Share of the budget that is trained before weights are collected, while the learning rate falls from --lr to
+    --swag-lr. With --init, collection starts at once."""
     swag_lr: float = 0.01
     """Constant learning rate while weights are collected."""
     every: float = 1.0
-    """Epochs between two collections."""
+    """Number of epochs between two collections of weights."""
     rank: int = 20
-    """Rank of the low-rank part of the covariance: the number of last collections that it uses."""
+    """Rank of the low-rank part of the covariance: the number of last collections of weights that it is computed
+    from."""
     samples: int = 30
-    """Number of members drawn from each Gaussian, whose predictions are averaged. 0: the mean of the weights alone (SWA, Izmailov et al. 2018)."""
+    """Number of members drawn from each Gaussian; their predictions are averaged. 0: the mean of each Gaussian is the
+    only member (SWA, Izmailov et al. 2018)."""
     init: tuple[Path, ...] = ()
-    """Your own trained weights: one Gaussian around each, with the whole budget at the constant learning rate."""
+    """Files with your own trained weights. One Gaussian is computed around each, and the whole budget is trained at
+    --swag-lr."""
     endpoints: tuple[str, ...] = ()
-    """Two networks, as in training.curve: the Gaussian is over the bend of a Bezier curve between them."""
+    """Two networks: checkpoint files, or members of published ensembles as NAME[@VERSION]/INDEX. The Gaussian is then
+    over the bend of a Bezier curve between them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.start < 1 or self.swag_lr <= 0 or self.every <= 0:
-            raise ConfigError("--start lies in [0, 1); --swag-lr and --every are positive.")
+            raise ConfigError("--start must lie in [0, 1); --swag-lr and --every must be positive.")
         if self.rank < 2 or self.samples < 0:
-            raise ConfigError("--rank is at least 2; --samples must not be negative.")
+            raise ConfigError("--rank must be at least 2; --samples must not be negative.")
         if self.endpoints and not self.samples:
-            raise ConfigError("--samples 0 is the mean of weights; over a bend that is a curve. Give at least 1.")
+            raise ConfigError(
+                "--samples 0 publishes a mean of weights; with --endpoints that mean is a curve. Give at least 1."
+            )
         if self.endpoints and (len(self.endpoints) != 2 or self.init):
-            raise ConfigError("--endpoints are two networks, and --init cannot be given with them.")
+            raise ConfigError("--endpoints must be two networks, and cannot be combined with --init.")
         if (self.init or self.endpoints) and self.runs > 1:
-            raise ConfigError("--runs are runs from fresh networks; with given ones there is a Gaussian for each.")
+            raise ConfigError(
+                "--runs trains new networks; with --init or --endpoints the networks are given. Leave out one of the two."
+            )
 
     def given(self) -> tuple[str, ...]:
         """See Config."""
@@ -77,14 +86,14 @@ class Config(BaseConfig):
         return dataclasses.replace(self, init=tuple(map(Path, given)))
 
     def begin(self, steps: int) -> int:
-        """Iterations before the constant rate."""
+        """Number of iterations before the rate is constant."""
         return 0 if self.init else round(self.start * self.epochs * steps)
 
     def collections(self, steps: int) -> tuple[int, ...]:
         """Iterations after which weights are collected.
 
         Raises:
-            ConfigError: fewer than two.
+            ConfigError: fewer than two fit into the budget.
         """
         total, apart = self.epochs * steps, self.every * steps
         begin = self.begin(steps)
@@ -99,7 +108,7 @@ class Config(BaseConfig):
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:
-    """A leg for each Gaussian, and the networks that are drawn from it.
+    """A leg for each Gaussian, and the networks sampled from it.
 
     Raises:
         ConfigError: see Config.collections.
@@ -162,7 +171,7 @@ def _draw(
 
 
 def _names(network: nn.Module) -> list[list[str]]:
-    """Of each trained parameter; a tied one has several."""
+    """The names of each trained parameter; a tied parameter has several."""
     found: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -171,7 +180,7 @@ def _names(network: nn.Module) -> list[list[str]]:
 
 
 def run(config: Config) -> Version:
-    """Train, or go on training, and publish."""
+    """Train, resuming an interrupted run if there is one, and publish."""
     return pipeline.run(config, plan)
 
 

@@ -51,11 +51,11 @@ def test_connecting_vertices_are_shared():
     ("connect", "modes", "told"),
     [
         (("0,3", "1,3", "2,3"), 2, None),
-        (("0,2", "1,3"), 2, "falls into parts: nothing joins vertex 1"),
-        (("0,2",), 2, "names no vertex 1"),
-        (("0,1,3",), 2, "names no vertex 2"),
-        (("0,1,2", "0,1"), 2, "has modes alone"),
-        (("0,1,2,1000000000000",), 2, "names no vertex 3"),
+        (("0,2", "1,3"), 2, "is not connected: no simplexes join vertex 1"),
+        (("0,2",), 2, "does not use vertex 1"),
+        (("0,1,3",), 2, "does not use vertex 2"),
+        (("0,1,2", "0,1"), 2, "has modes only"),
+        (("0,1,2,1000000000000",), 2, "does not use vertex 3"),
     ],
 )
 def test_an_incidence_that_cannot_be_trained_is_told(connect, modes, told):
@@ -76,7 +76,7 @@ def test_an_incidence_that_cannot_be_trained_is_told(connect, modes, told):
         ({"perturbation": 0}, "simplex is flat"),
         ({"volume_weight": -1}, "--volume-weight"),
         ({"vertices": 0}, "--vertices"),
-        ({"vertices": 2, "connect": ("0,1",)}, "--connect names the vertices"),
+        ({"vertices": 2, "connect": ("0,1",)}, "--connect lists the vertices"),
         ({"samples": 0}, "--samples"),
         ({"base": ("a.pt",), "runs": 2}, "--runs"),
     ],
@@ -230,7 +230,7 @@ def test_options_of_modes_are_said_to_be_unused_where_the_modes_are_given(capsys
     espro.run(Config(name="e", base=("base",), **GROW))
     assert "--vertex-epochs" not in capsys.readouterr().out
     espro.run(Config(name="f", base=("base",), epochs=7, **GROW))
-    assert "note: --epochs and --lr are those of modes" in capsys.readouterr().out
+    assert "note: --epochs and --lr apply to modes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("factory", "rate"), [("rows_network", 0.3), ("attention_network", 0.1), ("odd_network", 0.1)])

@@ -42,10 +42,10 @@ def test_around_given_weights_the_whole_budget_is_collected():
     [
         ({"epochs": 4}, "1 collections fit"),
         ({"rank": 1}, "--rank"),
-        ({"endpoints": ("a", "b"), "samples": 0}, "over a bend that is a curve"),
+        ({"endpoints": ("a", "b"), "samples": 0}, "with --endpoints that mean is a curve"),
         ({"start": 1.0}, "--start"),
         ({"endpoints": ("a",)}, "two networks"),
-        ({"endpoints": ("a", "b"), "init": ("c",)}, "--init cannot"),
+        ({"endpoints": ("a", "b"), "init": ("c",)}, "cannot be combined with --init"),
         ({"init": ("c",), "runs": 2}, "--runs"),
     ],
 )

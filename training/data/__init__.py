@@ -1,13 +1,13 @@
-"""Data sets by name, split, described, and handed out in batches.
+"""Loads data sets by name, splits them, describes them, and returns batches.
 
     digits                   1797 scans of 8×8 that scikit-learn ships
     fashion-mnist            torchvision's folder, or Debian's package dataset-fashion-mnist
     cifar10, cifar100        torchvision's folder
-    imagefolder:PATH         PATH/train, PATH/val, PATH/test (or less) with a folder a class
+    imagefolder:PATH         PATH/train, PATH/val, PATH/test (or less), each with one folder per class
     package.module:factory   the user's own: factory() -> (train, validation, test)
 
-What a split must be, in which forms it may come and what is refused is in contract.py, streaming.py and classes.py.
-The validation split chooses and calibrates; the test split is only ever reported.
+contract.py, streaming.py and classes.py define which forms of splits are accepted, and the requirements on them.
+The validation split is used for choices and calibration; the test split is used for reports only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from training.data.import_string import import_string
 from training.data.streaming import Streamed, scale
 from training.errors import DataError
 
-SAMPLED = 16  # rows that are read twice, to see whether a data set is random by itself
+SAMPLED = 16  # rows that are read twice, to detect a data set that returns random images
 READ_AT_ONCE = 256
 FOLDER = "imagefolder:"
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A split as two tensors. uint8 images stand for 0 … 255 and are scaled batch by batch."""
+    """A split as two tensors. uint8 images have values 0 … 255, and are scaled to [0, 1] batch by batch."""
 
     images: torch.Tensor  # (N, C, H, W), uint8 or float32
     labels: torch.Tensor  # (N,), int64
@@ -54,11 +54,11 @@ class InMemory:
             yield scale(self.images[rows]), self.labels[rows]
 
     def take(self, rows: torch.Tensor) -> InMemory:
-        """The split of these rows only."""
+        """Returns a split with these rows only."""
         return InMemory(self.images[rows], self.labels[rows])
 
     def to(self, device: torch.device) -> InMemory:
-        """The same on a device."""
+        """Returns the split on a device."""
         return InMemory(self.images.to(device), self.labels.to(device))
 
 
@@ -74,19 +74,19 @@ class Data:
     test: Split
     classes: list[str]
     shape: tuple[int, int, int]  # (C, H, W)
-    mean: tuple[float, ...]  # of the channels, on the train split
+    mean: tuple[float, ...]  # of each channel, by default measured on the train split
     std: tuple[float, ...]
     augment: Augment
     resize: Literal["refuse", "stretch", "crop"]
     fingerprint: str
-    validation_cut: bool = False  # validation was set aside from the training images; the source has none of its own
-    notes: tuple[str, ...] = ()  # remarks for the person who trains on it
-    warnings: tuple[str, ...] = ()  # what will probably spoil a training on it
+    validation_cut: bool = False  # True if the source has no validation split, so that training images were set aside
+    notes: tuple[str, ...] = ()  # information for the log
+    warnings: tuple[str, ...] = ()  # problems that will probably spoil a training
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What the command line may say about any data set."""
+    """The command-line options that concern the data set."""
 
     dataset: str
     validation: float = 0.1
@@ -102,11 +102,11 @@ class DataOptions:
 
 
 def load(options: DataOptions) -> Data:
-    """Find a data set, split it and see that it keeps the contract.
+    """Load a data set, split it, and check that it meets the contract.
 
     Raises:
-        DataError: unknown, missing, or malformed.
-        ImportStringError: an import string that leads nowhere.
+        DataError: the data set is unknown, missing or malformed.
+        ImportStringError: the data set's import string cannot be imported.
     """
     found = _find(options)
     notes, warnings = list(found.notes), list[str]()
@@ -145,7 +145,9 @@ def load(options: DataOptions) -> Data:
         mean, std = mean or measured_mean, std or measured_std
         notes.append(f"mean {_numbers(mean)} std {_numbers(std)}, measured on {len(train)} training images")
     if len(mean) != shape[0] or len(std) != shape[0] or min(std) <= 0:
-        raise DataError(f"mean and std need {shape[0]} numbers, one a channel, std positive; got {mean} and {std}.")
+        raise DataError(
+            f"mean and std need {shape[0]} numbers, one for each channel, and std must be positive; got {mean} and {std}."
+        )
     return Data(
         train=train,
         validation=validation,
@@ -164,12 +166,12 @@ def load(options: DataOptions) -> Data:
 
 
 def foreign(options: DataOptions, limit: int | None = None) -> tuple[np.ndarray[Any, Any], list[str]]:
-    """Images of a data set whose classes do not matter, float32 (N, C, H, W), at most `limit`; and what to say of them.
+    """Images of a data set whose classes do not matter, float32 (N, C, H, W), at most `limit`; and notes for the log.
 
-    The test split; of a folder of images without splits, every image below it. Files that cannot be read are left out.
+    Uses the test split, or for a folder of images without splits, every image below it. Unreadable files are left out.
 
     Raises:
-        DataError: unknown, missing, malformed, or without a readable image.
+        DataError: the data set is unknown, missing or malformed, or has no readable image.
     """
     if options.dataset.startswith(FOLDER):
         path, size = options.dataset.removeprefix(FOLDER), options.image_size or image_folder.SIZE
@@ -209,7 +211,7 @@ def as_arrays(split: Split, limit: int | None = None) -> tuple[np.ndarray[Any, A
 
 
 def on_device(data: Data, device: torch.device) -> Data:
-    """Splits that lie in memory, moved to the device; on a GPU only if they take less than half of what is free."""
+    """Move in-memory train and validation splits to the device; to a GPU only if they fit into half of its memory."""
     splits = {"train": data.train, "validation": data.validation}
     held = {name: split for name, split in splits.items() if isinstance(split, InMemory)}
     if device.type == "cuda":
@@ -238,7 +240,7 @@ def _find(options: DataOptions) -> sources.Source:
 
 
 def _hold(part: sources.Part, name: str, options: DataOptions, names: Sequence[str] | None) -> Split | None:
-    """In memory where it fits and reads the same twice, else streamed."""
+    """Load a split into memory if it fits and two reads agree; otherwise stream it."""
     if part is None:
         return None
     contract = Contract(f"The {name} split of {options.dataset!r}", names)
@@ -261,7 +263,7 @@ def _hold(part: sources.Part, name: str, options: DataOptions, names: Sequence[s
 
 
 def _map_style(part: Any, what: str) -> tuple[Any, int]:
-    """A data set that is read by row, and its length."""
+    """Returns the data set, which can be read by row, and its length."""
     if isinstance(part, DataLoader):
         plain = isinstance(part.sampler, SequentialSampler | RandomSampler) and part.collate_fn is default_collate
         if not plain:

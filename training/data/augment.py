@@ -1,4 +1,4 @@
-"""Random crop and flip of a whole batch at once, on the device the batch is on."""
+"""Random crop and flip of a whole batch at once, on the batch's device."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Augment:
-    """Pad by `crop` black pixels and cut a random window of the old size; mirror half of the images if `flip`."""
+    """Pad by `crop` black pixels and cut a random window of the original size; mirror half of the images if `flip`."""
 
     crop: int = 0
     flip: bool = False
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Each image gets its own window and mirror.
+        """Augment a batch; each image gets its own window and flip.
 
         Args:
             images: (batch, C, H, W), before normalisation, so that 0 is black.
-            generator: on the CPU; the draws then do not depend on the device.
+            generator: on the CPU, so that the draws do not depend on the device.
         """
         batch, _, height, width = images.shape
         if self.crop:

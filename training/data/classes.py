@@ -1,4 +1,4 @@
-"""Which classes a data set has: from the names it gives, or from its labels, which must then be 0 … n − 1 without a gap."""
+"""The classes of a data set: from its class names, or from its labels, which must then be 0 … n − 1 without gaps."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from training.data.contract import Contract, why_out_of_range
 from training.errors import DataError
 
 MIN_CLASSES = 2
-SHOWN = 5  # of a long list, in a message
-COMPARED = 16  # labels that are compared with what the data set answers before its own list is believed
+SHOWN = 5  # items of a long list that a message shows
+COMPARED = 16  # labels of a list that are compared with the items of the data set before the list is trusted
 
 
 def settle(dataset: str, names: Sequence[str] | None, labels: Mapping[str, torch.Tensor | None]) -> list[str]:
-    """The names of the classes; without given ones "0", "1", ….
+    """The names of the classes; "0", "1", … if the source has no names.
 
     Args:
         dataset: its name, for messages.
-        names: what the source calls its classes.
-        labels: int64 (N,) of each split; None where they are not known before the images are read.
+        names: class names from the source.
+        labels: int64 (N,) of each split; None if they are unknown before the images are read.
 
     Raises:
-        DataError: names are not distinct, there are fewer than two, labels do not fit them; or without names, labels
-            are unknown or have gaps in the train split.
+        DataError: names are not distinct, there are fewer than two classes, or labels do not fit the names; without
+            names: labels are unknown or have gaps in the train split.
     """
     known = {split: found for split, found in labels.items() if found is not None}
     if names is not None:
@@ -45,7 +45,7 @@ def settle(dataset: str, names: Sequence[str] | None, labels: Mapping[str, torch
         return list(names)
     if len(known) < len(labels):
         raise DataError(
-            f"Data set {dataset!r} is streamed and must say its classes: let the factory return an object with `classes`, or give the data set "
+            f"Data set {dataset!r} is streamed and must name its classes: let the factory return an object with `classes`, or give the data set "
             "an attribute `targets` with all labels."
         )
     low, high = (int(pick([pick(found) for found in known.values()])) for pick in (min, max))
@@ -58,22 +58,23 @@ def settle(dataset: str, names: Sequence[str] | None, labels: Mapping[str, torch
 
 
 def without_images(names: Sequence[str], labels: torch.Tensor) -> list[str]:
-    """Those classes of which there is no label."""
+    """Names of the classes that do not occur in the labels."""
     present = set(labels.unique().tolist())
     return [name for label, name in enumerate(names) if label not in present]
 
 
 def listed(values: Sequence[Any]) -> str:
-    """For a message: some of them, and how many more."""
+    """Text for a message: the first values, and the number of the others."""
     more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
     return ", ".join(map(str, values[:SHOWN])) + more
 
 
 def known_labels(dataset: Any, contract: Contract) -> torch.Tensor | None:
-    """All labels of a map-style data set without reading its images, from its `targets` or `labels`; None if it has none.
+    """All labels of a map-style data set without reading its images, from its `targets` or `labels`; None if these are
+    missing or do not agree with its items.
 
     Raises:
-        DataError: an image that is read for comparison does not keep the contract.
+        DataError: an item that is read for comparison violates the contract.
     """
     said = _said_labels(dataset)
     if said is None:
@@ -84,7 +85,7 @@ def known_labels(dataset: Any, contract: Contract) -> torch.Tensor | None:
         return None
     if len(labels) != len(dataset) or len(labels) == 0:
         return None
-    # A transform may make other labels of them: believed only if the first rows of values all over the range agree.
+    # A transform may change labels, so the list is trusted only if rows with labels from the whole range agree.
     _, first = np.unique(labels.numpy(), return_index=True)
     rows = first[np.linspace(0, len(first) - 1, min(COMPARED, len(first))).astype(int)].tolist()
     _, answered = contract.read(dataset, rows)
@@ -110,8 +111,8 @@ def _check_names(dataset: str, names: Sequence[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(
-            f"Data set {dataset!r} has several classes of the name {listed([repr(name) for name in twice])}; an answer could not say which is "
-            "meant. Give each class a name of its own."
+            f"Data set {dataset!r} has several classes of the name {listed([repr(name) for name in twice])}; predictions could not tell them "
+            "apart. Give each class a different name."
         )
     for name in names:
         try:
@@ -146,6 +147,6 @@ def _check_gaps(dataset: str, labels: Mapping[str, torch.Tensor]) -> None:
     missing = list(itertools.islice((label for label in range(count) if label not in train), SHOWN))
     many = count - len(train)
     raise DataError(
-        f"Data set {dataset!r} has {len(train)} different labels between {min(train)} and {count - 1}: of {', '.join(map(str, missing))}"
-        f"{f' and {many - len(missing)} more' if many > len(missing) else ''} there is no training image. {remedy}"
+        f"Data set {dataset!r} has {len(train)} different labels between {min(train)} and {count - 1}: the train split has no image of {', '.join(map(str, missing))}"
+        f"{f' and {many - len(missing)} more' if many > len(missing) else ''}. {remedy}"
     )

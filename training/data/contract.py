@@ -1,7 +1,7 @@
-"""What every image and label must be, in whatever form they come: tensors, numpy arrays, or items of a map-style data set.
+"""The requirements on images and labels, whether given as tensors, NumPy arrays or items of a map-style data set.
 
-The first image of a split settles shape and kind (uint8 or floating point); every other image must be like it. Data in
-memory is checked once and completely, streamed data batch by batch, by the same code. Forms with one meaning are
+The first image of a split determines shape and kind (uint8 or floating point) of all others. Data in memory is checked
+once and completely, streamed data batch by batch, by the same code. Unambiguous forms are
 converted: float64 to float32, integers of any width to int64, one-hot labels to integers, PIL images to uint8.
 """
 
@@ -28,13 +28,13 @@ class Contract:
     """The contract of one split, and how its errors name it."""
 
     what: str  # "The train split of 'digits'"
-    names: Sequence[str] | None = None  # of the classes, where the source says them: labels may then be names
-    classes: int | None = None  # how many there are, once that is known: labels are 0 … classes − 1
+    names: Sequence[str] | None = None  # class names, if the source has them; labels may then be names
+    classes: int | None = None  # number of classes, once it is known; labels are 0 … classes − 1
     shape: tuple[int, ...] | None = None  # (C, H, W) of the first image
     dtype: torch.dtype | None = None  # of the first image: uint8 or float32
 
     def arrays(self, images: Any, labels: Any) -> Batch:
-        """A whole split that is given as two tensors or arrays.
+        """Check and convert a whole split that is given as two tensors or arrays.
 
         Args:
             images: (N, C, H, W), uint8, or floating point in [0, 1].
@@ -44,7 +44,7 @@ class Contract:
             Images uint8 or float32, and labels int64.
 
         Raises:
-            DataError: they do not keep the contract.
+            DataError: they violate the contract.
         """
         images = self._floats_or_bytes(_tensor(images, f"{self.what}: images"), f"{self.what}: images")
         if images.ndim == 3:
@@ -66,13 +66,13 @@ class Contract:
         return self._in_range(images, range(len(images))), labels
 
     def read(self, dataset: Any, rows: Sequence[int]) -> Batch:
-        """These rows of a map-style data set.
+        """Read, check and convert rows of a map-style data set.
 
         Returns:
             Images (batch, C, H, W), uint8 or float32, and labels (batch,), int64.
 
         Raises:
-            DataError: a row cannot be read, or does not keep the contract; the message names it.
+            DataError: a row cannot be read, or violates the contract; the message names it.
         """
         pairs = [self._pair(item, row) for item, row in zip(self._items(dataset, rows), rows, strict=True)]
         shape = self.shape or tuple(pairs[0][0].shape)
@@ -104,7 +104,7 @@ class Contract:
         """All labels of a split as int64 (N,).
 
         Raises:
-            DataError: they do not stand for integers, one an image.
+            DataError: they are not one integer for each image.
         """
         try:
             if isinstance(labels, torch.Tensor):
@@ -125,7 +125,7 @@ class Contract:
             if len(bad):
                 raise DataError(
                     f"{self.what} must give labels as integers (N,); it gives {array.shape}, and row {bad[0]} is not one-hot. Several "
-                    "labels an image, or shares of classes, are not supported."
+                    "labels for one image, or class probabilities, are not supported."
                 )
             array = array.argmax(axis=1)
         elif array.dtype.kind == "f":
@@ -143,7 +143,7 @@ class Contract:
             if callable(many := getattr(dataset, "__getitems__", None)):
                 try:
                     items = list(cast("Any", many(list(rows))))
-                except Exception:  # read one by one instead: whichever row fails is then known
+                except Exception:  # read one by one instead, to identify the failing row
                     items = []
                 if len(items) == len(rows):
                     return items
@@ -173,7 +173,7 @@ class Contract:
         if isinstance(value, Image.Image):
             if value.mode not in ("L", "RGB"):
                 raise DataError(
-                    f"{where} is a PIL image of mode {value.mode}; only L (grey) and RGB have one meaning. Use .convert('RGB')."
+                    f"{where} is a PIL image of mode {value.mode}; only L (grey) and RGB are unambiguous. Use .convert('RGB')."
                 )
             pixels = np.array(value)
             value = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -192,7 +192,7 @@ class Contract:
         if images.dtype != torch.uint8:
             raise DataError(
                 f"{where} of {images.dtype}: give uint8 for values 0 … 255, or float32 for values in [0, 1]; other integers "
-                "do not say where white lies."
+                "have no defined value for white."
             )
         return images
 
@@ -247,9 +247,9 @@ class Contract:
 
 
 def why_out_of_range(low: int, high: int, classes: int) -> str:
-    """The likely cause of labels low … high where 0 … classes − 1 are right."""
+    """The likely cause of labels low … high where only 0 … classes − 1 are valid."""
     if low < 0:
-        return "A negative label often marks images without one: leave them out."
+        return "A negative label often marks images without a label: leave them out."
     if high == classes:
         return "Labels seem to begin at 1: subtract 1."
     return "Labels count the classes from 0, in the order of `classes`."
@@ -259,7 +259,7 @@ def _why_outside(low: float, high: float) -> str:
     if low >= -0.25 and high <= 1.25:
         return "A little outside, as after bicubic resizing or rounding: clamp them to [0, 1]."
     if low < 0:
-        return "If they are normalised already, leave that out: it belongs in the exported graph (--mean, --std)."
+        return "If they are already normalised, remove that step: the exported graph normalises (--mean, --std)."
     if high <= 255:
         return "If they are 0 … 255, divide by 255, or give them as uint8."
     return "Divide by the largest value that a pixel can have."
@@ -274,7 +274,7 @@ def _tensor(value: Any, where: str) -> torch.Tensor:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"an array of {array.dtype}. Do the images have different sizes?")
-        # torch takes neither another byte order nor memory that cannot be written.
+        # torch supports neither foreign byte orders nor read-only memory.
         return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{where} cannot become a tensor: {error}") from None
@@ -284,10 +284,10 @@ def _check_shape(shape: tuple[int, ...], where: str) -> None:
     if 0 in shape:
         raise DataError(f"{where} has images without pixels, of shape {shape}; it must be (C, H, W).")
     channels, height, width = shape
-    # Both leading axes longer than any usual number of channels, the last one such a number. Where the second is short
-    # too, as in features (512, 4, 4), either reading is possible.
+    # The first two axes are longer than a usual number of channels, and the last one is a usual number of channels. If
+    # the second axis is short too, as in features (512, 4, 4), both layouts are possible.
     if channels > 4 and height > 4 and width in (1, 3, 4):
         raise DataError(
             f"{where} has images of shape {shape}, which looks like (H, W, C); permute to (C, H, W): image.permute(2, 0, 1), for a "
-            f"batch images.permute(0, 3, 1, 2). If there are {channels} channels indeed, swap H and W."
+            f"batch images.permute(0, 3, 1, 2). If there really are {channels} channels, swap H and W."
         )

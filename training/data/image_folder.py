@@ -1,10 +1,11 @@
-"""Folders of images, one a class: how they are laid out, which files are read, and what is left out and said.
+"""Data sets as folders of images, one folder per class: layouts, files that are read, and files that are ignored.
 
-    PATH/train, PATH/val, PATH/test    with a folder a class; a missing `test` is served by `val`, and validation then comes
-                                       off the train split. Training, valid, validation, testing are read as well, in any case
+    PATH/train, PATH/val, PATH/test    with one folder per class. Without `test`, `val` is the test split, and validation
+                                       is set aside from the train split. The names training, valid, validation and
+                                       testing are accepted too, in upper or lower case
     PATH/CLASS/…                       without PATH/train: a fifth of the images is the test split
 
-Files and order are those of torchvision's ImageFolder, without hidden files and without __MACOSX.
+Files and their order are those of torchvision's ImageFolder, without hidden files and without __MACOSX.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SPELLINGS = {
 
 
 class ImageFiles(Dataset[Any]):
-    """Image files, decoded when they are read by the code that the service decodes with, to (3, size, size) in [0, 1]."""
+    """Image files, decoded on access to (3, size, size) in [0, 1] by the code that the service uses."""
 
     def __init__(self, files: Sequence[str], targets: Sequence[int], size: int):
         self.files, self.targets = list(files), list(targets)
@@ -49,7 +50,7 @@ class ImageFiles(Dataset[Any]):
         """Image and label.
 
         Raises:
-            DataError: the file cannot be read or decoded; it is named.
+            DataError: the file cannot be read or decoded; the message names it.
         """
         file = self.files[row]
         try:
@@ -65,11 +66,11 @@ def source(path: str, size: int) -> Source:
     """The splits of a folder of images.
 
     Args:
-        path: of the folder.
-        size: side of the images in pixels: scaled by the shorter side, and the centre is cut out.
+        path: the folder.
+        size: side length of the images in pixels. The shorter side is scaled to it, and the centre is cropped.
 
     Raises:
-        DataError: not a folder, or without classes; links that lead nowhere; splits that do not fit one another.
+        DataError: not a folder, or without classes; broken links; splits with different classes.
     """
     root = _root(path)
     search = _Search(root)
@@ -106,11 +107,13 @@ def source(path: str, size: int) -> Source:
 
 
 def foreign(path: str, size: int) -> tuple[ImageFiles, tuple[str, ...]]:
-    """Images whose classes do not matter, and what to say of the folder: those of its test split (else its validation
-    split), or where it has no splits all images below it, in a random order that is always the same.
+    """Images whose classes do not matter, and notes for the log.
+
+    These are the images of the test split (else validation, else train), or without splits, all images below the
+    folder. Their order is random, but always the same.
 
     Raises:
-        DataError: not a folder, or without images; links that lead nowhere.
+        DataError: not a folder, or without images; broken links.
     """
     root = _root(path)
     search = _Search(root)
@@ -140,7 +143,7 @@ def _files(classes: dict[str, list[str]], names: Sequence[str], size: int) -> Im
 
 
 def _splits(root: Path, search: _Search) -> dict[str, Path] | None:
-    """Folders of the splits by train, val, test; None where the folders are classes."""
+    """Folders of the splits by name (train, val, test); None if the folders are classes."""
     folders = [Path(entry.path) for entry in search.entries(str(root)) if entry.is_dir()]
     found: dict[str, Path] = {}
     for name, spellings in SPELLINGS.items():
@@ -153,19 +156,19 @@ def _splits(root: Path, search: _Search) -> dict[str, Path] | None:
         if found and len(found) == len(folders):
             raise DataError(f"{root} has {' and '.join(f'{f.name}/' for f in found.values())}, but no train/.")
         found = {}
-    # "training" may be a class among others; with a second split next to it, it is not.
+    # "training" may be the name of a class, unless there is the folder of a second split.
     if found and (len(found) > 1 or found["train"].name.lower() == "train"):
         for folder in folders:
             if folder not in found.values():
-                search.leave_out("folders that are no split", folder)
+                search.leave_out("folders that are not a split", folder)
         return found
-    search.forget()  # the same entries are met again as those of classes
+    search.forget()  # the same entries are read again, as those of classes
     return None
 
 
 @dataclass
 class _Search:
-    """Looks for images, and remembers what it leaves out."""
+    """Searches for images, and counts what it leaves out."""
 
     root: Path
     ignored: Counter[str] = field(default_factory=Counter[str])
@@ -173,10 +176,10 @@ class _Search:
     notes: list[str] = field(default_factory=list[str])
 
     def entries(self, folder: str) -> list[os.DirEntry[str]]:
-        """What lies in a folder, by name, without what only looks like data.
+        """Entries of a folder, sorted by name, without hidden files and __MACOSX.
 
         Raises:
-            DataError: the folder cannot be read, or holds a link that leads nowhere.
+            DataError: the folder cannot be read, or has a broken link.
         """
         try:
             with os.scandir(folder) as found:
@@ -197,7 +200,7 @@ class _Search:
         return kept
 
     def images(self, folder: Path | str) -> list[str]:
-        """Files with a name of an image, in the folder and all below it."""
+        """Image files (by their suffix) in the folder and all its subfolders."""
         found: dict[str, list[str]] = {}
         self._collect(str(folder), (), found)
         return [file for folder in sorted(found) for file in found[folder]]
@@ -206,7 +209,7 @@ class _Search:
         """The images of each class folder that has any.
 
         Raises:
-            DataError: none has.
+            DataError: no class folder has images.
         """
         found: dict[str, list[str]] = {}
         for entry in self.entries(str(folder)):
@@ -229,12 +232,12 @@ class _Search:
         self.first.setdefault(what, os.path.relpath(path, self.root))
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Reset the counts."""
         self.ignored.clear()
         self.first.clear()
 
     def said(self, whose: str) -> tuple[str, ...]:
-        """What was left out, on one line for people; nothing where nothing was."""
+        """One line for the log about what was left out; empty if nothing was."""
         lines = [f"{count} {what} (as {self.first[what]})" for what, count in sorted(self.ignored.items())]
         if lines:
             lines = [f"ignored: {', '.join(lines)}"]
@@ -243,7 +246,7 @@ class _Search:
     def _collect(self, folder: str, above: tuple[str, ...], found: dict[str, list[str]]) -> None:
         real = os.path.realpath(folder)
         if real in above:
-            raise DataError(f"{folder} is a link to a folder that holds it. Remove the link.")
+            raise DataError(f"{folder} is a link to a folder that contains it. Remove the link.")
         for entry in self.entries(folder):
             if entry.is_dir():
                 self._collect(entry.path, (*above, real), found)

@@ -1,4 +1,4 @@
-"""The user's own code: named `package.module:attribute` or `path/to/file.py:attribute`, or an object that was registered."""
+"""User code by `package.module:attribute` or `path/to/file.py:attribute`, and objects that were registered."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _objects: dict[str, Any] = {}
 
 
 def register(name: str, found: Any) -> None:
-    """Let `object:NAME` name this object in this process."""
+    """Register an object in this process under the reference `object:NAME`."""
     _objects[name] = found
 
 
 def import_string(reference: str) -> Any:
-    """The object that `package.module:attribute`, `path/to/file.py:attribute` or `object:NAME` names.
+    """Returns the object that `package.module:attribute`, `path/to/file.py:attribute` or `object:NAME` refers to.
 
     Raises:
         ImportStringError: the module cannot be imported, or has no such attribute.
@@ -30,7 +30,7 @@ def import_string(reference: str) -> Any:
         name = reference.removeprefix(OBJECT)
         if name not in _objects:
             raise ImportStringError(
-                f"{reference!r} was given as an object, in another process: give it again, modepath.METHOD(network=…, data=…)."
+                f"{reference!r} was given as an object in another process: give it again, as in modepath.METHOD(network=…, data=…)."
             )
         return _objects[name]
     module_name, _, attribute = reference.rpartition(":")
@@ -57,7 +57,7 @@ def import_string(reference: str) -> Any:
 
 
 def _of_file(file: Path) -> ModuleType:
-    """The module of a file, whatever the name of its folder: a `training.py` of the user is no package of ours."""
+    """Import a file under a unique module name, so that a user's `training.py` is not mistaken for our package."""
     name = f"modepath_user_{file.resolve().as_posix()}"
     if name not in sys.modules:
         if not file.exists():

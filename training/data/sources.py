@@ -1,4 +1,4 @@
-"""Where data sets come from: the built-in ones, and what a user's factory returns. Folders of images: image_folder.py."""
+"""Sources of data sets: the built-in ones, and those of users' factories. For folders of images see image_folder.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True)
 class Source:
-    """Splits and what the source says of them."""
+    """The splits of a data set, and their description."""
 
     parts: tuple[Part, Part, Part]  # train, validation, test
     classes: Sequence[str] | None = None
@@ -37,16 +37,16 @@ class Source:
     std: tuple[float, ...] | None = None
     augment: Augment = NO_AUGMENT
     resize: Resize = "refuse"
-    notes: tuple[str, ...] = ()  # for people: what of the source is not used
+    notes: tuple[str, ...] = ()  # for the log: parts of the source that are not used
 
 
 def data_root() -> Path:
-    """$MODEPATH_DATA, or ./data: where torchvision's folders are looked for. Nothing is downloaded."""
+    """The folder of torchvision's data sets: $MODEPATH_DATA, or ./data. Nothing is downloaded."""
     return Path(os.environ.get("MODEPATH_DATA") or "data")
 
 
 def digits() -> Source:
-    """scikit-learn's digits. A flipped digit is another sign, so there are no flips. One fifth is the test split."""
+    """scikit-learn's digits. No flips, because a flipped digit is another sign. One fifth is the test split."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
@@ -85,7 +85,7 @@ def _cifar(classes: int) -> Source:
     except RuntimeError:
         raise DataError(
             f"CIFAR-{classes} is not in {data_root()} ($MODEPATH_DATA): put torchvision's folder {kind.base_folder} there. "
-            "Nothing is downloaded by itself."
+            "Nothing is downloaded automatically."
         ) from None
     parts = [
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
@@ -103,7 +103,7 @@ BUILT_IN: dict[str, Callable[[], Source]] = {
 
 
 def from_user(name: str, made: Any) -> Source:
-    """What a user's factory returned: (train, validation, test), perhaps with classes, mean, std, augment, resize."""
+    """Read what a user's factory returned: (train, validation, test), optionally with classes, mean, std and so on."""
     made = _named(made)
     try:
         parts = (made.train, made.validation, made.test) if hasattr(made, "train") else tuple(made)
@@ -115,13 +115,13 @@ def from_user(name: str, made: Any) -> Source:
         ) from None
     resize = getattr(made, "resize", "refuse")
     if resize not in ("refuse", "stretch", "crop"):
-        raise DataError(f"Data factory {name!r}: resize is refuse, stretch or crop; got {resize!r}.")
+        raise DataError(f"Data factory {name!r}: resize must be refuse, stretch or crop; got {resize!r}.")
     augment = getattr(made, "augment", None) or Augment()
     if not callable(augment):
         raise DataError(f"Data factory {name!r}: augment must be callable as augment(images, generator).")
     classes: Any = getattr(made, "classes", None)
     if isinstance(classes, str) or not (classes is None or isinstance(classes, Iterable)):
-        raise DataError(f"Data factory {name!r}: classes is a list of names, one for each label; got {classes!r}.")
+        raise DataError(f"Data factory {name!r}: classes must be a list of names, one for each label; got {classes!r}.")
     return Source(
         parts=(train, validation, test),
         classes=[str(one) for one in (() if classes is None else classes)] or None,
@@ -144,7 +144,7 @@ def _channels(name: str, what: str, made: Any) -> tuple[float, ...] | None:
         return None if value is None else tuple(map(float, value))
     except (TypeError, ValueError):
         raise DataError(
-            f"Data factory {name!r}: {what} is a list of numbers, one for each channel; got {value!r}."
+            f"Data factory {name!r}: {what} must be a list of numbers, one for each channel; got {value!r}."
         ) from None
 
 
@@ -162,4 +162,4 @@ def _idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
         shape = np.frombuffer(raw, ">i4", axes, 4)
         return np.frombuffer(raw, np.uint8, int(shape.prod()), 4 + 4 * axes).reshape(shape).copy()
     except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"{folder / name} is not a whole idx file ({error}); fetch it again.") from None
+        raise DataError(f"{folder / name} is not a complete idx file ({error}); download it again.") from None

@@ -1,8 +1,8 @@
-"""A split that is read anew each time, too large for memory or random by itself, by this process or by workers.
+"""A split that is read again in every epoch, because it is too large for memory or returns random images.
 
-Nothing that goes wrong in a worker may hang training or end in a traceback. A worker checks what it reads, and returns
-an error in place of a batch. Workers hand images over in shared memory, or through a pipe where that is too small, as
-in a container with 64 MB of it.
+It is read by the training process or by workers. An error in a worker must neither hang training nor end in a
+traceback: a worker checks what it reads, and returns an error instead of a batch. Workers pass images through shared
+memory, or through a pipe if that is too small, as in a container with 64 MB of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Streamed:
     dataset: Dataset[Any]
     workers: int
     contract: Contract
-    labels: torch.Tensor | None = None  # int64 (N,), where they are known without reading the images
+    labels: torch.Tensor | None = None  # int64 (N,), if they are known without reading the images
 
     def __len__(self) -> int:
         return len(self.dataset)  # pyright: ignore[reportArgumentType]
@@ -44,7 +44,7 @@ class Streamed:
         """Images float32 (batch, C, H, W) in [0, 1] and labels int64 (batch,), in the given order of rows.
 
         Raises:
-            DataError: a row cannot be read or does not keep the contract, or a worker died or hangs.
+            DataError: a row cannot be read or violates the contract, or a worker died or hangs.
         """
         rows = [chunk.tolist() for chunk in order.split(size)]
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
@@ -60,7 +60,7 @@ class Streamed:
             yield scale(images), labels
 
     def take(self, rows: torch.Tensor) -> Streamed:
-        """The split of these rows only."""
+        """Returns a split with these rows only."""
         labels = None if self.labels is None else self.labels[rows]
         return Streamed(_Rows(self.dataset, rows.tolist()), self.workers, self.contract, labels)
 
@@ -70,7 +70,7 @@ class Streamed:
         except OSError as error:
             raise DataError(
                 f"The {self.workers} worker processes that read the data cannot be started: {error}. Is /dev/shm full (docker: --shm-size), or the "
-                "number of processes limited? --workers 0 does without them."
+                "number of processes limited? --workers 0 does not need them."
             ) from error
         while True:
             try:
@@ -82,18 +82,18 @@ class Streamed:
                     raise
                 raise DataError(
                     f"{self.contract.what}: a process that reads it died or hangs: {error} Is memory short (fewer --workers, a smaller "
-                    "--batch-size), or does a library that the data set uses not survive a fork? --workers 0 does without such processes."
+                    "--batch-size), or does a library that the data set uses not survive a fork? --workers 0 does not need such processes."
                 ) from error
             yield batch
 
 
 def scale(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0 … 255 -> float32 0 … 1; floats pass."""
+    """uint8 0 … 255 -> float32 0 … 1; floats are unchanged."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 class _Rows(Subset[Any]):
-    """Rows of a data set. Errors name the data set's own rows."""
+    """Some rows of a data set. Errors give row numbers of the whole data set."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class _Checked(Dataset[Any]):
             return error
         if get_worker_info() is None:
             return images, labels
-        # The queue's thread would share tensors by itself, but where it cannot, the batch never arrives: it is done here.
+        # The queue's thread would share the tensors too, but if it fails, the batch never arrives. So they are shared
+        # here.
         try:
             images.share_memory_()
         except RuntimeError:

@@ -1,1 +1,1 @@
-"""Where networks lie in weight space: shapes give coefficients over vertices, and never see a weight."""
+"""Geometry of weight space. Shapes are described by coefficients over vertices; they do not depend on the weights."""

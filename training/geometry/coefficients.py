@@ -1,13 +1,13 @@
 """Points between vertices, as coefficients over them: w = Σ_v c_v w_v.
 
-Of a curve at t (Garipov et al. 2018, section 3):
+For a curve at t (Garipov et al. 2018, section 3):
 
     segment     (1 − t, t)
     polychain   hat functions on the grid i / (n + 1): straight from vertex to vertex
     bezier      Bernstein polynomials of degree n + 1
 
-n counts bends: interior vertices. The ends are the first and the last vertex.
-Of a simplex, or of a complex of several (Benton et al. 2021, section 3): drawn uniformly.
+n is the number of bends (interior vertices). The ends are the first and the last vertex.
+For a simplex, or for a complex of several simplexes (Benton et al. 2021, section 3): drawn uniformly.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 
 Shape = Literal["segment", "polychain", "bezier"]
 Coefficients = NDArray[np.float64]  # (points, vertices); a row sums to 1
-Coordinates = NDArray[np.float64]  # (vertices, axes): of weight sets in an orthonormal basis of what they span
+Coordinates = NDArray[np.float64]  # (vertices, axes): of weight sets, in an orthonormal basis of their span
 
 
 def curve(shape: Shape, t: ArrayLike, bends: int) -> Coefficients:
-    """The points at `t` (points,) in [0, 1]: (points, bends + 2).
+    """Coefficients of the points at `t` (points,) in [0, 1]: (points, bends + 2).
 
     Raises:
         ValueError: a t outside [0, 1], fewer than 0 bends, or a segment with bends.
@@ -44,7 +44,7 @@ def curve(shape: Shape, t: ArrayLike, bends: int) -> Coefficients:
 
 
 def on_the_segment(bends: int) -> Coefficients:
-    """Where bends start: evenly spaced on the straight line, over the two ends: (bends, 2)."""
+    """Initial bends, as coefficients over the two ends, (bends, 2): evenly spaced on the straight line."""
     return curve("segment", np.arange(1, bends + 1) / (bends + 1), 0)
 
 
@@ -59,14 +59,14 @@ def chords(points: Coefficients, positions: Coordinates) -> NDArray[np.float64]:
     """Distances between successive points, in the units of the weights: (points − 1,).
 
     Args:
-        points: (points, vertices), in the order in which the path passes them.
-        positions: of the vertices.
+        points: (points, vertices), in their order along the path.
+        positions: coordinates of the vertices.
     """
     return np.linalg.norm(np.diff(points, axis=0) @ positions, axis=1)
 
 
 def distances(positions: Coordinates) -> NDArray[np.float64]:
-    """Between each two vertices: (vertices, vertices)."""
+    """Distances between each two vertices: (vertices, vertices)."""
     return np.linalg.norm(positions[:, None] - positions[None], axis=2)
 
 
@@ -76,7 +76,7 @@ def mean_over_t(t: NDArray[np.float64], values: NDArray[np.float64]) -> float:
 
 
 def mean_over_length(lengths: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-    """The average over arc length (eq. 1), from the chords between the points; NaN where the path has no length."""
+    """The average over arc length (eq. 1), from the chords between the points; NaN if the path has no length."""
     total = lengths.sum()
     return float(((values[1:] + values[:-1]) / 2 @ lengths) / total) if total > 0 else math.nan
 
@@ -93,7 +93,10 @@ def uniform_over(
     shares: NDArray[np.float64],
     total: int,
 ) -> Coefficients:
-    """Points of a complex over its `total` vertices: a simplex each with probability `shares`, uniform inside: (count, total)."""
+    """Points drawn from a complex, as coefficients over its `total` vertices: (count, total).
+
+    Each point is uniform in a simplex, which is drawn with the probabilities `shares`.
+    """
     chosen = generator.choice(len(simplexes), count, p=shares)
     points = np.zeros((count, total))
     for number, own in enumerate(simplexes):

@@ -1,7 +1,8 @@
-"""A Gaussian over weight sets from the weights that SGD passed through (SWAG; Maddox et al. 2019).
+"""A Gaussian over weights, computed from the weight sets that SGD passed through (SWAG; Maddox et al. 2019).
 
-Mean and variance are those of all of them; the low-rank part holds the last deviations from the running mean. A sample is
-w̄ + σ ⊙ z₁ / √2 + D z₂ / √(2 (K − 1)): z₁ of its own for every weight, z₂ one number for each of the K deviations.
+Mean and variance are those of all weight sets; the low-rank part D holds the last K deviations from the running mean. A
+sample is w̄ + σ ⊙ z₁ / √2 + D z₂ / √(2 (K − 1)), where z₁ has one number for each weight and z₂ one for each of the K
+deviations.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from training.geometry.vertices import State
 
 
 class Gaussian:
-    """Mean, variances and deviations of the named parameters; what else a weight set holds is that of the last one."""
+    """Mean, variances and deviations of the named parameters; all else is taken from the last weight set."""
 
     def __init__(self, states: Iterable[State], parameters: Collection[Sequence[str]], rank: int):
-        """One pass over the weight sets, of which no more than `rank` + 2 are held.
+        """Read the weight sets once, holding no more than `rank` + 2 in memory.
 
         Args:
-            states: full state dicts, as SGD passed through them; at least two.
-            parameters: what is random: the names of each parameter, of which a tied one has several.
-            rank: how many of the last deviations are kept; at least 2.
+            states: full state dicts in the order of the training; at least two.
+            parameters: the names of each random parameter; a tied parameter has several.
+            rank: number of last deviations that are used; at least 2.
 
         Raises:
             ValueError: fewer than two weight sets, or a rank below 2.
@@ -38,7 +39,7 @@ class Gaussian:
                 weight = last[name].detach().float()
                 if count == 1:
                     self.mean[name], self.variance[name] = weight.clone(), torch.zeros_like(weight)
-                # Welford's update: the mean of squares less the square of the mean would leave rounding alone.
+                # Welford's update: the mean of squares minus the square of the mean would leave only rounding errors.
                 before = weight - self.mean[name]
                 self.mean[name] += before / count
                 deviation[name] = weight - self.mean[name]
@@ -50,7 +51,7 @@ class Gaussian:
         self._last, self._parameters = last, parameters
 
     def sample(self, generator: torch.Generator) -> State:
-        """A weight set drawn from it."""
+        """Returns a random weight set."""
         columns = len(self.deviations)
         shared = torch.randn(columns, generator=generator) / (2 * (columns - 1)) ** 0.5
         drawn: State = {}
@@ -62,7 +63,7 @@ class Gaussian:
         return self._whole(drawn)
 
     def middle(self) -> State:
-        """Its mean: stochastic weight averaging (Izmailov et al. 2018)."""
+        """Returns the mean: stochastic weight averaging (Izmailov et al. 2018)."""
         return self._whole(self.mean)
 
     def _whole(self, weights: State) -> State:

@@ -1,8 +1,8 @@
-"""Weight sets by name, and their combinations. Any module works unmodified: nothing here knows a layer.
+"""Weight sets by name, and their combinations. Any module works unmodified: nothing here depends on the kind of layer.
 
-A combination is written into the network's own parameters, and the gradient that backward leaves there is the gradient
-of each vertex but for its coefficient: ∂L/∂w_v = c_v ∂L/∂w. So a step through a path costs what a plain step costs, and
-data parallelism, mixed precision, compilation and tied weights work as they do for a plain network.
+A combination is written into the network's own parameters, and the gradient that backward computes there is, up to a
+coefficient, the gradient of each vertex: ∂L/∂w_v = c_v ∂L/∂w. So a training step on a path costs as much as a plain
+step, and data parallelism, mixed precision, compilation and tied weights work as they do for a plain network.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import nn
 from training.geometry.coefficients import Coordinates
 
 State = dict[str, torch.Tensor]  # parameters and buffers by torch name
-_CHUNK = 1 << 22  # weights at a time in float64: copies of all would be many weight sets
-_batched: Any = torch  # its foreach functions, one launch for many tensors, carry no usable types
+_CHUNK = 1 << 22  # weights at a time in float64: copies of all would need too much memory
+_batched: Any = torch  # its foreach functions, one launch for many tensors, have no usable types
 
 
 def put_into(network: nn.Module, state: State, strict: bool = True) -> None:
-    """`load_state_dict`, for weights that are a plain dictionary: of the network's own version.
+    """`load_state_dict` for weights in a plain dictionary, which are taken to be of the network's own version.
 
-    torch keeps versions of modules in an attribute of the dictionary, and some modules (torchvision's mnasnet) refuse weights without.
+    torch stores versions of modules in an attribute of the dictionary, and some modules (torchvision's mnasnet) refuse
+    weights without them.
     """
     versioned: Any = OrderedDict(state)
     versioned._metadata = getattr(network.state_dict(), "_metadata", None)
@@ -34,10 +35,10 @@ def put_into(network: nn.Module, state: State, strict: bool = True) -> None:
 
 
 def combine(states: Sequence[State], coefficients: Sequence[float] | NDArray[np.float64]) -> State:
-    """Σ_v c_v w_v, by name. At a vertex, exactly that vertex.
+    """Σ_v c_v w_v, by name. At a vertex, the result is exactly that vertex.
 
-    What is equal in all of them stays as it is, and so do numbers that cannot be averaged (of the vertex with the
-    largest coefficient).
+    Tensors that are equal in all vertices are copied. Tensors that are not floating-point cannot be averaged; they are
+    those of the vertex with the largest coefficient.
     """
     nearest = states[int(np.argmax(coefficients))]
     combined: State = {}
@@ -54,9 +55,10 @@ def combine(states: Sequence[State], coefficients: Sequence[float] | NDArray[np.
 
 
 def coordinates(states: Sequence[State], parameters: Sequence[str]) -> Coordinates:
-    """Where the weight sets lie in an orthonormal basis of what they span, over the named parameters: (vertices, vertices), float64.
+    """Coordinates of the weight sets in an orthonormal basis of their span, over the named parameters.
 
-    Lengths, angles and volumes of everything between them follow, to nearly all digits: inner products would keep half of them.
+    Returns (vertices, vertices), float64. Lengths, angles and volumes between the vertices follow from these to nearly
+    all digits; from inner products they would follow to half of the digits only.
     """
     factor: NDArray[Any] = np.zeros((len(states), len(states)))
     for name in parameters:
@@ -71,22 +73,22 @@ class Vertices:
     """The vertices of a path on a network's device, some of them free to be trained."""
 
     def __init__(self, network: nn.Module, states: Sequence[State], free: Sequence[int], statistics: Collection[str]):
-        """Lay out the vertices; `network` gets the first one's buffers.
+        """Copy the vertices to the network's device; `network` gets the buffers of the first one.
 
         Args:
-            network: that points are loaded into.
-            states: full state dicts of it, the free ones where they start.
-            free: which of them are trained.
-            statistics: buffers that training mode keeps up to date by itself; they are not loaded.
+            network: the network that points are loaded into.
+            states: full state dicts of the network; those of free vertices are their initial weights.
+            free: indices of the vertices that are trained.
+            statistics: names of buffers that training mode updates; they are not loaded.
         """
         put_into(network, states[0])
         self.free = tuple(free)
-        self._parameters = {k: p for k, p in network.named_parameters() if p.is_floating_point()}  # a tied weight once
+        self._parameters = {k: p for k, p in network.named_parameters() if p.is_floating_point()}  # tied weights once
         first_name = {id(parameter): name for name, parameter in self._parameters.items()}
         kept = network.state_dict(keep_vars=True)
         self._name_of = {name: first_name[id(tensor)] for name, tensor in kept.items() if id(tensor) in first_name}
         self._buffers = [{k: v for k, v in state.items() if k not in self._name_of} for state in states]
-        # Like the parameter in device and memory layout.
+        # With the parameter's device and memory layout.
         self._weights = [
             [torch.empty_like(p).copy_(state[name]).detach() for name, p in self._parameters.items()]
             for state in states
@@ -103,7 +105,7 @@ class Vertices:
         self._products: NDArray[np.float64] | None = None
 
     def trained(self) -> list[torch.Tensor]:
-        """What an optimizer gets."""
+        """The tensors to be optimised."""
         return [weight for index in self.free for weight in self._weights[index] if weight.requires_grad]
 
     @torch.no_grad()
@@ -121,9 +123,9 @@ class Vertices:
 
     @torch.no_grad()
     def pull_back(self, coefficients: NDArray[np.float64], weight_decay: float, share: float = 1.0) -> None:
-        """Add the gradient at the loaded point, times `share`, to those of the free vertices, and take it from the network.
+        """Add `share` times the gradient at the loaded point to those of the free vertices, and clear the network's.
 
-        L2 belongs to the point, not to the vertices: its gradient is weight_decay · w(c).
+        The L2 penalty applies to the point, not to the vertices: its gradient is weight_decay · w(c).
         """
         used = [i for i, p in enumerate(self._parameters.values()) if p.grad is not None]
         parameters = [list(self._parameters.values())[i] for i in used]
@@ -135,13 +137,13 @@ class Vertices:
         for index in self.free:
             scale = float(coefficients[index]) * share
             pairs = list(zip((self._weights[index][i] for i in used), gradients, strict=True))
-            # Each weight by itself: a module that leaves out layers at random uses other ones at other points.
+            # Decided for each weight: a module that skips layers at random uses different ones at different points.
             again = [(weight.grad, gradient) for weight, gradient in pairs if weight.grad is not None]
             first = [(weight, gradient) for weight, gradient in pairs if weight.grad is None]
             if again:
                 _batched._foreach_add_([total for total, _ in again], [gradient for _, gradient in again], alpha=scale)
             if first:
-                # The last vertex keeps the tensors themselves: a gradient less in memory.
+                # The last vertex gets the tensors themselves, which saves one copy of the gradient.
                 own = [gradient if index == self.free[-1] else gradient.clone() for _, gradient in first]
                 _batched._foreach_mul_(own, scale)
                 for (weight, _), gradient in zip(first, own, strict=True):
@@ -149,11 +151,11 @@ class Vertices:
 
     @torch.no_grad()
     def coordinates(self) -> Coordinates:
-        """Where the vertices lie to each other, (vertices, vertices), float64; NaN where one of them is not finite.
+        """Relative coordinates of the vertices, (vertices, vertices), float64; all NaN if a vertex is not finite.
 
-        From inner products of their differences from the first one, which stay on the device: half of the digits of differences are enough
-        for a step. Along the last axis all lie as far from 0 as the first one does, so that lengths can be compared with the weights'.
-        Products of fixed vertices are computed once.
+        They are computed on the device from inner products of the differences from the first vertex. Half of the digits
+        of the differences are enough for a step. On the last axis every vertex has the norm of the first one, so that
+        lengths can be compared with that of the weights. Products of fixed vertices are computed once.
         """
         count = len(self._weights)
         pairs = [(i, j) for i in range(count) for j in range(i + 1) if j or not i]
@@ -186,7 +188,7 @@ class Vertices:
             if weight.grad is None:
                 continue
             first = self._weights[0][position]
-            # As a sum of differences: the vertices themselves are long and nearly alike.
+            # A sum of differences loses fewer digits: the vertices have large norms and are nearly equal.
             for other, coefficient in zip(self._weights[1:], coefficients[1:], strict=True):
                 weight.grad.add_(other[position] - first, alpha=float(coefficient))
 

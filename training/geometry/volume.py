@@ -1,9 +1,10 @@
 """Volumes of simplexes in weight space (Benton et al. 2021, section 3), from the coordinates of their vertices.
 
-The volume of a k-simplex is √det(G) / k!, with G the Gram matrix of its edges from one vertex: the product of the heights of its
-vertices, each over those before it, over k!. It is computed from the heights, in float64 and as a logarithm, because in millions of
-dimensions the volume overflows or vanishes, and because det(G) has twice as many digits to lose. Nothing here sees a weight: a gradient is
-given as coefficients over the vertices, because ∂ log V / ∂w_v is a combination of edges.
+The volume of a k-simplex is √det(G) / k!, with G the Gram matrix of its edges from one vertex. This is the product of
+the heights of its vertices, each above the ones before it, divided by k!. It is computed from the heights, in float64
+and as a logarithm, because in millions of dimensions the volume overflows or underflows, and because det(G) loses twice
+as many digits. No weights are needed: gradients are coefficients over the vertices, because ∂ log V / ∂w_v is a
+combination of edges.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from numpy.typing import NDArray
 
 from training.geometry.coefficients import Coefficients, Coordinates
 
-Simplexes = Sequence[Sequence[int]]  # indices of each one's vertices
+Simplexes = Sequence[Sequence[int]]  # vertex indices of each simplex
 
-# A height below this share of the largest vertex's norm is rounding: weights are float32, so that even an exact combination of
-# the others stands up to 2⁻²⁴ of its norm above them. A simplex with such a vertex is flat.
+# A height below this share of the largest vertex's norm is a rounding error: weights are float32, so that even an exact
+# combination of the others has a height of up to 2⁻²⁴ of its norm. A simplex with such a vertex is flat.
 FLAT = 2.0**-22
 
 
 def log_volume(positions: Coordinates) -> float:
-    """Log of the volume of the simplex that all vertices span; −inf where it is flat. A single vertex: 0."""
+    """Log of the volume of the simplex that all vertices span; −inf if it is flat, 0 for a single vertex."""
     over = heights(positions)
     if (over <= lowest(positions)).any():
         return -math.inf
@@ -45,8 +46,8 @@ def log_volumes(positions: Coordinates, simplexes: Simplexes) -> NDArray[np.floa
 def shares(positions: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
     """The probability of each simplex when a point is drawn uniformly from a complex: its share of the volume.
 
-    Simplexes of different dimension have no common measure: each dimension gets its share of the simplexes, and divides it by volume.
-    Where all simplexes of a dimension are flat, they share alike.
+    Volumes of different dimensions cannot be compared. So the probability of a dimension is its share of the number of
+    simplexes, which is divided among them by volume; equally if all simplexes of the dimension are flat.
     """
     logs = log_volumes(positions, simplexes)
     dimensions = np.array([len(own) for own in simplexes])
@@ -62,7 +63,7 @@ def shares(positions: Coordinates, simplexes: Simplexes) -> NDArray[np.float64]:
 def log_complex(positions: Coordinates, simplexes: Simplexes) -> float:
     """Log of the complex's volume, the sum of its simplexes' volumes.
 
-    Of simplexes of several dimensions, the mean over the simplexes of the log for their dimension.
+    With simplexes of several dimensions: the mean, over the simplexes, of the log-volume of their dimension.
     """
     logs = log_volumes(positions, simplexes)
     dimensions = np.array([len(own) for own in simplexes])
@@ -76,7 +77,7 @@ def log_complex(positions: Coordinates, simplexes: Simplexes) -> float:
 def gradient(positions: Coordinates, simplexes: Simplexes, vertex: int) -> Coefficients:
     """∂ log_complex / ∂w_vertex = Σ_v c_v w_v: the coefficients, (vertices,). They sum to 0.
 
-    Flat simplexes have no gradient; they count as nothing.
+    Flat simplexes have no gradient; they contribute 0.
     """
     found = np.zeros(len(positions))
     for own, share in zip(map(list, simplexes), shares(positions, simplexes), strict=True):
@@ -94,7 +95,7 @@ def gradient(positions: Coordinates, simplexes: Simplexes, vertex: int) -> Coeff
 
 
 def heights(positions: Coordinates) -> NDArray[np.float64]:
-    """How far each vertex but the first stands from the plane through those before it: (k,), in units of the weights."""
+    """Distance of each vertex but the first from the plane through those before it: (k,), in units of the weights."""
     edges = (positions[1:] - positions[0]).T
     if edges.shape[0] < edges.shape[1]:  # more edges than dimensions
         edges = np.pad(edges, ((0, edges.shape[1] - edges.shape[0]), (0, 0)))

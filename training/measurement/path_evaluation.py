@@ -1,4 +1,4 @@
-"""A published path, point by point, and the straight segment between its ends (Garipov et al. 2018, table 2 and figure 2)."""
+"""Measures a published curve and the segment between its ends, by points (Garipov et al. 2018, table 2, figure 2)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ COLUMNS = ("train_loss", "train_error", "test_error", "test_nll", "test_nll_fitt
 
 
 def evaluate(version: Version, points: int, component: int, subset: Subset, folder: Path) -> Report:
-    """Measure, print and write path.md, path.json and path.png into `folder`; returns what path.json holds.
+    """Measure, print and write path.md, path.json and path.png into `folder`; returns the content of path.json.
 
     Raises:
-        ConfigError: the version is no curve.
+        ConfigError: the version is not a curve, or does not have this component.
     """
     geometry = version.manifest.geometry
     if geometry is None or geometry.shape not in SHAPES:
         raise ConfigError(
-            f"{version.name} is no curve (it was made by {version.manifest.method}); train one with python -m training.curve."
+            f"{version.name} is not a curve (it was made by {version.manifest.method}); train one with python -m training.curve."
         )
     if not 0 <= component < len(geometry.components):
         raise ConfigError(
@@ -98,7 +98,7 @@ def _summary(t: np.ndarray, lengths: np.ndarray, line: np.ndarray) -> dict[str, 
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report as a person reads it."""
+    """The report as Markdown."""
     lines = [
         f"# {report['ensemble']}, {report['points']} points of curve {report['component']}",
         "",

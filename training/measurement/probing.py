@@ -1,4 +1,4 @@
-"""Loss and error of the network at any combination of weight sets; many of them, a point at a time, taken up again when killed."""
+"""Measures loss and error of networks at combinations of weight sets. An interrupted measurement can be resumed."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from training.geometry.vertices import State, combine, coordinates, put_into
 from training.members import member, metrics, temperature
 from training.networks import layout
 
-BATCH = 128  # as member.clean_images has it
+BATCH = 128  # the same as in member.clean_images
 
 
 @dataclass(frozen=True)
 class Subset:
-    """On how many images is measured; None: all of the split."""
+    """Number of images to measure on; None: the whole split."""
 
     train: int | None = None
     test: int | None = None
     bn: int = 8192
 
     def describe(self, data: Data) -> str:
-        """For the reports."""
+        """A description for the reports."""
         counts = [
             min(limit or len(split), len(split)) for limit, split in ((self.train, data.train), (self.test, data.test))
         ]
@@ -50,16 +50,16 @@ class Subset:
 
 @dataclass(frozen=True)
 class Measured:
-    """One network. Losses in nats; errors are shares."""
+    """Measurements of one network. Losses are in nats; errors are shares of the images."""
 
-    train_loss: float  # cross-entropy with L2: what SGD descends
+    train_loss: float  # cross-entropy with L2 penalty, as minimised by SGD
     train_nll: float
     train_error: float
     test_error: float
     test_nll: float
     temperature: float  # fitted on validation
-    test_nll_fitted: float  # with it
-    test_probs: Floats  # (batch, classes), without it
+    test_nll_fitted: float  # at this temperature
+    test_probs: Floats  # (batch, classes), at temperature 1
 
     def record(self) -> dict[str, float]:
         """The numbers, for JSON."""
@@ -81,7 +81,7 @@ class Probe:
         self.positions = coordinates(vertices, parameters)
 
     def at(self, coefficients: NDArray[np.float64]) -> Measured:
-        """The network Σ_v c_v w_v, with the statistics that belong to it."""
+        """Measure the network Σ_v c_v w_v, with batch-norm statistics re-estimated for it."""
         put_into(self._network, combine(self._vertices, coefficients))
         member.settle(self._network, self._data, self._subset.bn, self._device)
         train, train_labels = self._logits(self._data.train, self._subset.train)
@@ -128,20 +128,20 @@ class Probe:
 
 
 def open_probe(version: Version, files: Sequence[Path], subset: Subset) -> tuple[Probe, Data]:
-    """A probe of a published version's networks, on the data that it was trained on.
+    """Make a probe of a published version's networks, on the data that it was trained on.
 
     Args:
-        version: says network, data set and weight decay.
-        files: the vertices.
-        subset: what is measured on.
+        version: its manifest records network, data set and weight decay.
+        files: weights of the vertices.
+        subset: number of images to measure on.
 
     Raises:
-        ConfigError: the version does not say how its networks are built or what they were trained on.
+        ConfigError: the manifest does not record how its networks are built or what they were trained on.
     """
     network, kept = version.manifest.network, version.manifest.provenance.config
     if network is None or "dataset" not in kept:
         raise ConfigError(
-            f"{version.name} was imported: it does not say how its networks are built or what they were trained on."
+            f"{version.name} was imported: its manifest does not record how its networks are built or what they were trained on."
         )
     found = data.load(data_options(kept))
     module = networks.build(network.factory, len(found.classes), found.shape, network.kwargs)
@@ -151,10 +151,10 @@ def open_probe(version: Version, files: Sequence[Path], subset: Subset) -> tuple
 
 
 class Kept:
-    """What was measured, a JSON line each, in a file that belongs to one question."""
+    """Results of a measurement, one JSON line each, in a file that belongs to one question."""
 
     def __init__(self, file: Path, question: dict[str, Any]):
-        """Goes on with the file if it answers the same question; else puts it aside, as FILE.before, and begins anew."""
+        """Continue the file if it belongs to the same question; else rename it to FILE.before and start a new one."""
         self._file = file
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
         lines = _whole_lines(file)
@@ -169,7 +169,7 @@ class Kept:
     def measure(
         self, questions: Sequence[Any], ask: Callable[[Any], dict[str, float]], what: str
     ) -> list[dict[str, float]]:
-        """What `ask` says of each question; questions that were asked before are not asked again."""
+        """Returns the result of `ask` for each item; results that are in the file already are not computed again."""
         for question in tqdm(questions, what, leave=False, disable=None):
             if (key := json.dumps(question)) not in self._found:
                 self._found[key] = ask(question)
@@ -182,7 +182,7 @@ def _whole_lines(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     text = file.read_text()
-    if not text.endswith("\n"):  # killed while it wrote
+    if not text.endswith("\n"):  # the process was killed while writing
         text = text[: text.rfind("\n") + 1]
         file.write_text(text)
     return [json.loads(line) for line in text.splitlines()]

@@ -1,4 +1,4 @@
-"""What a measurement returns: its numbers, as the JSON file beside the figures holds them, and the figures."""
+"""The result of a measurement: its numbers, which are also the content of the JSON file, and its figures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class Report(dict[str, Any]):
-    """The numbers of a measurement. `figures` holds matplotlib figures by the name of their file, for use in a notebook."""
+    """The numbers of a measurement. `figures` holds matplotlib figures by file name, for use in a notebook."""
 
     def __init__(self, numbers: dict[str, Any]):
-        """A report without figures."""
+        """Make a report without figures."""
         super().__init__(numbers)
         self.figures: dict[str, Figure] = {}
 

@@ -1,15 +1,19 @@
-"""Whether a new version may be served at once, and which of its members are averaged: both are decided on the validation split.
+"""Decides, on the validation split, whether a new version may be served at once and which of its members are averaged.
 
-A version is published in any case. It is not activated when it is, by more than noise,
+A version is published in any case. It is not activated if it is
 
-- worse than the best of the given networks (--init, --base, --endpoints), each made a member and calibrated as the version's own are.
-  Paired on the validation images: a one-sided exact McNemar test of accuracy, a one-sided t-test of the NLL.
-- worse than the active version of its name, where that has the same splits and classes. Only its scores are known, not its answer to each image, so
-  the tests are those for independent images, cautious on the same ones: two proportions, and a mean NLL with the new version's spread for both.
-- no better than chance: neither more accurate than always answering the most frequent class, nor lower in NLL than always answering the class
-  frequencies. No allowance for noise: a version must show something; one that has barely begun to learn does.
+- significantly worse than the best of the given networks (--init, --base, --endpoints), whose batch norm is
+  re-estimated and which are calibrated in the same way as members. The tests are paired on the validation images: a
+  one-sided exact McNemar test of accuracy, and a one-sided t-test of the NLL.
+- significantly worse than the active version of its name, if that has the same splits and classes. Only its scores are
+  known, not its prediction for each image. So the tests are those for independent images, which are conservative on the
+  same images: two proportions, and a mean NLL with the new version's spread for both.
+- no better than chance: neither more accurate than always predicting the most frequent class, nor lower in NLL than
+  always predicting the class frequencies. There is no test here, because a network that has barely begun to learn
+  passes.
 
-Tests are at level LEVEL. The decision is kept in the run's folder, so that repeating a finished command does not serve what was held back.
+The level of the tests is LEVEL. The decision is stored in the run's folder, so that a finished command that is repeated
+does not serve a version that was held back.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ Labels = NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Answers:
-    """What one network or average says of the validation images, at its own temperature."""
+    """Predictions of one network or average on the validation images, at its own temperature."""
 
     right: NDArray[np.bool_]  # (batch,)
     nll: NDArray[np.float64]  # (batch,), nats
@@ -53,7 +57,7 @@ class Answers:
     def of(
         cls, logits: Floats, labels: Labels, weights: NDArray[np.float64], temperature_: float | None = None
     ) -> Answers:
-        """From (members, batch, classes); the temperature is fitted unless it is given."""
+        """Compute them from logits (members, batch, classes); the temperature is fitted unless it is given."""
         fitted = temperature.fit(logits, labels, weights) if temperature_ is None else temperature_
         probs = combine(softmax(logits, fitted), weights).mean_probs
         of_label = probs[np.arange(len(labels)), labels]
@@ -61,7 +65,7 @@ class Answers:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Share of correct predictions."""
         return float(self.right.mean())
 
     def __str__(self) -> str:
@@ -71,9 +75,10 @@ class Answers:
 def outliers(members: Sequence[Answers], labels: Labels) -> list[int]:
     """Members to leave out of the average: those that are far worse than the median member (by NLL).
 
-    Far worse: more than half of what the median member gains over chance, in NLL, is lost; and it is less accurate than that member by more than
-    noise (one-sided exact McNemar test at OUTLIER_LEVEL). At least half of the members stay. Where even the median member has gained less than a
-    quarter of chance's NLL, all stay: among members that have hardly learned anything, worse ones mean nothing.
+    Far worse means that the member loses more than half of the median member's gain over chance in NLL, and that it is
+    significantly less accurate than the median member (one-sided exact McNemar test at OUTLIER_LEVEL). At least half of
+    the members stay. All stay if even the median member has gained less than a quarter of chance's NLL: among members
+    that have hardly learned anything, differences mean nothing.
     """
     chance = float(_class_frequencies_nll(labels).mean())
     nlls = [float(one.nll.mean()) for one in members]
@@ -90,27 +95,28 @@ def refusal(
     version: Answers, labels: Labels, given: Sequence[Answers], active: Version | None, *, fingerprint: str, classes: Sequence[str],
     validation_cut: bool,
 ) -> str | None:  # fmt: skip
-    """Why a version must not be activated unasked, as sentences; None where it may.
+    """Why a version must not be activated automatically, as sentences; None if it may be.
 
     Args:
-        version: its average.
-        labels: (batch,), of the validation split.
-        given: the networks that the training began from.
-        active: the version of the same name that is served.
-        fingerprint: of the splits.
-        classes: names.
-        validation_cut: the validation images come from the training images, so that given networks may have been trained on them.
+        version: predictions of its average.
+        labels: labels of the validation split, (batch,).
+        given: predictions of the networks that the training started from.
+        active: the active version of the same name.
+        fingerprint: fingerprint of the data splits.
+        classes: class names.
+        validation_cut: the validation images come from the training images, so that given networks may have been
+            trained on them.
     """
     if not _better_than_chance(version, labels):
         return (
-            f"on the {len(labels)} validation images it is not better than chance: {version}, where always answering the most frequent class has "
-            f"accuracy {np.bincount(labels).max() / len(labels):.4f}, and answering the class frequencies NLL {_class_frequencies_nll(labels).mean():.4f}."
+            f"on the {len(labels)} validation images it is not better than chance: {version}, where always predicting the most frequent class has "
+            f"accuracy {np.bincount(labels).max() / len(labels):.4f}, and predicting the class frequencies NLL {_class_frequencies_nll(labels).mean():.4f}."
         )
     if given:
         best = min(given, key=lambda one: float(one.nll.mean()))
         if _mcnemar(version.right, best.right) < LEVEL or _larger(version.nll - best.nll, 1) < LEVEL:
             seen = (
-                " (These images were set aside from the training images; if the given network was trained on them, they flatter it.)"
+                " (These images were set aside from the training images; if the given network was trained on them, they favour it.)"
                 if validation_cut
                 else ""
             )
@@ -130,7 +136,7 @@ def refusal(
 
 
 def active_version(store: Store, name: str) -> Version | None:
-    """The version of that name that is served; None where there is none, or none that can be read."""
+    """The active version of this name; None if there is none, or if it cannot be read."""
     try:
         return store.load(name)
     except StoreError:
@@ -140,13 +146,15 @@ def active_version(store: Store, name: str) -> Version | None:
 def given_answers(
     run: Run, network: nn.Module, data: Data, count: int, bn_images: int, device: torch.device
 ) -> list[Answers]:
-    """Of the networks that the run began from, with batch norm re-estimated as a member's is; those that give no numbers are left out.
+    """Predictions of the networks that the run started from, with batch norm re-estimated as for members.
+
+    Networks whose outputs are not finite are left out.
 
     Args:
-        run: holds them.
+        run: the run that holds them.
         network: a module of the right architecture; its weights are overwritten.
         data: as for member.make.
-        count: how many they are.
+        count: number of these networks.
         bn_images: as for member.make.
         device: where torch runs.
     """
@@ -156,7 +164,10 @@ def given_answers(
 
 
 def answers(network: nn.Module, weights: State, data: Data, bn_images: int, device: torch.device) -> Answers | None:
-    """What these weights say of the validation images, with batch norm re-estimated as a member's is; None if that is not finite."""
+    """Predictions of these weights on the validation images, with batch norm re-estimated as for members.
+
+    Returns None if the outputs are not finite.
+    """
     images, labels = as_arrays(data.validation)
     put_into(network, weights)
     served = Normalised(network, data.mean, data.std).to(device)
@@ -166,18 +177,18 @@ def answers(network: nn.Module, weights: State, data: Data, bn_images: int, devi
 
 
 def keep_decision(run: Run, reason: str | None, *, anyway: bool = False) -> None:
-    """Remember why this run's version must not be activated, or that it may be. Call it before publishing.
+    """Store why this run's version must not be activated, or that it may be. Call it before publishing.
 
     Args:
-        run: where it is kept.
-        reason: against activation; None: there is none.
-        anyway: it is activated all the same, because the user says so.
+        run: the run in whose folder it is stored.
+        reason: the reason against activation; None if there is none.
+        anyway: whether the version is activated in spite of the reason, because the user asks for it.
     """
     write_whole(_file(run), json.dumps({"refused": None if anyway else reason}).encode())
 
 
 def activation_refused(run: Run) -> str | None:
-    """Why the version that this run published was not activated; None where it was, or nothing was decided."""
+    """Why the version that this run published was not activated; None if it was, or if nothing was decided."""
     try:
         return json.loads(_file(run).read_text())["refused"]
     except FileNotFoundError:
@@ -196,24 +207,28 @@ def _comparable(active: Version, fingerprint: str, classes: Sequence[str]) -> bo
 
 def _better_than_chance(version: Answers, labels: Labels) -> bool:
     most = np.bincount(labels).max() / len(labels)
-    # All right: where a tiny split has one class only, nothing can be more accurate than its most frequent class.
+    # If all are right: on a tiny split with one class, nothing is more accurate than predicting its most frequent
+    # class.
     accurate = version.accuracy > most or version.right.all()
     return bool(accurate or version.nll.mean() < _class_frequencies_nll(labels).mean())
 
 
 def _class_frequencies_nll(labels: Labels) -> NDArray[np.float64]:
-    """Of each image, where the answer is always the split's own class frequencies."""
+    """NLL of each image if the prediction is always the split's own class frequencies, (batch,)."""
     return -np.log(np.bincount(labels)[labels] / len(labels))
 
 
 def _mcnemar(right: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """Chance of so many images that only the reference answers rightly, if both were equally good."""
+    """p-value: probability of so many images that only the reference gets right, if both were equally good."""
     lost, won = int((reference & ~right).sum()), int((right & ~reference).sum())
     return float(special.bdtrc(lost - 1, lost + won, 0.5)) if lost + won else 1.0
 
 
 def _larger(values: NDArray[np.float64], samples: int) -> float:
-    """Chance of so large a mean, if the true one were 0; `samples` 2: a second mean with the same spread was subtracted."""
+    """p-value: probability of so large a mean if the true mean were 0.
+
+    `samples` is 2 if a second mean with the same spread was subtracted.
+    """
     mean, count = float(values.mean()), len(values)
     spread = float(values.std(ddof=1)) * math.sqrt(samples / count) if count > 1 else math.inf
     return float(special.stdtr(count - 1, -mean / spread)) if 0 < spread < math.inf else 1.0

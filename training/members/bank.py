@@ -1,4 +1,4 @@
-"""A bank: many points of a path in one template graph, every one of them checked before it enters."""
+"""Builds a bank: many path points that share one template graph. Every point is checked before it is added."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.members.metrics import score
 from training.networks import layout
 from training.runs import Run, load_state, save_state
 
-_NETWORK = "network."  # what Normalised puts before a name
+_NETWORK = "network."  # prefix that Normalised adds to names
 
 
 def build(
@@ -35,19 +35,19 @@ def build(
     bn_images: int,
     device: torch.device,
 ) -> Bank:
-    """A bank whose every point answers as torch does.
+    """Build a bank in which every point gives the same outputs as torch.
 
     Args:
-        run: keeps what was computed for each point, so that a killed publication goes on.
+        run: stores what was computed for each point, so that an interrupted publication resumes.
         network: a module of the right architecture; its weights are overwritten.
         data: as for member.make.
         vertices: weight sets by torch name.
         coefficients: (points, vertices); the bank's points.
-        bn_images: clean training images on which each point's statistics are re-estimated.
+        bn_images: number of clean training images on which each point's statistics are re-estimated.
         device: where torch runs.
 
     Raises:
-        ExportError: some point's answers are not what the template gives with the combined weights.
+        ExportError: at some point, the template with the combined weights does not give torch's outputs.
     """
     images, labels = as_arrays(data.validation)
     clean = next(member.clean_images(data, 2, device, layout.of(network)))
@@ -116,5 +116,5 @@ def _checked_logits(
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
-    # A copy: the network's buffers move on to the next point.
+    # A copy, because the network's buffers are overwritten for the next point.
     return np.array(tensor.detach().cpu().float().numpy(), order="C")

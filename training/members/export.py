@@ -26,23 +26,24 @@ from training.errors import ExportError
 from training.networks import layout
 
 LOGITS_TOLERANCE = 1e-4  # times max(1, max |logit|)
-# Of probabilities: absolute up to logits of 10, and in proportion to them beyond. A logit is rounded relative to its size, so by
-# 1e-6 of it or so after some layers, and a probability moves by up to half of what a logit moves by.
+# For probabilities: absolute up to logits of 10, and in proportion to the logits beyond. A logit is rounded relative to
+# its size, by about 1e-6 of it after some layers, and a probability changes by up to half as much as a logit.
 PROBS_TOLERANCE = 1e-5
 _EXACT_LOGITS = 10.0
-_LAST_BITS = 10.0  # times what the last bit of the pixels changes, where a network amplifies it
-_LOOSEST = 1e-3  # whatever it amplifies
-# Softmax has been one-hot in float32 for long; only a diverged training, or one without any scaling, gets there.
+_LAST_BITS = 10.0  # times the effect of the last bit of the pixels, if a network amplifies it
+_LOOSEST = 1e-3  # upper limit for networks that amplify rounding
+# At such logits softmax has long been one-hot in float32. Only a diverged training, or one without any scaling, reaches
+# them.
 DIVERGED_LOGITS = 1e3
 
 
 class Normalised(nn.Module):
-    """Images in [0, 1] in, logits out: what is exported. A served network cannot be normalised otherwise than in training."""
+    """The exported network: images in [0, 1] to logits. It includes normalisation, as in training."""
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.network = network
-        # Not `mean`: the exporter names a value after its operator, and a network may take a mean.
+        # Not named `mean`: the exporter names values after their operator, and a network may compute a mean.
         self.pixel_mean: torch.Tensor
         self.pixel_std: torch.Tensor
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1))
@@ -63,13 +64,13 @@ def to_onnx(network: Normalised, shape: tuple[int, int, int]) -> bytes:
 
 
 def to_template(network: Normalised, shape: tuple[int, int, int]) -> onnx.ModelProto:
-    """The graph as it is traced, every weight an initializer under its torch name.
+    """The traced graph, in which every weight is an initializer under its torch name.
 
     Raises:
         ExportError: torch cannot export this network.
     """
     network = copy.deepcopy(network).cpu().float().eval()
-    # Contiguous weights: an exporter writes what it is given, and layouts belong to training.
+    # Contiguous weights: the exporter writes them as they are, and other layouts are for training only.
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.contiguous()
     try:
@@ -81,7 +82,7 @@ def to_template(network: Normalised, shape: tuple[int, int, int]) -> onnx.ModelP
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
                 verbose=False,
-                optimize=False,  # folded, a weight would lose its name
+                optimize=False,  # folding would lose the names of weights
             )
     except Exception as error:
         raise ExportError(
@@ -94,7 +95,7 @@ def to_template(network: Normalised, shape: tuple[int, int, int]) -> onnx.ModelP
 
 
 def _reason(error: BaseException) -> str:
-    """What failed, in a sentence without terminal codes: the operator where one is known, else the innermost message's first line."""
+    """What failed, without terminal codes: the operator if it is known, else the innermost message's first line."""
     innermost, texts = error, []
     while True:
         texts.append(str(innermost))
@@ -109,7 +110,7 @@ def _reason(error: BaseException) -> str:
     if "data-dependent" in everything:
         line = re.search(r"Caused by: *\(?([^\n]*)", everything)
         source = re.sub(r"\s*\(_dynamo.*", "", line[1]).strip(" ()") if line else ""
-        return "its forward decides by a value that it computes" + (f": {source}" if source else "")
+        return "its forward branches on a value that it computes" + (f": {source}" if source else "")
     for text in reversed(texts):
         if lines := _TERMINAL_CODES.sub("", text).strip().splitlines():
             return lines[0].rstrip(".")
@@ -122,10 +123,10 @@ _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 def to_open_template(
     network: Normalised, shape: tuple[int, int, int], names: Collection[str]
 ) -> tuple[bytes, set[str]]:
-    """The traced graph with the named weights left out: declared external, to be given when a session is made.
+    """The traced graph without the named weights, which are declared external and given when a session is made.
 
     Returns:
-        The graph, and those of the names that it has; what its answers do not depend on it lacks.
+        The graph, and those of the names that it contains. Weights that do not affect its outputs are not in it.
 
     Raises:
         ExportError: torch cannot export this network.
@@ -136,7 +137,7 @@ def to_open_template(
     inlined = [tensor for tensor in graph.initializer if tensor.name not in left_out]
     del graph.initializer[:]
     graph.initializer.extend(inlined)
-    # As inputs while constants are folded, so that nothing is computed from one point's weights.
+    # They are inputs while constants are folded, so that no constant is computed from one point's weights.
     graph.input.extend(
         onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
         for name, tensor in left_out.items()
@@ -158,7 +159,8 @@ def to_open_template(
 
 
 def _fold(template: onnx.ModelProto) -> bytes:
-    # Constants folded, batch norm merged into convolutions: ONNX Runtime leaves a traced graph half as fast.
+    # Fold constants and merge batch norm into convolutions: without this, ONNX Runtime is half as fast on a traced
+    # graph.
     with _quiet():
         model = _optimised(template)
     _forget_sources(model)
@@ -172,17 +174,17 @@ def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:
-    # The exporter notes source lines of this machine at every node; they are no business of whoever holds the file.
+    # The exporter records source lines of this machine at every node. These must not be published with the file.
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
 
 
 class Exporter:
-    """Exports members of one architecture. The graph is traced once; later members only bring their weights to it.
+    """Exports members of one architecture. The graph is traced once; for later members only the weights are replaced.
 
-    Tracing takes most of an export's time, and the graph of equal modules is equal. Where it is not, the
-    names differ or parity with torch fails, and the member is traced anew.
+    Tracing takes most of the time of an export, and equal modules have equal graphs. If a graph differs, its
+    names differ or parity with torch fails, and the member is traced again.
     """
 
     def __init__(self, shape: tuple[int, int, int]):
@@ -190,13 +192,13 @@ class Exporter:
         self._template: onnx.ModelProto | None = None
 
     def trace(self, network: Normalised) -> tuple[bytes, MemberSession]:
-        """Trace the network for this and later exports: its ONNX file, and a session on it.
+        """Trace the network for this and later exports. Returns its ONNX file and a session on it.
 
         Raises:
-            ExportError: torch cannot export this network, or ONNX Runtime refuses the file.
+            ExportError: torch cannot export this network, or ONNX Runtime rejects the file.
         """
         template = to_template(network, self._shape)
-        refilled = _refill(template, network)  # written in one way, whichever weights were traced
+        refilled = _refill(template, network)  # the file must not depend on the weights that were traced
         self._template = _without_weights(template, network) if _holds_all_weights(template, network) else None
         model = _fold(refilled)
         return model, open_exported(model)
@@ -204,10 +206,10 @@ class Exporter:
     def export(
         self, network: Normalised, images: NDArray[np.float32], device: torch.device
     ) -> tuple[bytes, MemberSession]:
-        """The ONNX file and a session on it, held against torch on the images (batch, C, H, W).
+        """Returns the ONNX file and a session on it, after comparing it with torch on the images (batch, C, H, W).
 
         Raises:
-            ExportError: torch cannot export this network, or its member answers differently.
+            ExportError: torch cannot export this network, or the outputs differ.
         """
         if self._template is not None:
             model = _fold(_refill(self._template, network))
@@ -224,7 +226,7 @@ class Exporter:
 
 
 def _weights(network: Normalised) -> dict[str, torch.Tensor]:
-    # Counters take no part in an answer, so they are not in the graph.
+    # Counters do not affect the outputs, so they are not in the graph.
     return {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
 
 
@@ -250,7 +252,7 @@ def _refill(template: onnx.ModelProto, network: Normalised) -> onnx.ModelProto:
 
 
 def _without_weights(template: onnx.ModelProto, network: Normalised) -> onnx.ModelProto:
-    # The next member brings its own; kept over a training, these would take the memory of one more network.
+    # The next member brings its own weights. Keeping these during a training would take the memory of one more network.
     weights = _weights(network)
     for tensor in template.graph.initializer:
         if tensor.name in weights:
@@ -259,18 +261,18 @@ def _without_weights(template: onnx.ModelProto, network: Normalised) -> onnx.Mod
 
 
 def _trace(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
-    # Traced by ourselves: left alone, torch.onnx falls back in silence to a graph with a fixed batch.
+    # Traced here, because torch.onnx silently falls back to a graph with a fixed batch size.
     axes = ({0: torch.export.Dim("batch")},)
     try:
         return torch.export.export(network, (example,), dynamic_shapes=axes, strict=False)
     except Exception:
-        # Slower, but it follows Python that makes a number of the batch axis, such as len(images).
+        # Slower, but it supports Python code that turns the batch axis into a number, such as len(images).
         return torch.export.export(network, (example,), dynamic_shapes=axes, strict=True)
 
 
 @torch.no_grad()
 def torch_logits(network: Normalised, images: NDArray[np.float32], device: torch.device) -> NDArray[np.float32]:
-    """What torch answers in float32 without TF32: (batch, classes)."""
+    """Torch's logits in float32 without TF32: (batch, classes)."""
     network = network.to(device).eval()
     with _no_tf32():
         parts = [
@@ -285,7 +287,7 @@ def torch_logits(network: Normalised, images: NDArray[np.float32], device: torch
 def check_parity(
     network: Normalised, session: MemberSession, images: NDArray[np.float32], device: torch.device
 ) -> None:
-    """Hold the exported member against torch on real images.
+    """Compare the exported member with torch on real images.
 
     Raises:
         ExportError: they differ by more than the tolerances.
@@ -297,7 +299,7 @@ def check_parity(
         raise ExportError(f"The exported member does not run: {error}. Nothing was published.") from error
     if not np.isfinite(expected).all():
         raise ExportError(
-            "The member answers real images with NaN or infinity: its training diverged. Train with a smaller rate. Nothing was published."
+            "The member gives NaN or infinity for real images: its training diverged. Train with a smaller learning rate. Nothing was published."
         )
     largest = float(np.abs(expected).max())
     logits_off = float(np.abs(found - expected).max())
@@ -305,7 +307,7 @@ def check_parity(
     logits_limit = LOGITS_TOLERANCE * max(1.0, largest)
     probs_limit = PROBS_TOLERANCE * max(1.0, min(largest, DIVERGED_LOGITS) / _EXACT_LOGITS)
     if not (probs_off <= probs_limit and logits_off <= logits_limit):
-        # A deep network may amplify the last bit of a pixel beyond that; no export can be closer than what such a bit changes.
+        # A deep network may amplify the last bit of a pixel beyond this, and no export can be more exact than that.
         nudged = in_batches(session, independence.nudged(images))
         logits_limit += _LAST_BITS * float(np.abs(nudged - found).max())
         probs_limit = min(_LOOSEST, probs_limit + _LAST_BITS * float(np.abs(softmax(nudged) - softmax(found)).max()))
@@ -314,8 +316,8 @@ def check_parity(
         return
     if largest > DIVERGED_LOGITS:
         raise ExportError(
-            f"The member answers real images with logits up to {largest:.1e}: its training diverged, or nothing scales its output. "
-            "Float32 no longer holds such answers exactly enough to compare them. Train with a smaller rate. Nothing was published."
+            f"The member gives logits for real images up to {largest:.1e}: its training diverged, or nothing scales its output. "
+            "Such logits are too inexact in float32 to be compared. Train with a smaller learning rate. Nothing was published."
         )
     raise ExportError(
         f"The exported member differs from torch on {len(images)} real images: probabilities by {probs_off:.2e} "
@@ -325,10 +327,10 @@ def check_parity(
 
 
 def open_exported(model: bytes, weights: Mapping[str, NDArray[np.float32]] | None = None) -> MemberSession:
-    """A session on what was exported; `weights` are those that a template leaves open.
+    """Open a session on an exported graph; `weights` are those that a template leaves out.
 
     Raises:
-        ExportError: ONNX Runtime refuses it.
+        ExportError: ONNX Runtime rejects it.
     """
     try:
         return MemberSession(model, weights=weights)
@@ -348,7 +350,8 @@ def _no_tf32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # The exporter reports its own inner deprecations and guards, on stdout and stderr too; what matters comes as an exception.
+    # The exporter prints its internal deprecations and guards, on stdout and stderr too. Real problems raise an
+    # exception.
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

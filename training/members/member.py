@@ -1,4 +1,4 @@
-"""The one place where weights become a member: batch norm, ONNX, parity, validation logits."""
+"""Turns weights into a member: batch norm, ONNX export, parity, validation logits."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ class Member:
 def make(
     network: nn.Module, weights: State, data: Data, bn_images: int, device: torch.device, exporter: Exporter
 ) -> Member:
-    """Turn a path point's weights into a member. Nothing else may: forgetting batch norm is this field's easiest mistake.
+    """Turn a path point's weights into a member. No other code may do so, because batch norm is easily forgotten.
 
     Args:
         network: a module of the right architecture; its weights are overwritten.
         weights: parameters and buffers by torch name.
         data: batch norm is re-estimated on `train`, parity checked and logits taken on `validation`.
-        bn_images: how many clean training images.
+        bn_images: number of clean training images for batch norm.
         device: where torch runs.
-        exporter: one for all members of this network.
+        exporter: the same for all members of this network.
 
     Raises:
-        ExportError: export failed, or the member answers differently from torch or depending on the other images of a batch.
+        ExportError: export failed, or the member's outputs differ from torch's or depend on the other images of a
+        batch.
     """
     put_into(network, weights)
     served = Normalised(network, data.mean, data.std).to(device)
@@ -61,7 +62,7 @@ def make(
 
 
 def settle(network: nn.Module, data: Data, bn_images: int, device: torch.device) -> None:
-    """Give the network the statistics that belong to its weights: re-estimated on clean training images."""
+    """Re-estimate the batch-norm statistics for the network's weights on clean training images."""
     batch_norm.reestimate(network, clean_images(data, bn_images, device, layout.of(network)))
 
 
@@ -69,9 +70,10 @@ def clean_images(
     data: Data, count: int, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
 ) -> Iterator[torch.Tensor]:
     """Normalised training images without augmentation, always the same ones, (batch, C, H, W)."""
-    # Which images is fixed, so that two members differ by their weights alone.
+    # The choice of images is fixed, so that two members differ in their weights only.
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:count]
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
-    # Batches of 128 in channels-last take 0.3 of the time of batches of 500 in the usual one (2 CPU cores, preresnet8).
+    # Batches of 128 in channels-last take 0.3 of the time of batches of 500 in the contiguous layout (2 CPU cores,
+    # preresnet8).
     for images, _ in data.train.batches(order, 128):
         yield layout.arrange((images.to(device) - mean) / std, memory_format)

@@ -19,7 +19,7 @@ def score(probs: Floats, labels: Labels) -> Scores:
 
 
 def accuracy(probs: Floats, labels: Labels) -> float:
-    """Share of right labels."""
+    """Share of correct predictions."""
     return float((probs.argmax(axis=1) == labels).mean())
 
 
@@ -37,7 +37,8 @@ def ece(probs: Floats, labels: Labels, bins: int = ECE_BINS) -> float:
     """Expected calibration error of the confidence over equal-width bins (l, u] (Guo et al. 2017, eq. 3)."""
     confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(bin_of, right - confidence, bins)  # number of answers in a bin × (its accuracy − its mean confidence)
+    # For each bin: number of answers × (accuracy − mean confidence).
+    gap = np.bincount(bin_of, right - confidence, bins)
     return float(np.abs(gap).sum() / len(labels))
 
 
@@ -53,7 +54,7 @@ def aurc(uncertainty: Floats, wrong: NDArray[np.bool_]) -> float:
 
 
 def auroc(uncertainty: Floats, positive: NDArray[np.bool_]) -> float:
-    """Chance that a positive is more uncertain than a negative; NaN where one kind is absent."""
+    """Probability that a positive is more uncertain than a negative; NaN if there are no positives or no negatives."""
     from sklearn.metrics import roc_auc_score  # imported where it is needed: commands start sooner
 
     if positive.all() or not positive.any():

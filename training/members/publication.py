@@ -37,20 +37,20 @@ Vertex = tuple[Path, manifest.Origin]  # a weight set in the run's folder
 
 @dataclass(frozen=True)
 class Points:
-    """Where on trained vertices the networks lie that are published."""
+    """The published networks, as combinations of trained vertices."""
 
     shape: str
     components: list[list[int]]  # the vertices of each curve in order, or of each simplex
-    # Of where the vertices lie, because what is drawn may depend on volumes:
+    # Functions of the vertices' coordinates, because what is drawn may depend on volumes:
     members: Callable[[Coordinates], Coefficients]  # (members, vertices): the networks of the average
-    # (points, vertices): the networks that one query each may get; there may be none
+    # (points, vertices): the networks of the bank, which may be empty
     bank: Callable[[Coordinates], Coefficients]
     summary: Callable[[Coordinates], str] | None = None  # printed after publishing
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is published, and where to."""
+    """What is published, and where."""
 
     store: Store
     config: Config
@@ -58,16 +58,16 @@ class Job:
     network: nn.Module  # its weights are overwritten
     data: Data
     device: torch.device
-    exporter: Exporter  # it may have traced the network already
+    exporter: Exporter  # may have traced the network already
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the training cost."""
+    """Cost of the training."""
 
     seconds: float
-    epochs: float  # in plain epochs
-    device: str  # what it ran on, in words
+    epochs: float  # in units of plain epochs
+    device: str  # description of the hardware
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,20 @@ class _Members:
     """The networks that are averaged; their files are in the staging folder."""
 
     logits: NDArray[np.float32]  # (members, batch, classes), of the validation images
-    temperatures: list[float]  # of each alone
+    temperatures: list[float]  # of each member alone
     origins: list[manifest.Origin]
-    made: int  # those left out of the average included
+    made: int  # number of exported members, with those left out of the average
 
 
 def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: Weigh | None, cost: Cost) -> Version:
-    """Make every point a member, calibrate their average on validation, and publish.
+    """Turn every point into a member, calibrate their average on validation, and publish.
 
     Args:
-        job: what is published, and where to.
-        vertices: the weight sets that training left.
-        points: combinations of them that become members; None: each vertex does.
-        weigh: gives the members' weights; None: equal ones.
-        cost: of the training.
+        job: what is published, and where.
+        vertices: the trained weight sets.
+        points: combinations of them that become members; None: each vertex becomes a member.
+        weigh: computes the members' weights; None: equal weights.
+        cost: cost of the training.
 
     Raises:
         ExportError: a member cannot be exported faithfully; then nothing is published.
@@ -152,7 +152,7 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
         logger.warning(f"activated because of --activate-anyway, although {refused}")
     elif refused and config.activate:
         logger.warning(
-            f"NOT ACTIVATED: {refused} It is published, but not served. To serve it all the same, give --activate-anyway, or run: "
+            f"NOT ACTIVATED: {refused} It is published, but not served. To serve it anyway, give --activate-anyway, or run: "
             f"python -m models_store activate {version.manifest.name} {version.manifest.version}"
         )
     return version
@@ -161,7 +161,7 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
 def _make_members(
     job: Job, staged: Path, weights: Iterator[tuple[State, manifest.Origin]], labels: activation.Labels
 ) -> _Members:
-    """Export each, and leave out of the average those that are far worse than most."""
+    """Export each member, and leave out of the average those that are far worse than most."""
     (staged / "members").mkdir()
     (staged / "weights").mkdir()
     origins: list[manifest.Origin] = []
@@ -208,12 +208,12 @@ def _provenance(job: Job, cost: Cost, forward: float) -> manifest.Provenance:
 
 
 def _choose(staged: Path, config: Config, members: Sequence[Answers], labels: activation.Labels) -> list[int]:
-    """Indices of the members that are averaged. The files of the others are removed, and numbers closed up."""
+    """Indices of the members that are averaged. The files of the others are removed, and the rest is renumbered."""
     left_out = [] if config.keep_all_members else activation.outliers(members, labels)
     for index in left_out:
         logger.warning(
             f"left out of the average: member {index} of {len(members)}, far worse on validation than most ({members[index]}). "
-            "--keep-all-members averages it too, in a run of its own."
+            "--keep-all-members averages it too, in a new run."
         )
     kept = [index for index in range(len(members)) if index not in left_out]
     for folder, suffix in (("members", "onnx"), ("weights", "safetensors")):
@@ -225,7 +225,7 @@ def _choose(staged: Path, config: Config, members: Sequence[Answers], labels: ac
 
 
 def _settling(network: nn.Module, data: Data, bn_images: int, device: torch.device) -> float:
-    """Forward passes that a network's statistics take, in epochs over the train split."""
+    """Cost of re-estimating a network's statistics: forward passes, in epochs over the train split."""
     if not batch_norm.statistics(network, next(member.clean_images(data, 2, device))):
         return 0.0
     return min(bn_images, len(data.train)) / len(data.train)
@@ -253,7 +253,7 @@ def _keep_vertices(staged: Path, states: Sequence[State], points: Points) -> man
 
 
 def _keep_bank(staged: Path, rows: Coefficients, build: Callable[[Coefficients], Bank]) -> manifest.Bank | None:
-    """Where these networks cannot be in a bank, say why and write nothing."""
+    """Build and save the bank. If these networks cannot be in a bank, log the reason and return None."""
     if not len(rows):
         return None
     try:

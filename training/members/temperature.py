@@ -4,16 +4,21 @@ With θ = log T and ℓ(θ) the summed negative log-likelihood of the validation
 
     θ̂ = argmin ℓ(θ) + θ² / 2σ²               a normal prior on log T, centred at T = 1 (σ = 0.5: T from 0.37 to 2.7)
     s = (ℓ''(θ̂) + 1/σ²)^(-1/2)               the standard error of log T, from the curvature (Laplace's approximation)
-    θ = shrunk(θ̂, s)                         towards 0, by how many standard errors θ̂ is away from it
+    θ = shrunk(θ̂, s)                         moved towards 0, depending on how many standard errors it is away
 
-Maximum likelihood alone degenerates: where every validation image is classified correctly, ℓ falls for as long as T does, and one or two errors
-hardly hold it. The prior keeps θ̂ finite. It is worth 1/σ² = 4 units of information about log T; the split gives ℓ'', which grows with
-its images and errors, so that the prior's share vanishes. But a prior does not prevent a step in the wrong direction, it only makes the step
-smaller: at no width is the NLL on other images never worse than at T = 1. `shrunk` prevents it. Up to z = 2 standard errors T stays exactly 1; up
-to 2 z it is the end nearest 1 of the interval θ̂ ± z s, so that it lies between 1 and the best T whenever the interval holds that; from a z
-on (a = 3.7) it is θ̂ itself. This is the minimum of ½ (θ − θ̂)²/s² plus the smoothly clipped absolute deviation penalty at level z/s (Fan and Li 2001,
-"Variable selection via nonconcave penalized likelihood and its oracle properties", eq. 2.8; a is theirs): a penalty whose share falls as
-information grows, and that vanishes for an effect beyond doubt. How σ and z were chosen, and what other estimates do: benchmarks/training/temperature.py.
+Maximum likelihood alone degenerates: if every validation image is classified correctly, ℓ falls for as long as T does,
+and one or two errors hardly stop it. The prior keeps θ̂ finite. It is worth 1/σ² = 4 units of information about log T.
+The split contributes ℓ'', which grows with its images and errors, so that the share of the prior vanishes.
+
+But a prior does not prevent a step in the wrong direction, it only makes the step smaller: with every width, the NLL on
+other images is sometimes worse than at T = 1. `shrunk` prevents this. If θ̂ is up to z = 2 standard errors from 0, T is
+exactly 1. Up to 2 z it is the end of the interval θ̂ ± z s that is nearest to T = 1, so that T lies between 1 and the
+best T whenever the interval contains the best T. From a z on (a = 3.7) it is θ̂ itself.
+
+This is the minimum of ½ (θ − θ̂)²/s² plus the smoothly clipped absolute deviation penalty at level z/s (Fan and Li
+2001, "Variable selection via nonconcave penalized likelihood and its oracle properties", eq. 2.8, with their a): a
+penalty whose share falls as information grows, and that vanishes for large effects. benchmarks/training/temperature.py
+shows how σ and z were chosen, and compares other estimates.
 """
 
 from __future__ import annotations
@@ -29,9 +34,9 @@ from scipy.optimize import minimize_scalar
 PRIOR_WIDTH = 0.5  # σ
 THRESHOLD = 2.0  # z
 CLIP = 3.7  # a
-LIMIT = math.log(50)  # of |θ̂|; the prior keeps it well within
-UNCERTAIN = 0.25  # a standard error of log T above which the split says too little
-_STEP = 0.02  # in log T, of the second difference
+LIMIT = math.log(50)  # bound of |θ̂| in the search; the prior keeps it well below
+UNCERTAIN = 0.25  # standard error of log T above which a warning is logged
+_STEP = 0.02  # in log T, for the second difference
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,14 @@ class Fitted:
 
     @property
     def warning(self) -> str | None:
-        """What to say where the split is too small, or has too few errors, to determine T."""
+        """A warning if the split is too small, or has too few errors, to determine T; else None."""
         if self.standard_error <= UNCERTAIN:
             return None
         kept = "T stays at 1" if self.temperature == 1 else f"T = {self.temperature:.3f} is uncertain"
         return (
-            f"{self.images} validation images, {self.errors} of them classified wrongly, say too little about the temperature "
+            f"{self.images} validation images, {self.errors} of them classified wrongly, are too few to determine the temperature "
             f"(standard error of log T {self.standard_error:.2f}): {kept}, and the confidences may be off. Set more images aside "
-            "(--validation), or let the data set bring a larger validation split."
+            "(--validation), or use a data set with a larger validation split."
         )
 
 
@@ -65,7 +70,7 @@ def fit(logits: NDArray[np.floating], labels: NDArray[np.integer], weights: NDAr
 
 
 def estimate(logits: NDArray[np.floating], labels: NDArray[np.integer], weights: NDArray[np.floating]) -> Fitted:
-    """T > 0 by penalised likelihood, as the module says; 1 where the split does not show that another one is better.
+    """Estimate T > 0 by penalised likelihood (see the module); 1 unless the split shows that another T is better.
 
     Args:
         logits: (members, batch, classes), of the validation split.
@@ -107,12 +112,12 @@ def posterior(loss: Callable[[float], float], width: float = PRIOR_WIDTH) -> tup
     found = minimize_scalar(penalised, bounds=(-LIMIT, LIMIT), method="bounded", options={"xatol": 1e-5})
     mode = float(found.x)
     curvature = (loss(mode - _STEP) - 2 * loss(mode) + loss(mode + _STEP)) / _STEP**2
-    # A mixture's ℓ need not be convex; a split never says less than nothing.
+    # A mixture's ℓ need not be convex, but the information in a split is never negative.
     return mode, (max(curvature, 0.0) + 1 / width**2) ** -0.5
 
 
 def shrunk(mode: float, error: float, threshold: float = THRESHOLD) -> float:
-    """An estimate of log T moved towards 0: wholly within `threshold` standard errors, not at all beyond CLIP times that."""
+    """Move an estimate of log T towards 0: to 0 below `threshold` standard errors, not at all above CLIP times that."""
     size, unit = abs(mode), threshold * error
     if size <= 2 * unit:
         size = max(0.0, size - unit)

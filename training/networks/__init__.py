@@ -1,11 +1,11 @@
-"""Networks by name. A network is a plain nn.Module that takes normalised images (batch, C, H, W) and gives logits.
+"""Networks by name. A network is a plain nn.Module that takes normalised images (batch, C, H, W) and returns logits.
 
 mlp                      networks/mlp.py
 vgg16, vgg16-bn          networks/vgg.py
 preresnetN               networks/preresnet.py     N = 6n+2 (basic) or 9n+2 (bottleneck, from 110)
 wrn-D-K                  networks/wide_resnet.py   depth D = 6n+4, width factor K
 torchvision:NAME         any classifier of torchvision
-package.module:factory   the user's own: factory(num_classes, input_shape, **options) -> nn.Module
+package.module:factory   a user's factory(num_classes, input_shape, **options) -> nn.Module
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Factory = Callable[..., nn.Module]
 
 
 def find(spec: str) -> Factory:
-    """The factory that a network's name stands for.
+    """Returns the factory of a network by name.
 
     Raises:
-        NetworkError: an unknown name, or a depth its family does not have.
-        ImportStringError: an import string that leads nowhere.
+        NetworkError: the name is unknown, or its family does not have this depth.
+        ImportStringError: the import string cannot be imported.
     """
     if spec.startswith("torchvision:"):
         return _torchvision(spec.removeprefix("torchvision:"))
@@ -45,16 +45,16 @@ def find(spec: str) -> Factory:
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", spec):
         return lambda *args, **kwargs: wide_resnet.make(*args, depth=int(match[1]), widen=int(match[2]), **kwargs)
     raise NetworkError(
-        f"Unknown network {spec!r}. Known: mlp, vgg16, vgg16-bn, preresnetN (as preresnet20), wrn-D-K (as wrn-28-10), "
+        f"Unknown network {spec!r}. Known: mlp, vgg16, vgg16-bn, preresnetN (e.g. preresnet20), wrn-D-K (e.g. wrn-28-10), "
         "torchvision:NAME, or your own as package.module:factory."
     )
 
 
 def build(spec: str, num_classes: int, input_shape: Shape, options: dict[str, Any]) -> nn.Module:
-    """Make a network and see that it gives logits.
+    """Build a network and check that it returns logits.
 
     Raises:
-        NetworkError: it cannot be built so, or answers with something else than (batch, num_classes).
+        NetworkError: it cannot be built with these arguments, or its output is not (batch, num_classes).
     """
     factory = find(spec)
     try:
@@ -75,7 +75,7 @@ def build(spec: str, num_classes: int, input_shape: Shape, options: dict[str, An
     except Exception as error:
         raise NetworkError(
             f"Network {spec!r} does not run on images {input_shape}: {type(error).__name__}: {error}. "
-            "It may want larger images or another number of channels."
+            "It may need larger images or another number of channels."
         ) from error
     torch.set_rng_state(random_state)
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
@@ -85,7 +85,7 @@ def build(spec: str, num_classes: int, input_shape: Shape, options: dict[str, An
 
 
 class GreyToRGB(nn.Module):
-    """Give a network that was built for three channels a grey image, three times."""
+    """Repeats a grey image three times, for a network that was built for three channels."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -105,7 +105,7 @@ def _torchvision(name: str) -> Factory:
         )
 
     def make(num_classes: int, input_shape: Shape, **options: Any) -> nn.Module:
-        if name in ("googlenet", "inception_v3"):  # their training output is a tuple unless told otherwise
+        if name in ("googlenet", "inception_v3"):  # by default their training output is a tuple
             options = {"aux_logits": False, "init_weights": True, **options}
         if name.startswith("vit_"):
             options = {"image_size": input_shape[1], **options}

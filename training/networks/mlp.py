@@ -1,4 +1,4 @@
-"""A multilayer perceptron: the smallest network here, and the one to copy for a new family."""
+"""A multilayer perceptron: the smallest network here, and a template for new families."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ def make(
     width: float = 1.0,
     bottleneck: bool | None = None,
 ) -> nn.Module:
-    """PreResNet of the given depth. Bottlenecks are the default from depth 110 on where 9n+2 is met (110, 164, …).
+    """PreResNet of the given depth. Bottlenecks are the default from depth 110 on if the depth is 9n+2 (110, 164, …).
 
     Raises:
-        NetworkError: no such depth.
+        NetworkError: the depth does not exist.
     """
     if bottleneck is None:
         bottleneck = depth >= 110 and (depth - 2) % 9 == 0

@@ -1,4 +1,4 @@
-"""Which layer of a network makes the answer for one image depend on the others in its batch."""
+"""Finds the layer of a network that makes the output for one image depend on the other images of the batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_TOLERANCE = 1e-3  # of the largest number in a tensor: far above rounding
+_TOLERANCE = 1e-3  # relative to the largest number in a tensor; far above rounding errors
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class _Seen:
 
 @torch.no_grad()
 def first_mixing(network: nn.Module, images: torch.Tensor) -> str | None:
-    """A sentence that names the first layer whose output for an image is another one alone than in the batch.
+    """Name the first layer whose output for an image alone differs from that in the batch.
 
     Args:
         network: in eval mode.
         images: (batch, C, H, W), at least two, as the network takes them.
 
     Returns:
-        None where no layer could be made out.
+        A sentence for an error message; None if no layer could be identified.
     """
     try:
         together = _watch(network, images)
@@ -37,7 +37,7 @@ def first_mixing(network: nn.Module, images: torch.Tensor) -> str | None:
             alone = _watch(network, images[row : row + 1])
             if found := _first_difference(network, together, alone, row, len(images)):
                 return found
-    except Exception:  # some networks do not run on one image; that is said already
+    except Exception:  # some networks do not run on one image; that is reported elsewhere
         return None
     return None
 
@@ -76,7 +76,7 @@ def _first_difference(
     before = ""
     for many, one in zip(together, alone, strict=False):
         if (many.name, many.leaves) != (one.name, one.leaves):
-            return None  # its forward takes another way for one image
+            return None  # its forward runs other layers for one image
         if _differs(many.tensor, one.tensor, row, count):
             return _sentence(network, many, before)
         if many.leaves:
@@ -101,7 +101,7 @@ def _sentence(network: nn.Module, seen: _Seen, before: str) -> str:
     layer = network.get_submodule(seen.name)
     parent = network.get_submodule(seen.name.rpartition(".")[0])
     if seen.leaves and list(layer.children()) and _is_own(layer):
-        # Its children agree, so what mixes stands in its own forward.
+        # Its children agree, so its own forward mixes images.
         return (
             f"The first to mix images is the forward of {_named(seen.name, layer)}, after its layers: compute over the axes of one image, not "
             "over axis 0."

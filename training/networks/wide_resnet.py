@@ -1,4 +1,4 @@
-"""Wide residual networks (Zagoruyko & Komodakis 2016): pre-activation basic blocks, depth 6n+4, `widen` times as wide."""
+"""Wide residual networks (Zagoruyko & Komodakis 2016): pre-activation basic blocks, depth 6n+4, width times `widen`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def make(num_classes: int, input_shape: tuple[int, int, int], *, depth: int, wid
     """WRN-`depth`-`widen`.
 
     Raises:
-        NetworkError: no such depth.
+        NetworkError: the depth does not exist.
     """
     if depth < 10 or (depth - 4) % 6 or widen < 1:
         raise NetworkError(

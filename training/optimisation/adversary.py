@@ -1,4 +1,4 @@
-"""Adversarial training (Madry et al. 2018, eq. 2.1): a step descends on the worst images that gradient ascent finds nearby."""
+"""Adversarial training (Madry et al. 2018, eq. 2.1): steps train on images that gradient ascent makes worse."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STEP = 2.5  # total length of the attack's steps, in units of epsilon, as in the
 class Adversary:
     """Projected gradient ascent in L∞, from a random start."""
 
-    epsilon: float  # how far a pixel may go, in [0, 1]
+    epsilon: float  # largest change of a pixel, in [0, 1]
     steps: int
-    share: float  # of each batch; the other images stay as they are
+    share: float  # of each batch that is changed
     mean: torch.Tensor  # (1, C, 1, 1): what the images were normalised with
     std: torch.Tensor
 
@@ -31,7 +31,7 @@ class Adversary:
         labels: torch.Tensor,
         autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> torch.Tensor:
-        """Normalised images, (batch, C, H, W), of which the first so many are moved; no pixel leaves [0, 1]."""
+        """Returns normalised images (batch, C, H, W), the first `share` of them changed. Pixels stay in [0, 1]."""
         count = round(self.share * len(images))
         clean, labels = images[:count], labels[:count]
         if not count:

@@ -19,7 +19,7 @@ _MALLOC = {-3: 2**25, -1: 2**31 - 1, -2: 2**26}
 
 
 class _Rank(logging.Filter):
-    """Sets `record.rank`. All processes log the same lines, so of those after the first only errors pass."""
+    """Sets `record.rank`. All processes log the same lines, so the others than the first log errors only."""
 
     def __init__(self, rank: int):
         super().__init__()
@@ -31,10 +31,10 @@ class _Rank(logging.Filter):
 
 
 def launch(config: Config) -> Fabric:
-    """A launched Fabric.
+    """Launch Fabric on the chosen device.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not available.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch sees no GPU: check the driver, or use --device cpu.")
@@ -43,8 +43,8 @@ def launch(config: Config) -> Fabric:
         raise ConfigError(f"--devices {config.devices}, but this machine has {torch.cuda.device_count()}.")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and _computes_in_bf16(device))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Fabric's hints about GPUs that were not asked for
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # `describe` says it in our words
+        warnings.simplefilter("ignore")  # Fabric's hints about GPUs that are not used
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # `describe` reports it instead
         fabric = Fabric(
             accelerator=device,
             devices=config.devices,
@@ -65,33 +65,37 @@ def _log_once(rank: int) -> None:
 
 
 def keep_memory() -> None:
-    """Stop glibc from returning freed tensor memory to the system after every step; faulting it in again took a third of a step's time."""
+    """Stop glibc from returning freed tensor memory to the system after every step.
+
+    Faulting it in again took a third of the time of a step.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # another C library has none
+    if mallopt is not None:  # other C libraries do not have it
         for option, value in _MALLOC.items():
             mallopt(option, value)
 
 
 def describe(fabric: Fabric) -> str:
-    """For the log and the manifest."""
+    """Description of hardware and precision, for the log and the manifest."""
     name = torch.cuda.get_device_name() if fabric.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return f"{name}, {fabric._precision.precision}, {fabric.world_size} process{'es' if fabric.world_size > 1 else ''}"
 
 
 def is_reduced(fabric: Fabric) -> bool:
-    """Whether it computes in less than float32."""
+    """Returns whether Fabric computes in less than float32."""
     return fabric._precision.precision != "32-true"
 
 
 def use_float32(fabric: Fabric) -> None:
-    """Let a launched Fabric, with nothing set up yet, compute in float32."""
-    # Its processes exist already, so another Fabric would be launched in vain.
+    """Switch a launched Fabric, with which nothing is set up yet, to float32."""
+    # Its processes exist already, so launching another Fabric would not help.
     fabric._precision = fabric.strategy.precision = Precision()
 
 
 def _computes_in_bf16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Without these instructions bf16 on a CPU is emulated, and slower than float32; with them steps took 0.55 of the time.
+    # Without these instructions, bf16 on a CPU is emulated and slower than float32. With them, steps took 0.55 of the
+    # time.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)

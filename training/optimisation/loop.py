@@ -1,7 +1,7 @@
-"""The training loop. Every method is a list of legs: so many iterations at such a rate, collecting weights here and there.
+"""The training loop. A method is a list of legs: each trains for some iterations, and collects weights after some.
 
-An epoch's randomness is a function of (seed, leg, epoch) alone, so a run that goes on from the last finished epoch
-computes what the undisturbed run computes, bit for bit on a CPU.
+An epoch's randomness is a function of (seed, leg, epoch) alone. So a run that resumes from the last finished epoch
+computes the same as an uninterrupted run, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from training.runs import PREFIXED, Progress, Run, load_start, save_state
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Log = Callable[[Mapping[str, float], int], None]
-SHOWN_BN_IMAGES = 2048  # for the validation line of a path; members get --bn-images
+SHOWN_BN_IMAGES = 2048  # for the validation scores in the log of a path; members use --bn-images
 
 
 @dataclass(frozen=True)
@@ -45,27 +45,27 @@ class Leg:
     label: str
     iterations: int
     rate: Callable[[int], float]  # of the iteration i = 1 … iterations
-    start: Path | None = None  # weights to begin from, and momenta where the file has them; None: see Steps.continues
+    start: Path | None = None  # weights, and momenta if the file has them; None: see Steps.continues
     collect: tuple[int, ...] = ()  # iterations after which the weights are kept as a vertex
-    keep: tuple[tuple[int, Path], ...] = ()  # (epoch, file): checkpoints that later legs begin from
-    steps: MakeSteps = OneNetwork  # what a step does
-    weight_sets: int = 1  # that a collection keeps: as many as the steps train
-    rate_option: str = "--lr"  # what the user sets the rate with
-    passes: int = 1  # forward and backward passes of an iteration: what it costs in units of a plain one
+    keep: tuple[tuple[int, Path], ...] = ()  # (epoch, file): checkpoints that later legs start from
+    steps: MakeSteps = OneNetwork  # makes the steps
+    weight_sets: int = 1  # number of weight sets in a collection: as many as the steps train
+    rate_option: str = "--lr"  # the option that sets the rate, for error messages
+    passes: int = 1  # cost of an iteration in forward and backward passes
 
 
 def iterations_per_epoch(data: Data, batch_size: int) -> int:
-    """Whole batches only: a batch of few images would upset batch norm."""
+    """Number of whole batches in an epoch. A batch of few images would disturb batch norm."""
     return max(1, len(data.train) // batch_size)
 
 
 def initialise(seed: int, number: int = 0) -> None:
-    """Seed what the `number`-th network of a run draws its initial weights from."""
+    """Seed the random generators for the initial weights of the `number`-th network of a run."""
     _seed_everything(derive(seed, Stream.WEIGHTS, 0, number))
 
 
 def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Data, legs: list[Leg]) -> float:
-    """Train through all legs, from wherever the run stands; vertices go to `run.vertex_file(leg, number)`.
+    """Train all legs, resuming after the last finished epoch. Vertices are written to `run.vertex_file(leg, number)`.
 
     Returns:
         Seconds spent in training, over all sessions of the run.
@@ -91,7 +91,7 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
             steps.restore(load_start(leg.start))
         elif before is not None and steps.continues and type(before) is type(steps):
             steps.restore(before.state())
-        del before  # its optimizer
+        del before  # frees its optimizer
         seconds = job.run_leg(index, leg, steps, first, seconds)
     return seconds
 
@@ -133,7 +133,7 @@ class _Job:
                 }
                 self.log({**row, "seconds": seconds}, index * 10_000 + epoch + 1)
                 self._save(index, leg, steps, epoch + 1, seconds)
-            self.fabric.barrier()  # the next leg may begin from what was just kept
+            self.fabric.barrier()  # the next leg may start from what was just saved
         return seconds
 
     def _epoch(self, index: int, leg: Leg, steps: Steps, epoch: int, an_epoch: int) -> float:
@@ -148,7 +148,7 @@ class _Job:
             derive(self.config.seed, Stream.AUGMENTATION, index, epoch, rank=rank)
         )
         _seed_everything(derive(self.config.seed, Stream.DROPOUT, index, epoch, rank=rank))
-        # Points between vertices are the same in all processes: their gradients are averaged.
+        # Points between vertices are the same in all processes, because their gradients are averaged.
         between = np.random.default_rng(derive(self.config.seed, Stream.WEIGHTS, 1 + index, epoch))
         mean, std = _normaliser(self.data, device)
         adversary = self._adversary(mean, std)
@@ -172,17 +172,19 @@ class _Job:
             count += 1
             if i in leg.collect and self.fabric.is_global_zero:
                 states = steps.collected()
-                assert len(states) == leg.weight_sets, "a leg says how many weight sets it trains"
+                assert len(states) == leg.weight_sets, (
+                    "Leg.weight_sets must be the number of weight sets that its steps train"
+                )
                 for number, state in enumerate(states, leg.collect.index(i) * leg.weight_sets):
                     save_state(self.run.vertex_file(index, number), state)
             if i == leg.iterations:
                 break
         mean_loss = float(total) / count
-        # Checked an epoch at a time: reading it at every step would make a GPU wait.
+        # Checked once in an epoch, because reading it in every step would make a GPU wait.
         if not math.isfinite(mean_loss):
             raise DivergenceError(
-                f"The loss became {mean_loss} in epoch {epoch + 1} of {leg.label}, at a rate of {leg.rate(i):.3g}. The rate is likely "
-                f"too high, or the data or loss hold NaN; try {leg.rate_option} a third of what it was. Nothing was published."
+                f"The loss became {mean_loss} in epoch {epoch + 1} of {leg.label}, at a learning rate of {leg.rate(i):.3g}. The rate is likely "
+                f"too high, or the data or loss contain NaN; try {leg.rate_option} at a third of its value. Nothing was published."
             )
         return mean_loss
 
@@ -221,11 +223,11 @@ def _normaliser(data: Data, device: torch.device) -> tuple[torch.Tensor, torch.T
 
 
 def loss_of(config: Config) -> Loss:
-    """The loss of logits (batch, classes) and labels (batch,).
+    """Returns the loss function of logits (batch, classes) and labels (batch,).
 
     Raises:
         ConfigError: --loss names something that cannot be called.
-        ImportStringError: --loss leads nowhere.
+        ImportStringError: --loss cannot be imported.
     """
     if config.loss is None:
         return lambda logits, labels: functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
@@ -248,7 +250,7 @@ def _table(config: Config, run: Run) -> Log:
 
 
 def _seed_everything(seed: int) -> None:
-    # Dropout draws from torch; a user's loss or data set may draw from any of them.
+    # Dropout draws from torch; a user's loss or data set may draw from any of these.
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 
 def plain_rate(i: int, total: int, rate: float, final: float = 0.01) -> float:
-    """The rate for a single network (Garipov et al. 2018): constant to half the budget, linear to 1 % at 0.9, then flat.
+    """The plain schedule (Garipov et al. 2018): constant to half of the budget, linear to 1 % at 0.9, then constant.
 
-    To another share with SWAG (Maddox et al. 2019), which goes on at that rate.
+    SWAG (Maddox et al. 2019) uses another final share, and continues at that rate.
 
     Args:
         i: iteration, from 1.
         total: iterations of the whole budget.
         rate: the initial rate.
-        final: the last rate's share of it.
+        final: the last rate as a share of the initial rate.
     """
     done = i / total
     if done <= 0.5:
@@ -47,12 +47,12 @@ def fge_collections(iterations: int, cycle: int) -> list[int]:
 
 
 def snapshot_rate(i: int, ends: Sequence[int], rate: float) -> float:
-    """The cosine with restarts of snapshot ensembles (Huang et al. 2017, eq. 2): from `rate` down to nearly 0, each cycle.
+    """The cosine with restarts (Huang et al. 2017, eq. 2): from `rate` down to nearly 0 in each cycle.
 
     Args:
         i: iteration, from 1.
         ends: the last iteration of each cycle.
-        rate: the rate that each begins with.
+        rate: the initial rate of each cycle.
     """
     cycle = bisect.bisect_left(ends, i)
     begin = ends[cycle - 1] if cycle else 0
@@ -60,5 +60,5 @@ def snapshot_rate(i: int, ends: Sequence[int], rate: float) -> float:
 
 
 def snapshot_collections(total: int, cycles: int) -> list[int]:
-    """The last iterations of so many equal cycles, to the nearest iteration."""
+    """The last iteration of each of `cycles` equal cycles, rounded."""
     return [round(number * total / cycles) for number in range(1, cycles + 1)]

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a stream of random numbers is used for. Numbers are never changed or reused: they decide the result of a run."""
+    """Uses of random streams. The numbers are never changed or reused, because they decide the result of a run."""
 
     WEIGHTS = 0  # initial weights (0, network); points between vertices (1 + leg, epoch)
     ORDER = 1  # order of the training images (leg, epoch)

@@ -24,7 +24,7 @@ class Session:
 
     config: Config
     fabric: Fabric
-    data: Data  # where the source left it; training moves it to the device
+    data: Data  # as loaded; training moves it to the device
     network: nn.Module
 
     @classmethod
@@ -49,7 +49,7 @@ class Session:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Iterations in an epoch."""
+        """Number of iterations in an epoch."""
         return loop.iterations_per_epoch(self.data, self.config.batch_size)
 
     @functools.cached_property
@@ -58,7 +58,7 @@ class Session:
         return data.on_device(self.data, self.fabric.device)
 
     def train(self, run: Run, legs: Sequence[Leg]) -> float:
-        """Train the network through all legs, from wherever the run stands. Returns seconds; see loop.train."""
+        """Train all legs, resuming after the last finished epoch of the run. Returns seconds; see loop.train."""
         return loop.train(self.config, self.fabric, run, self.network, self.data_on_device, list(legs))
 
 

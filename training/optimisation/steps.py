@@ -1,6 +1,6 @@
 """One step of training: SGD on a network, or on the free vertices of a path through weight space.
 
-A method with another rule brings its own class of Steps, and names what makes it in its legs.
+A method with another update rule defines its own class of Steps, and its legs name the function that makes it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from training.runs import load_weights
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is given."""
+    """The inputs of a step."""
 
-    iteration: int  # of its leg, from 1
+    iteration: int  # number within its leg, from 1
     rate: float  # learning rate
     generator: np.random.Generator  # draws the same in all processes
-    images: int  # in the train split
+    images: int  # number of images in the train split
 
 
 @dataclass(frozen=True)
 class Training:
-    """What steps are made from."""
+    """The inputs of a function that makes steps."""
 
     config: Config
     fabric: Fabric
@@ -46,45 +46,47 @@ class Training:
 
 @dataclass(frozen=True)
 class Span:
-    """What a leg trains instead of a network: the free vertices, so that the networks drawn between all of them are good."""
+    """Trained instead of one network: free vertices, such that networks drawn between all vertices have a low loss."""
 
-    vertices: tuple[Path | None, ...]  # files of the fixed ones; None: free
-    # The free vertices, from the fixed ones and the names of what is trained.
+    vertices: tuple[Path | None, ...]  # files of the fixed vertices; None: a free vertex
+    # Initial free vertices, from the fixed ones and the names of the trained parameters.
     begin: Callable[[Sequence[State], Collection[str]], Sequence[State]]
     draw: Callable[
         [np.random.Generator, Coordinates | None], Coefficients
     ]  # the points of one step, (points, vertices)
     shown: np.ndarray  # (vertices,): the point whose validation scores are printed
-    # Gradient of a geometric term of the loss at each free vertex, (free, vertices). If there is one, `draw` gets the vertices' coordinates, too.
+    # Gradient of a geometric term of the loss at each free vertex, (free, vertices). If it is set, `draw` also receives
+    # the coordinates of the vertices.
     push: Callable[[Coordinates], Coefficients] | None = None
 
 
 class Steps(Protocol):
-    """How a leg's weights move."""
+    """How a leg updates its weights."""
 
-    # A leg without a start goes on where the leg before it ended, if that took steps of the same class.
+    # Whether a leg without a start continues from the end of the leg before it, if that has steps of the same class.
     continues: ClassVar[bool]
-    # What `show` puts into the network has batch-norm statistics of other weights.
+    # Whether the weights that `show` loads need new batch-norm statistics, because the network has those of other
+    # weights.
     shows_other_weights: ClassVar[bool]
 
     def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
-        """Descend once; `loss` runs the network on the step's images. Returns the mean loss, detached."""
+        """Take one step; `loss` runs the network on the step's images. Returns the mean loss, detached."""
         ...
 
     def show(self) -> None:
-        """Put into the network what an epoch's validation scores are of."""
+        """Load the weights whose validation scores are logged after an epoch into the network."""
         ...
 
     def state(self) -> State:
-        """Weights and momenta, to go on from."""
+        """Weights and momenta, from which training can resume."""
         ...
 
     def restore(self, state: State) -> None:
-        """Go on from there."""
+        """Load weights and momenta that `state` returned."""
         ...
 
     def collected(self) -> list[State]:
-        """The trained weight sets as they stand, as full state dicts."""
+        """The current values of the trained weight sets, as full state dicts."""
         ...
 
 
@@ -136,7 +138,7 @@ class Between:
     span: Span
 
     def __call__(self, training: Training) -> BetweenVertices:
-        """Read the fixed vertices, and find the buffers that are statistics of the weights."""
+        """Read the fixed vertices, find the buffers that are batch-norm statistics, and make the steps."""
         fixed = [load_weights(file) for file in self.span.vertices if file is not None]
         network = training.network
         images = next(member.clean_images(training.data, 2, training.fabric.device, layout.of(network)))
@@ -144,22 +146,22 @@ class Between:
 
 
 class BetweenVertices:
-    """SGD on free vertices: the loss is the mean over points drawn between all vertices, L2 acts at those points."""
+    """SGD on free vertices. The loss is the mean over points drawn between all vertices. L2 applies at these points."""
 
     continues: ClassVar[bool] = False
     shows_other_weights: ClassVar[bool] = True
 
     def __init__(self, training: Training, span: Span, fixed: Sequence[State], statistics: set[str]):
-        """`fixed` are the fixed vertices in order; `statistics` as Vertices has them."""
+        """`fixed` are the fixed vertices in order; `statistics` are the names that Vertices expects."""
         config, fabric, network = training.config, training.fabric, training.network
         self._config, self._fabric, self._network, self._span = config, fabric, network, span
         trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         given, begun = iter(fixed), iter(span.begin(fixed, trained))
         states = [next(begun) if file is None else next(given) for file in span.vertices]
         free = [i for i, file in enumerate(span.vertices) if file is None]
-        network.zero_grad()  # what a leg before this one left is no part of the first step
+        network.zero_grad()  # the first step must not include gradients of an earlier leg
         self._vertices = Vertices(network, states, free, statistics)
-        # L2 acts at the points, so the optimizer must not add its own at the vertices.
+        # The L2 penalty applies at the points, so the optimizer must not add one at the vertices.
         self._optimizer = _sgd(config, fabric, self._vertices.trained(), 0.0)
 
     def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
@@ -168,7 +170,7 @@ class BetweenVertices:
         self._optimizer.zero_grad()
         positions = self._vertices.coordinates() if self._span.push else None
         if positions is not None and self._fabric.world_size > 1:
-            # All processes must draw alike; their devices may round apart.
+            # All processes must draw the same points, but their devices may round differently.
             positions = self._fabric.broadcast(positions)
         points = self._span.draw(step.generator, positions)
         total = torch.zeros((), device=self._fabric.device)
@@ -242,7 +244,7 @@ def _restore_momenta(
 ) -> None:
     for name, tensor in named.items():
         momentum = state.get(f"momentum.{prefix}{name}")
-        # Like its parameter in device and memory layout.
+        # With the parameter's device and memory layout.
         optimizer.state[tensor]["momentum_buffer"] = (
             None if momentum is None else torch.empty_like(tensor, requires_grad=False).copy_(momentum)
         )

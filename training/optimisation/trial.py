@@ -1,7 +1,8 @@
-"""A network is tried before it is trained: what would stop its publication must not come to light after the last epoch.
+"""Checks a network before it is trained, so that obstacles to its publication do not appear only after the last epoch.
 
-In eval mode it must give logits for each image by itself, write neither into its input nor into its buffers, and export to
-ONNX; in training mode one step must work. Each check runs on a copy, and draws nothing from the random state.
+In eval mode its logits for an image must depend on that image only, it must not change its input or its buffers, and it
+must export to ONNX. In training mode one step must work. Each check runs on a copy, and does not change the random
+state.
 """
 
 from __future__ import annotations
@@ -37,16 +38,18 @@ _IMAGES = 8
 
 
 def check(network: nn.Module, data: Data, exporter: Exporter) -> None:
-    """Hold a network, with its initial or given weights, against what a member must be.
+    """Check a network, with its initial or given weights, against the requirements on members.
 
     Args:
-        network: on the CPU; it is left as it was.
-        data: gives a few real images.
-        exporter: traces the network, and is ready to export its members.
+        network: on the CPU; it is not changed.
+        data: the source of a few real images.
+        exporter: traces the network, so that it is ready to export members.
 
     Raises:
-        NetworkError: no parameters, an input or a buffer that it writes to in eval mode, no logits, or rows that depend on each other.
-        ExportError: torch cannot export it, or the exported graph answers differently.
+        NetworkError: the network has no parameters, changes its input or a buffer in eval mode, does not return logits,
+        or its
+            rows depend on each other.
+        ExportError: torch cannot export it, or the exported graph gives other outputs.
     """
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise NetworkError("The network has no parameters that require a gradient: there is nothing to train.")
@@ -56,10 +59,10 @@ def check(network: nn.Module, data: Data, exporter: Exporter) -> None:
         real = images.cpu().numpy()
         served = Normalised(tried, data.mean, data.std).eval()
         probes = independence.probes(data.shape, real)
-        # Its statistics are those of no images yet; a deep network without them may answer with infinity.
+        # Its batch-norm statistics are not computed yet; without them, a deep network may return infinity.
         try:
             member.settle(tried, data, _IMAGES, _CPU)
-        except Exception as error:  # whatever a network raises
+        except Exception as error:  # a network may raise anything
             raise NetworkError(
                 f"The network fails in training mode on {_IMAGES} images: {_first_line(error)}. Correct its forward in training mode."
             ) from error
@@ -71,7 +74,7 @@ def check(network: nn.Module, data: Data, exporter: Exporter) -> None:
         model, session = exporter.trace(served)
         off = np.nan_to_num(np.abs(session.logits(probes) - answers)).max(axis=1)
         noise = np.nan_to_num(independence.rounding(session.logits, probes)).max(axis=1)
-        # Not the strict parity of members: these weights may amplify rounding to anything.
+        # Not the strict parity of members: these weights may amplify rounding without limit.
         limit = 10 * noise + LOGITS_TOLERANCE * max(1.0, float(np.nan_to_num(np.abs(answers)).max()))
         if (off > limit).any():
             raise ExportError(
@@ -81,18 +84,18 @@ def check(network: nn.Module, data: Data, exporter: Exporter) -> None:
         _refuse_probabilities(answers, output_kind.last_operator(onnx.load_from_string(model)))
         if (fault := independence.fault(session.logits, probes)) is not None:
             raise ExportError(
-                f"The exported network {fault}. Its forward probably treats a batch of this size in another way than torch.export saw it."
+                f"The exported network {fault}. Its forward probably treats a batch of this size differently from the one that torch.export traced."
             )
 
 
 def fit(config: C, fabric: Fabric, network: nn.Module, data: Data) -> C:
-    """Try one training step, and drop the memory layout or the precision in which the network does not run.
+    """Try one training step, and give up the memory layout or the precision if the network does not run in it.
 
     Returns:
-        The options in which it runs; the fabric's precision is set accordingly.
+        The options with which it runs; the fabric's precision is set accordingly.
 
     Raises:
-        NetworkError: no step works, or the network gives something else than logits in training mode.
+        NetworkError: no step works, or the network does not return logits in training mode.
     """
     choices = [(config.channels_last, False)]
     if config.channels_last:
@@ -106,7 +109,7 @@ def fit(config: C, fabric: Fabric, network: nn.Module, data: Data) -> C:
                 _step(config, fabric, _copy(network), data, channels_last, in_float32)
             except TrainingError:
                 raise
-            except Exception as error:  # whatever a network raises
+            except Exception as error:  # a network may raise anything
                 failed.append(error)
                 continue
             if failed:
@@ -158,7 +161,7 @@ def _step(
         ) from error
     found.backward()
     with torch.no_grad():
-        network(laid_out)  # as batch norm is re-estimated: in float32
+        network(laid_out)  # batch norm is re-estimated in float32
         network.eval()
         network(usual)
         with contextlib.nullcontext() if in_float32 else fabric.autocast():
@@ -176,7 +179,7 @@ def _refuse_writes(served: Normalised, images: torch.Tensor) -> None:
         (images - served.pixel_mean) / served.pixel_std,
         (images.flip(0) - served.pixel_mean) / served.pixel_std,
     )
-    network(first.clone())  # a cache may be filled once
+    network(first.clone())  # it may fill a cache once
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     shown = second.clone()
     network(shown)
@@ -193,7 +196,7 @@ def _refuse_writes(served: Normalised, images: torch.Tensor) -> None:
     if moved:
         raise NetworkError(
             f"The network changes its buffer{'s' if len(moved) > 1 else ''} {', '.join(map(repr, moved[:3]))} in eval mode. A served network keeps "
-            "nothing from one request to the next, so its answers would not be those of training: update buffers only `if self.training`."
+            "nothing from one request to the next, so its outputs would not be those of training: update buffers only `if self.training`."
         )
 
 
@@ -213,7 +216,10 @@ def _refuse_mixed_rows(served: Normalised, probes: NDArray[np.float32]) -> None:
 
 
 def _fill_zeros(network: nn.Module) -> bool:
-    """Heads and residual branches often begin as zeros, and hide what lies before them. Whether there were any."""
+    """Replace weights that are all zero, and return whether there were any.
+
+    Heads and residual branches often begin as zeros, and then hide what the layers before them do.
+    """
     generator = torch.Generator().manual_seed(0)
     zeros = [p for name, p in network.named_parameters() if not name.endswith("bias") and not p.any()]
     with torch.no_grad():
@@ -231,7 +237,7 @@ def _refuse_probabilities(answers: NDArray[np.float32], last: str | None) -> Non
         )
     if kind == "sigmoid":
         raise NetworkError(
-            "The network ends in a sigmoid, so its answers are no logits of one class out of several. Remove the last sigmoid."
+            "The network ends in a sigmoid, so its outputs are not logits of one class out of several. Remove the last sigmoid."
         )
 
 
@@ -255,7 +261,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _randomness_untouched() -> Iterator[None]:
-    # Networks and data sets draw from all of these; training must not notice that there was a trial.
+    # Networks and data sets draw from all of these, and the trial must not affect the training.
     ours, numpys = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):

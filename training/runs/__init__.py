@@ -1,13 +1,13 @@
-"""The folder of one training run: what it needs to go on after being killed at any moment.
+"""The folder of one training run: all that is needed to resume it after it was killed at any moment.
 
     $MODEPATH_RUNS/<method>-<hash of the config>/
       run.json                identity, config, what the run depends on, and what its network is
-      checkpoint.safetensors  weights and momenta after the last finished epoch; where that was is in the metadata
-      starts/*.safetensors   checkpoints that later legs begin from
+      checkpoint.safetensors  weights and momenta after the last finished epoch; the metadata hold leg and epoch
+      starts/*.safetensors   checkpoints that later legs start from
       vertices/00-000.safetensors   weights as they were collected: leg, number
       samples/000.safetensors       weights drawn from a distribution over those
 
-Every file is written under a temporary name and renamed, so that each is whole or absent.
+Every file is written under a temporary name and renamed, so that each is complete or absent.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from training.geometry.vertices import State
 
 FORMAT = 1
 PRINT_IMAGES = 4
-# Marks files of training state, whose tensor names begin with `network.` or `momentum.`. Unmarked files hold a plain state dict.
+# Marks files of training state, whose tensor names begin with `network.` or `momentum.`. Unmarked files hold a plain
+# state dict.
 PREFIXED = {"names": "prefixed"}
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: `epoch` epochs of leg `leg` are finished."""
+    """Progress of a run: `epoch` epochs of leg `leg` are finished."""
 
     leg: int = 0
     epoch: int = 0
@@ -52,14 +53,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class NetworkPrint:
-    """What a network's code makes of the seed: two runs of one configuration are the same only if they agree in it."""
+    """A fingerprint of a network's code: what it computes with the seeded initial weights.
+
+    Two runs with the same configuration are the same run only if their fingerprints agree.
+    """
 
     initial: State  # parameters and buffers with the seeded initial weights, by torch name
     logits: list[list[float]]  # of a fixed batch at these weights, in eval mode
 
     @classmethod
     def of(cls, network: nn.Module, shape: tuple[int, int, int]) -> NetworkPrint:
-        """Take it from a network with its initial weights, for images (C, H, W). Draws nothing from torch's generator."""
+        """Compute it from a network with its initial weights, for images (C, H, W). Keeps torch's random state."""
         images = torch.linspace(0, 1, PRINT_IMAGES * math.prod(shape)).view(PRINT_IMAGES, *shape)
         training = network.training
         with torch.no_grad(), torch.random.fork_rng([]):
@@ -68,14 +72,14 @@ class NetworkPrint:
         return cls({name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}, logits)
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fingerprint as JSON values."""
         return {"state": self._layout(), "logits": self.logits}
 
     def is_of(self, record: dict[str, Any], folder: Path) -> bool:
         """True if a run, by its record, was begun with this network.
 
-        Logits are compared within rounding, because other processors compute other last bits. A run that was begun before
-        networks were recorded is compared by the weights that it began from.
+        Logits are compared within rounding, because processors differ in the last bits. A run that was begun before
+        networks were recorded is compared by its initial weights.
         """
         if (known := record.get("network")) is not None:
             same_shape = np.shape(known["logits"]) == np.shape(self.logits)
@@ -89,7 +93,7 @@ class NetworkPrint:
             name: tuple(tensor.shape) for name, tensor in self.initial.items()
         }:
             return False
-        # Given weights are not the seed's: there the layout has to do.
+        # Weights given by the user do not depend on the seed: only their layout can be compared.
         return not start.name.startswith("fresh-0") or all(
             torch.allclose(tensor.float(), began[name].float(), atol=1e-6) for name, tensor in self.initial.items()
         )
@@ -118,20 +122,21 @@ class Run:
         given: Sequence[str] = (),
         leader: bool = True,
     ) -> Iterator[Run]:
-        """The run of this config: a new one, or the one that was begun.
+        """Open the run of this configuration, or begin it.
 
         Args:
-            method: its name.
+            method: name of the method.
             config: everything that decides what the run computes; its hash names the folder.
-            depends_on: fingerprints of data and code that the config names but does not hold.
-            fresh: forget what was done.
-            network: what the network's code makes of the seed. A run of the same configuration that was begun with another
-                network is another run, in a folder of its own.
-            given: the weights that it begins from, by name and version; kept for `begun_from`.
-            leader: of the processes that train one run together, one locks and writes; the others open it after it did.
+            depends_on: fingerprints of data and weights that the config refers to.
+            fresh: delete an earlier run of this configuration first.
+            network: fingerprint of the network's code. A run of the same configuration with another fingerprint is
+                another run, in its own folder.
+            given: references to the weights that the run starts from, with versions; stored for `begun_from`.
+            leader: True in the one process that locks the folder and writes to it. The other processes that train the
+                run open it after the leader has.
 
         Raises:
-            RunError: another process works on it, or what it depends on has changed.
+            RunError: another process is training this run, or something in `depends_on` has changed.
         """
         folder = _folder(method, config, network)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -154,19 +159,19 @@ class Run:
             record = json.loads(file.read_text())
             if changed := sorted(k for k, v in depends_on.items() if record["depends_on"].get(k) != v):
                 raise RunError(
-                    f"{' and '.join(changed)} changed since this run began ({folder}); going on would mix two trainings. "
-                    "Train anew with --fresh."
+                    f"{' and '.join(changed)} changed since this run began ({folder}); resuming would mix two trainings. "
+                    "Start again with --fresh."
                 )
             yield cls(folder, record["run"])
 
     @staticmethod
     def begun_from(method: str, config: dict[str, Any], network: NetworkPrint | None = None) -> list[str] | None:
-        """The weights that this config's run begins from, where it was begun: names may have got new versions since."""
+        """References to the weights that this run started from, with versions; None for a new run."""
         file = _folder(method, config, network) / "run.json"
         return json.loads(file.read_text()).get("given") if file.exists() else None
 
     def progress(self) -> Progress:
-        """How far the run is."""
+        """The progress at the last finished epoch."""
         file = self.folder / "checkpoint.safetensors"
         if not file.exists():
             return Progress()
@@ -175,12 +180,12 @@ class Run:
         return Progress(int(meta["leg"]), int(meta["epoch"]), float(meta["seconds"]))
 
     def save_checkpoint(self, state: State, progress: Progress) -> None:
-        """Remember where the run is."""
+        """Store weights and momenta together with the progress of the run."""
         meta = {"leg": str(progress.leg), "epoch": str(progress.epoch), "seconds": str(progress.seconds)}
         save_state(self.folder / "checkpoint.safetensors", state, meta)
 
     def has_weights(self) -> bool:
-        """Whether something trained is kept in it."""
+        """Returns whether the folder holds trained weights."""
         return (self.folder / "checkpoint.safetensors").exists()
 
     def load_checkpoint(self) -> State:
@@ -188,20 +193,20 @@ class Run:
         return load_state(self.folder / "checkpoint.safetensors")
 
     def start_file(self, key: str) -> Path:
-        """A checkpoint that a leg begins from."""
+        """File of a checkpoint that a leg starts from."""
         return self.folder / "starts" / f"{key}.safetensors"
 
     def vertex_file(self, leg: int, index: int) -> Path:
-        """The weights that leg `leg` collected `index`-th, from 0."""
+        """File of the `index`-th weights that leg `leg` collects, from 0."""
         return self.folder / "vertices" / f"{leg:02d}-{index:03d}.safetensors"
 
     def sample_file(self, index: int) -> Path:
-        """The `index`-th weights that were drawn, from 0."""
+        """File of the `index`-th weights that are sampled, from 0."""
         return self.folder / "samples" / f"{index:03d}.safetensors"
 
 
 def _folder(method: str, config: dict[str, Any], network: NetworkPrint | None) -> Path:
-    """The folder of this configuration's run with this network, or where a new one belongs."""
+    """The folder of the run with this configuration and network, or of a new one."""
     text = json.dumps(config, sort_keys=True)
     key = hashlib.sha256(f"{FORMAT}\n{text}".encode()).hexdigest()[:16]
     base = Path(os.environ.get("MODEPATH_RUNS") or "runs") / f"{method}-{key}"
@@ -214,25 +219,25 @@ def _folder(method: str, config: dict[str, Any], network: NetworkPrint | None) -
 
 
 def save_state(file: Path, state: State, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors by name, whole or not at all. Tied weights are written once for each of their names."""
+    """Write named tensors, completely or not at all. Tied weights are written once for each of their names."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Copies: safetensors refuses tensors that share memory. Its own writer hides a full disk behind an error of its own.
+    # Copies: safetensors refuses tensors that share memory. Its own file writer does not report a full disk as OSError.
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     write_whole(file, safetensors.torch.save(plain, metadata))
 
 
 def load_state(file: Path) -> State:
-    """Tensors by name.
+    """Read named tensors.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     with _reading(file) as handle:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
 
 
 def load_weights(file: Path) -> State:
-    """A full state dict, from a vertex or from what a leg begins from."""
+    """Read a full state dict, from a vertex file or from a checkpoint that a leg starts from."""
     with _reading(file) as handle:
         prefixed = (handle.metadata() or {}).items() >= PREFIXED.items()
     state = load_state(file)
@@ -242,10 +247,10 @@ def load_weights(file: Path) -> State:
 
 
 def load_start(file: Path) -> State:
-    """What a leg begins from: weights and momenta by prefixed names; a vertex has weights only, so that momenta begin at 0.
+    """Read what a leg starts from: weights and momenta, with prefixed names. Momenta missing in the file start at 0.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     with _reading(file) as handle:
         prefixed = (handle.metadata() or {}).items() >= PREFIXED.items()
@@ -254,7 +259,7 @@ def load_start(file: Path) -> State:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a small file, whole or not at all."""
+    """Write a small file, completely or not at all."""
     temporary = file.with_name(f".{file.name}.new")
     try:
         with temporary.open("wb") as handle:
@@ -263,7 +268,7 @@ def write_whole(file: Path, content: bytes) -> None:
             os.fsync(handle.fileno())
         temporary.replace(file)
     except OSError as error:
-        error.filename = error.filename or str(file)  # a write names none, and would be taken for one to the store
+        error.filename = error.filename or str(file)  # a write sets none; the error would seem to concern the store
         raise
 
 
@@ -273,4 +278,4 @@ def _reading(file: Path) -> Iterator[Any]:
         with safe_open(str(file), "pt") as handle:
             yield handle
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); train anew with --fresh.") from None
+        raise CheckpointError(f"{file} cannot be read ({error}); start again with --fresh.") from None

@@ -1,4 +1,4 @@
-"""Weights that the user brings."""
+"""Weights that the user gives: checkpoint files, and members of published ensembles."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ class Given:
 
 
 def find(reference: str, store: Store) -> Given:
-    """A checkpoint file, or the weights of a published member, NAME[@VERSION]/INDEX.
+    """Find a checkpoint file, or the weights of a published member, NAME[@VERSION]/INDEX.
 
     Raises:
-        CheckpointError: neither, or an ensemble as a whole.
-        StoreError: no such ensemble.
+        CheckpointError: the reference is a whole ensemble, or the member does not exist or has no weights.
+        StoreError: the ensemble does not exist.
     """
     file = Path(reference)
     name, slash, index = reference.rpartition("/")
     if not file.exists() and not slash and index.partition("@")[0] in store.names():
-        raise CheckpointError(f"{reference} is an ensemble; say which of its networks: {reference}/0, {reference}/1, …")
+        raise CheckpointError(f"{reference} is an ensemble; name one of its networks: {reference}/0, {reference}/1, …")
     if file.is_file() or not slash or "/" in name or not index.isdecimal():
         return Given(file)
     version = store.resolve(name)
     members = version.manifest.members
     if int(index) >= len(members) or (weights := members[int(index)].weights) is None:
         raise CheckpointError(
-            f"{version.name} has no member {index} with weights of its own ({len(members)} members, counted from 0; "
+            f"{version.name} has no member {index} with stored weights ({len(members)} members, counted from 0; "
             "imported ones have none)."
         )
     return Given(version.folder / weights, version)
 
 
 def members(reference: str, store: Store) -> list[str]:
-    """A published ensemble's name as references to its members; anything else as it is.
+    """References to all members, if `reference` is the name of a published ensemble; else the reference itself.
 
     Raises:
-        StoreError: no such version of it.
+        StoreError: the ensemble does not have this version.
     """
     name = reference.partition("@")[0]
     if Path(reference).is_file() or "/" in reference or name not in store.names():
@@ -73,10 +73,10 @@ def members(reference: str, store: Store) -> list[str]:
 
 
 def pinned(reference: str, store: Store) -> str:
-    """A published member with its version, NAME@VERSION/INDEX; anything else as it is.
+    """A reference to a published member with its version added, NAME@VERSION/INDEX; any other reference unchanged.
 
     Raises:
-        StoreError: no such version.
+        StoreError: the ensemble does not have this version.
     """
     name, slash, index = reference.rpartition("/")
     if Path(reference).exists() or not slash or not index.isdecimal() or name.partition("@")[0] not in store.names():
@@ -85,17 +85,17 @@ def pinned(reference: str, store: Store) -> str:
 
 
 def load_into(network: nn.Module, file: Path) -> None:
-    """Put a checkpoint's weights into a network.
+    """Load a checkpoint's weights into a network.
 
-    Reads safetensors, and `.pt` files with `weights_only=True`, whatever their suffix; unwraps `state_dict` and strips what DataParallel and
-    torch.compile put before names.
+    Reads safetensors, and torch files with `weights_only=True`, whatever their suffix. Unwraps `state_dict`, and strips
+    the prefixes that DataParallel and torch.compile add to names.
 
     Raises:
-        CheckpointError: unreadable, without weights, or of another network.
+        CheckpointError: the file is unreadable, has no weights, or belongs to another network.
     """
     state = _strip(_unwrap(_read(file), file))
     own = network.state_dict()
-    # Counters are no weights: older checkpoints lack them.
+    # Counters are not weights, and older checkpoints lack them.
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     foreign = [name for name in state if name not in own]
     shapes = [
@@ -114,7 +114,7 @@ def load_into(network: nn.Module, file: Path) -> None:
         )
     if any(not torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()):
         raise CheckpointError(
-            f"{file} holds NaN or infinite weights: its training had diverged. Take an earlier checkpoint."
+            f"{file} holds NaN or infinite weights: its training had diverged. Use an earlier checkpoint."
         )
     put_into(network, state, strict=False)
 
@@ -124,16 +124,16 @@ def _read(file: Path) -> Any:
         kind = file_kind.kind(file)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{file} does not exist: neither such a file, nor such a published ensemble (python -m models_store list)."
+            f"{file} does not exist, neither as a file nor as a published ensemble (see python -m models_store list)."
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
     try:
-        # By what it is, not by its name: people rename files.
+        # By the content, not by the name: people rename files.
         if kind == "safetensors":
             return load_file(file)
         if kind == "torch":
-            with file.open("rb") as handle:  # by its path torch would go by the suffix
+            with file.open("rb") as handle:  # given a path, torch would look at the suffix
                 return torch.load(handle, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -146,13 +146,13 @@ def _read(file: Path) -> Any:
             f"{file} cannot be read as a checkpoint: {what}. Save the weights alone, torch.save(network.state_dict(), …); a pickled module "
             "or another object is not read, because reading it would run its code."
         ) from None
-    except Exception:  # both raise whatever the bytes provoke
+    except Exception:  # both libraries raise many kinds of exceptions
         raise CheckpointError(
             f"{file} cannot be read as a checkpoint: it is damaged, or its download was cut short."
         ) from None
     advice = "Give safetensors, or a .pt that holds a state_dict of plain tensors."
     if _is_onnx(file):
-        advice = "It is an ONNX model: a network to be served as it is, with python -m models_store import."
+        advice = "It is an ONNX model, which can be served but not trained: use python -m models_store import."
     raise CheckpointError(f"{file} cannot be read as a checkpoint: it {file_kind.said(file)}. {advice}")
 
 

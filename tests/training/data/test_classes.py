@@ -24,11 +24,11 @@ def test_names_may_stand_for_classes_without_images():
 @pytest.mark.parametrize(
     ("train", "test", "names", "cause"),
     [
-        ([0, 100, 200], [0], None, "3 different labels between 0 and 200: of 1, 2, 3, 4, 5 and 193 more there is no training image.*Map"),
+        ([0, 100, 200], [0], None, "3 different labels between 0 and 200: the train split has no image of 1, 2, 3, 4, 5 and 193 more.*Map"),
         ([0, 10**12], [0], None, "2 different labels"),
         ([1, 2, 3], [2], None, "labels from 1 to 3; labels count from 0. Subtract 1"),
         ([0, 1], [0, 2], None, "label 2 occurs in the test split but never in the train split"),
-        ([2, 3], [2], None, "of 0, 1 there is no training image"),
+        ([2, 3], [2], None, "the train split has no image of 0, 1"),
         ([0, -1], [0], None, "labels -1 … 0. A negative label"),
         ([0, 0], [0], None, "1 class; a classifier needs at least 2"),
         ([1, 2], [1], ["a", "b"], "labels 1 … 2 but 2 classes: 2 in the train split, row 1. Labels seem to begin at 1"),
@@ -45,7 +45,7 @@ def test_labels_and_names_that_do_not_fit_are_refused_with_the_cause(train, test
 
 
 def test_labels_that_are_not_known_need_names():
-    with pytest.raises(DataError, match="must say its classes"):
+    with pytest.raises(DataError, match="must name its classes"):
         settle("pets", None, {"train": None, "test": torch.tensor([0, 1])})
     assert settle("pets", ["a", "b"], {"train": None, "test": torch.tensor([0, 1])}) == ["a", "b"]
 

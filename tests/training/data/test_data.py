@@ -181,8 +181,8 @@ def test_one_wrong_row_is_refused_in_every_form_and_split(form, split, fault, ca
         ((Endless(), images(6), images(6)), "IterableDataset"),
         ((DataLoader(images(6), sampler=WeightedRandomSampler([1.0] * 6, 6)), images(6), images(6)), "sampler or collate_fn"),
         (SimpleNamespace(train=pair(30), validation=None, test=pair(9), classes=["a", "b", "a"]), "several classes of the name 'a'"),
-        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), classes=3), "classes is a list of names"),
-        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), mean=0.5), "mean is a list of numbers"),
+        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), classes=3), "classes must be a list of names"),
+        (SimpleNamespace(train=pair(30), validation=None, test=pair(9), mean=0.5), "mean must be a list of numbers"),
     ],
 )  # fmt: skip
 def test_splits_that_break_the_contract_are_refused_with_the_cause(value, cause):
@@ -282,7 +282,7 @@ def test_idx_files_are_read_gzipped_or_not(tmp_path, monkeypatch):
     assert torch.equal(batch[:, 0], torch.from_numpy(pixels).float() / 255)
     assert truth.tolist() == labels.tolist()
     (raw / "train-images-idx3-ubyte").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match="not a whole idx file"):
+    with pytest.raises(DataError, match="not a complete idx file"):
         load(DataOptions(dataset="fashion-mnist"))
 
 

@@ -80,7 +80,7 @@ def test_splits_are_recognised_however_they_are_spelled(tmp_path, names, expecte
     said = found.notes
     assert found.classes == ["blue", "red"]
     assert sizes(found) == expected
-    assert "1 folders that are no split (as unlabelled)" in said[0]
+    assert "1 folders that are not a split (as unlabelled)" in said[0]
 
 
 def test_a_class_may_be_called_training(tmp_path):
@@ -129,7 +129,7 @@ def folder_with(fault, root):
         ("no classes", "no class folders with images in them.*1 files outside"),
         ("a file", "red/7.png is a link to .*gone.png, which does not exist"),
         ("a class", "green is a link to .*gone, which does not exist"),
-        ("a circle", "again is a link to a folder that holds it"),
+        ("a circle", "again is a link to a folder that contains it"),
     ],
 )
 def test_folders_that_cannot_be_meant_are_refused_with_the_cause(tmp_path, fault, cause):

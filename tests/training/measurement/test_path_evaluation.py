@@ -52,5 +52,5 @@ def test_a_subset_is_said(here):
 def test_what_is_no_curve_is_told(here, monkeypatch, tmp_path):
     monkeypatch.setenv("MODELS_STORE", str(tmp_path / "other"))
     fge.run(fge.Config(name="f", epochs=5, members=1, **SMALL))
-    with pytest.raises(ConfigError, match="is no curve"):
+    with pytest.raises(ConfigError, match="is not a curve"):
         evaluate.run(evaluate.Config(name="f", path=True))

@@ -1,1 +1,1 @@
-"""Figures of the papers, from published ensembles: each file measures, writes tables, and draws."""
+"""Figures of the papers, for published ensembles. Each module measures, writes tables, and draws."""

@@ -17,7 +17,7 @@ ANNOTATED = 20  # classes up to which each cell of a confusion matrix is labelle
 
 
 def reliability(prediction: Prediction, labels: NDArray[np.integer], title: str) -> Figure:
-    """Accuracy against confidence in the bins of the ECE, with exact 95 % intervals, and the number of answers in each bin."""
+    """Accuracy against confidence in the bins of the ECE, with exact 95 % intervals, and the answers in each bin."""
     right = prediction.label == labels
     edges = np.linspace(0, 1, ECE_BINS + 1)
     # The upper edge belongs to a bin, as in the ECE.

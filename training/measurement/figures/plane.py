@@ -30,7 +30,7 @@ class Plane:
 
     @classmethod
     def through(cls, positions: Coordinates) -> Plane:
-        """From where the three lie, (3, axes).
+        """The plane through three weight sets with these coordinates, (3, axes).
 
         Raises:
             ConfigError: they lie on one line.
@@ -44,13 +44,13 @@ class Plane:
         return cls(np.array([[0, 0], [length, 0], [along, across]]))
 
     def coefficients(self, positions: NDArray[np.float64]) -> Coefficients:
-        """Of points (N, 2) over the three: (N, 3), rows sum to 1."""
+        """Coefficients of points (N, 2) of the plane over the three weight sets: (N, 3); rows sum to 1."""
         third = positions[:, 1] / self.corners[2, 1]
         second = (positions[:, 0] - third * self.corners[2, 0]) / self.corners[1, 0]
         return np.stack([1 - second - third, second, third], axis=1)
 
     def axes(self, grid: int, margin: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """X and y of a grid over the three and beyond."""
+        """The x and y values of a grid that covers the three weight sets and a margin."""
         low, high = self.corners.min(axis=0), self.corners.max(axis=0)
         room = margin * (high - low)
         x, y = (np.linspace(low[i] - room[i], high[i] + room[i], grid) for i in range(2))
@@ -61,18 +61,18 @@ def measure(
     of: list[str], version: Version, files: list[Path], path: Coefficients | None, grid: int, margin: float,
     subset: Subset, folder: Path, stem: str = "plane",
 ) -> Report:  # fmt: skip
-    """Measure on a grid, and write STEM.csv, STEM.json and STEM.png into `folder`; returns what the JSON holds.
+    """Measure on a grid, and write STEM.csv, STEM.json and STEM.png into `folder`. Returns the content of the JSON.
 
     Args:
-        of: what the three are called.
-        version: says on which data, and how their network is built.
+        of: names of the three networks, or of their ensemble.
+        version: its manifest records the data set and the network.
         files: the three weight sets.
-        path: points over the three, to be drawn as a line.
-        grid: points on each side.
-        margin: how far the plane goes beyond the three, as a share of their extent.
-        subset: what is measured on.
-        folder: where what was measured is also kept, to go on after a kill.
-        stem: of the files' names.
+        path: coefficients of points over the three, drawn as a line; None: no line.
+        grid: number of points on each side.
+        margin: how far the plane extends beyond the three, as a share of their extent.
+        subset: number of images to measure on.
+        folder: where the files are written, and intermediate results, with which an interrupted measurement resumes.
+        stem: stem of the file names.
 
     Raises:
         ConfigError: the three lie on one line.
@@ -112,7 +112,7 @@ def measure(
 
 
 def plot(report: dict[str, Any]) -> Figure:
-    """Contours of train loss and test error; crosses are the three networks, numbered as given, the line is the path."""
+    """Contours of train loss and test error. Crosses are the three networks, numbered as given; a line is the path."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     x, y, corners = (np.array(report[name]) for name in ("x", "y", "corners"))
     # Distances keep their proportions, unless the figure would be a sliver.

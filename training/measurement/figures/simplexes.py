@@ -1,4 +1,4 @@
-"""Simplexes and complexes (Benton et al. 2021, figures 3 to 6): faces, a view in three dimensions, volume by number of vertices."""
+"""Simplexes and complexes (Benton et al. 2021, figures 3 to 6): faces, view in 3 dimensions, volume by dimension."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ from training.measurement.report import Report
 
 
 def measure(version: Version, faces: list[list[int]], grid: int, margin: float, subset: Subset, folder: Path) -> Report:
-    """Write face-A-B-C.{csv,json,png} of each face, complex.{json,png}, and volume.{csv,png}; returns what complex.json holds.
+    """Write face-A-B-C.{csv,json,png} for each face, complex.{json,png}, and volume.{csv,png}.
 
     Args:
-        version: of training.espro.
-        faces: three vertices each; none: the first three of the first simplex.
-        grid: points on each side of a face's plane.
-        margin: how far that goes beyond the face, as a share of its extent.
-        subset: what is measured on.
-        folder: where all of it is written.
+        version: an ensemble that training.espro published.
+        faces: three vertices each; empty: the first three of the first simplex.
+        grid: number of points on each side of a face's plane.
+        margin: how far the plane extends beyond the face, as a share of its extent.
+        subset: number of images to measure on.
+        folder: where the files are written.
+
+    Returns:
+        The content of complex.json, with all figures.
 
     Raises:
-        ConfigError: there is no such vertex.
+        ConfigError: a face names a vertex that does not exist.
     """
     geometry = version.manifest.geometry
-    assert geometry is not None, "a version of training.espro has one"
+    assert geometry is not None, "versions of training.espro have a geometry"
     faces = faces or [own[:3] for own in geometry.components if len(own) > 2][:1]
     if beyond := [vertex for face in faces for vertex in face if vertex >= len(geometry.vertices)]:
         raise ConfigError(
@@ -73,7 +76,7 @@ def measure(version: Version, faces: list[list[int]], grid: int, margin: float, 
             "places": positions.tolist(),
             "train_loss": [value["train_loss"] for value in values],
             "test_error": [value["test_error"] for value in values],
-            # JSON has no −∞: a flat complex has no log-volume.
+            # JSON has no −∞: the log-volume of a flat complex is null.
             "volume": [{k: v if np.isfinite(v) else None for k, v in row.items()} for row in growth],
         }
     )
@@ -82,7 +85,7 @@ def measure(version: Version, faces: list[list[int]], grid: int, margin: float, 
     report.save_figures(folder)
 
     if not faces:
-        logger.info(f"{version.name} has segments alone: there are no faces to draw")
+        logger.info(f"{version.name} has segments only: there are no faces to draw")
     for corners in faces:
         outline = np.eye(3)[[0, 1, 2, 0]]
         names = [f"{version.name}, vertex {corner}" for corner in corners]
@@ -95,12 +98,12 @@ def measure(version: Version, faces: list[list[int]], grid: int, margin: float, 
 
 
 def by_vertices(positions: Coordinates, simplexes: Sequence[Sequence[int]]) -> list[dict[str, float]]:
-    """Log-volume of the complex as it grew: of the simplexes of the first k + 1 vertices of each, k = 1, 2, …; −inf where all are flat.
+    """Log-volume of the simplexes of the first k + 1 vertices of each, for k = 1, 2, …; −inf if all are flat.
 
-    The floor is the volume that the complex had before, with a last vertex that is only just no combination of the others.
+    The floor is the log-volume if the last vertex of each had the largest height that counts as flat.
     """
     rows: list[dict[str, float]] = []
-    floors: dict[tuple[int, ...], float] = {}  # or the volume itself where it is above its floor
+    floors: dict[tuple[int, ...], float] = {}  # log-volume of each simplex; its floor if it is flat
     for k in range(1, max(map(len, simplexes))):
         grown = sorted({tuple(sorted(own)[: k + 1]) for own in simplexes if len(own) > k})
         logs = volume.log_volumes(positions, grown)
@@ -147,7 +150,7 @@ def plot_complex(report: dict[str, Any]) -> Figure:
 
 
 def plot_volume(growth: list[dict[str, float]], title: str) -> Figure:
-    """Log-volume by dimension, with the floor below which a height is rounding; flat complexes stand on it as crosses."""
+    """Log-volume by dimension, with the floor below which a height is rounding error. Crosses are flat complexes."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     k, logs, floors = (np.array([row[name] for row in growth]) for name in ("dimension", "log_volume", "floor"))

@@ -1,6 +1,6 @@
-"""Rate, test error and distance from the start along the run on which members were collected (Garipov et al. 2018, figure 3).
+"""Rate, test error and distance from the start along a run that collected members (Garipov et al. 2018, figure 3).
 
-The run is trained once more, bit for bit the same on a CPU, because weights between members are not stored.
+The run is trained once more, with the same result bit for bit on a CPU, because weights between members are not stored.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from training.runs import PREFIXED, Run, load_weights, save_state
 def measure(
     version: Version, config: type[Config], plan: Callable[..., Any], each_cycle: int, subset: Subset, folder: Path
 ) -> Report:
-    """Train again, measure `each_cycle` networks in each cycle, and write METHOD-run.csv and METHOD-run.png into `folder`.
+    """Train again, measure `each_cycle` networks in each cycle, and write METHOD-run.csv and .png into `folder`.
 
     Args:
         version: an ensemble whose members were collected along one training, as by FGE, snapshots or cSG-MCMC.
         config: the Config of the method's command.
         plan: the method's plan.
         each_cycle: number of networks measured between two members.
-        subset: images that they are measured on.
+        subset: number of images that they are measured on.
         folder: where the files are written.
 
     Raises:
@@ -96,7 +96,7 @@ def _options(version: Version, config: type[Config]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(config)}
     if any(recorded.get(name) for name in ("init", "base")):
         raise ConfigError(
-            f"{version.name} began with given weights, which are not stored. Show an ensemble that was trained from the start."
+            f"{version.name} began with given weights, which are not stored. Give an ensemble that was trained from new initial weights."
         )
     return {
         key: tuple(value) if isinstance(value, list) else value
