@@ -133,7 +133,9 @@ def _export(store: Store, args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models_store", description="Manage published ensembles.")
     parser.add_argument(
-        "--store", type=Path, help="the store's folder (default: $MODELS_STORE, else models_store/ensembles)"
+        "--store",
+        type=Path,
+        help="the store's folder (default: $MODELS_STORE; else models_store/ensembles of a checkout, or the user's data folder)",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -14,10 +14,13 @@ import os
 import re
 import shutil
 import stat
+import sysconfig
 import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+
+import platformdirs
 
 from models_store import files, numbering
 from models_store.activation import Activations
@@ -54,9 +57,16 @@ class Version:
         return f"{self.manifest.name}@{self.manifest.version}"
 
 
-def default_root() -> Path:
-    """$MODELS_STORE, or `ensembles/` inside this package."""
-    return Path(os.environ.get("MODELS_STORE") or Path(__file__).parent / "ensembles")
+def default_root(package: Path = Path(__file__).parent) -> Path:
+    """$MODELS_STORE; else `ensembles/` inside this package, in a checkout or a bento; else the user's data folder.
+
+    An installed package lies among other packages, which an upgrade replaces: ensembles would be lost there.
+    """
+    if configured := os.environ.get("MODELS_STORE"):
+        return Path(configured)
+    inside = package / "ensembles"
+    installed = package.parent in (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")))
+    return inside if inside.exists() or not installed else platformdirs.user_data_path("modepath") / "ensembles"
 
 
 class Store:

@@ -85,7 +85,9 @@ def main() -> None:
     Store().check_writable("benchmark")
     found = [
         {"rows": [*first["rows"], *added["rows"]]}
-        for first, added in zip(_measured(ARMS, "budgets", seeds), _measured(ADDED, "budgets_added", seeds), strict=True)
+        for first, added in zip(
+            _measured(ARMS, "budgets", seeds), _measured(ADDED, "budgets_added", seeds), strict=True
+        )
     ]
     text = ["# Ensembles at equal cost", "", (__doc__ or "").split("\n\n")[-1].strip(), ""]
     for kind, title in (("plain", "Without temperature"), ("fitted", "With a temperature fitted on validation")):

@@ -5,6 +5,7 @@ import random
 import shutil
 import socket
 import stat
+import sysconfig
 import tempfile
 import threading
 from pathlib import Path
@@ -23,7 +24,7 @@ from models_store.errors import (
     StoreWriteError,
 )
 from models_store.manifest import Draft
-from models_store.store import Store
+from models_store.store import Store, default_root
 from tests.models_store.faults import failing, kill_before
 from tests.onnx_members import bank, linear, publish
 
@@ -486,3 +487,16 @@ def test_a_damaged_version_is_not_adopted(store, tmp_path):
     with pytest.raises(CorruptionError):
         other.adopt(version)
     assert other.names() == []
+
+
+def test_an_installed_package_keeps_ensembles_in_the_users_folder_and_a_checkout_in_its_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("MODELS_STORE")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    checkout, installed = tmp_path / "checkout/models_store", tmp_path / "site-packages/models_store"
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(installed.parent))
+    assert default_root(checkout) == checkout / "ensembles"
+    assert default_root(installed) == tmp_path / "data/modepath/ensembles"
+    (installed / "ensembles").mkdir(parents=True)  # of an earlier release
+    assert default_root(installed) == installed / "ensembles"
+    monkeypatch.setenv("MODELS_STORE", str(tmp_path / "mine"))
+    assert default_root(installed) == tmp_path / "mine"
