@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from models_store.errors import EnsembleNotFoundError, ProviderError, StoreError
+from models_store.decisions.calibrating import Labelled, calibrate, from_npz
+from models_store.errors import EnsembleNotFoundError, ModepathError, StoreError
 from models_store.importing import ImportOptions, import_members
-from models_store.store import Store
+from models_store.store import Store, Version
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(Store(args.store), args)
-    except (StoreError, ProviderError, OSError) as error:
+    except (ModepathError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -122,6 +125,41 @@ def _import(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(store: Store, args: argparse.Namespace) -> int:
+    version = store.resolve(args.name)
+    given = _labelled(version, args.dataset)
+    calibrated = calibrate(store, version, given, activate=not args.no_activate)
+    record = calibrated.manifest.calibration
+    assert record is not None, "it was just measured"
+    print(
+        f"published {calibrated.name}: calibrated on {record.images} of {len(given.labels)} images; temperature {calibrated.manifest.temperature:.3f}"
+    )
+    if args.no_activate:
+        print(
+            f"It is not served; to serve it: python -m models_store activate {calibrated.manifest.name} {calibrated.manifest.version}"
+        )
+    return 0
+
+
+def _labelled(version: Version, dataset: str | None) -> Labelled:
+    """Images of an npz file, or the validation split of a data source of training."""
+    if dataset is not None and dataset.startswith("npz:"):
+        return from_npz(Path(dataset.removeprefix("npz:")))
+    try:
+        sources: Any = importlib.import_module("training.data")  # this command stands above all packages
+        config: Any = importlib.import_module("training.config")
+    except ImportError:
+        raise StoreError(
+            "Data sources other than npz:FILE need the training extra: pip install 'modepath[training]', or give --dataset npz:FILE."
+        ) from None
+    recorded = version.manifest.provenance.config
+    if dataset is None and "dataset" not in recorded:
+        raise StoreError(f"{version.name} was imported, so its data set is unknown: name one with --dataset.")
+    options = config.data_options({**recorded, **({"dataset": dataset} if dataset else {})})
+    images, labels = sources.as_arrays(sources.load(options).validation)
+    return Labelled(images, labels, f"the validation split of {options.dataset}")
+
+
 def _export(store: Store, args: argparse.Namespace) -> int:
     version = store.resolve(args.name)
     store.verify(version)
@@ -171,6 +209,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--no-activate", action="store_true", help="publish without serving it")
     command.set_defaults(run=_import)
+
+    command = commands.add_parser(
+        "calibrate",
+        help="publish a copy whose decisions (prediction sets, abstention, cascade) are calibrated on labelled images",
+    )
+    command.add_argument("name", metavar="NAME[@VERSION]")
+    command.add_argument(
+        "--dataset",
+        metavar="npz:FILE | SOURCE",
+        help="labelled images that the members were not trained on: an npz file with the arrays x (images, C, H, W) and y, or a data set of "
+        "python -m training.fge --help, whose validation split is used (default: the one it was trained on)",
+    )
+    command.add_argument("--no-activate", action="store_true", help="publish without serving it")
+    command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("export", help="copy a version into a folder, which becomes a complete store")
     command.add_argument("name", metavar="NAME[@VERSION]")

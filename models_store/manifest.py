@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from models_store.errors import ManifestError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)  # version 1 has no calibration
 ONNX_OPSET = 18
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
@@ -34,6 +35,7 @@ MemberFile = Annotated[str, Field(pattern=r"^members/[0-9]{3,6}\.onnx$")]
 WeightsFile = Annotated[str, Field(pattern=r"^weights/[0-9]{3,6}\.safetensors$")]
 VertexFile = Annotated[str, Field(pattern=r"^vertices/[0-9]{3,6}\.safetensors$")]
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
+CALIBRATION_FILE = "calibration.safetensors"
 BANK_FILES = ("bank/template.onnx", "bank/vertices.safetensors", "bank/points.safetensors")
 
 
@@ -118,6 +120,34 @@ class Bank(_Record):
     accuracy_min: float = Field(ge=0, le=1, description="accuracy of the worst point")
 
 
+class Cascade(_Record):
+    """The order in which members answer in the mode `cascade`, and when a row needs no more of them."""
+
+    order: list[int] = Field(min_length=2, description="indices of all members, in the order in which they run")
+    groups: list[int] = Field(min_length=2, description="number of members in each group; they sum to all members")
+    temperatures: list[Temperature] = Field(description="T of the average of all members up to each group")
+    margins: list[float] | None = Field(
+        default=None,
+        description="after each group but the last: a row leaves if its two largest probabilities differ by at least this much; "
+        "null if there were too few images to guarantee anything",
+    )
+    disagreement: float | None = Field(
+        default=None, gt=0, lt=1, description="bound on the share of rows whose label differs from that of all members"
+    )
+
+
+class Calibration(_Record):
+    """What `calibration.safetensors` holds, and what it was measured on."""
+
+    images: int = Field(ge=1, description="number of calibration images")
+    seed: int = Field(ge=0, description="seed of the division of the split, and of the numbers u of prediction sets")
+    source: str = Field(description="the images: a split of a data set, or a file. It is never shown to clients")
+    ways: list[Literal["average", "drawn"]] = Field(
+        min_length=1, description="ways of answering that were calibrated: all members, and one network for each image"
+    )
+    cascade: Cascade | None = Field(default=None, description="null if there is one member")
+
+
 class Provenance(_Record):
     """What is needed to repeat the training. It is for the operator and is never shown to clients."""
 
@@ -152,7 +182,9 @@ class Draft(_Record):
     validation: Scores | None = Field(default=None, description="the average's scores on the validation split")
     geometry: Geometry | None = Field(default=None, description="null if each member was trained directly")
     bank: Bank | None = Field(default=None, description="null when there is no bank/")
-    calibration: None = Field(default=None, description="reserved; must be null in schema version 1")
+    calibration: Calibration | None = Field(
+        default=None, description="null if the version is not calibrated; must be null in schema version 1"
+    )
     provenance: Provenance = Provenance()
 
     @model_validator(mode="after")
@@ -169,13 +201,22 @@ class Draft(_Record):
             count = len(self.geometry.vertices)
             if any(not 0 <= index < count for component in self.geometry.components for index in component):
                 raise ValueError(f"a component names a vertex that is not among the {count}")
+        if self.calibration is not None and (cascade := self.calibration.cascade) is not None:
+            count, stages = len(self.members), len(cascade.groups)
+            if sorted(cascade.order) != list(range(count)) or sum(cascade.groups) != count or min(cascade.groups) < 1:
+                raise ValueError(f"the cascade does not run each of the {count} members once")
+            margins = len(cascade.margins) if cascade.margins is not None else stages - 1
+            if len(cascade.temperatures) != stages or margins != stages - 1:
+                raise ValueError(
+                    f"the cascade does not have a temperature and a margin for each of its {stages} groups"
+                )
         return self
 
 
 class Manifest(Draft):
     """A published version."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     digest: Sha256 | None = Field(
         default=None,
         description="sha256 of manifest.json with 64 zeros in place of the digits; null in the first releases",
@@ -191,7 +232,10 @@ class Manifest(Draft):
             for file in (member.file, member.weights):
                 if file is not None and file not in self.files:
                     raise ValueError(f"{file} has no entry in `files`")
+        if self.schema_version == 1 and self.calibration is not None:
+            raise ValueError("a calibration needs schema version 2")
         named = [*(self.geometry.vertices if self.geometry else ()), *(BANK_FILES if self.bank else ())]
+        named += [CALIBRATION_FILE] if self.calibration else []
         for file in named:
             if file not in self.files:
                 raise ValueError(f"{file} has no entry in `files`")
@@ -215,9 +259,9 @@ class Manifest(Draft):
         content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         record = _json(content, where)
         found: Any = record.get("schema_version")
-        if type(found) is not int or found != SCHEMA_VERSION:
+        if type(found) is not int or found not in READABLE:
             raise ManifestError(
-                f"{where} has schema version {found!r:.60}; this release reads version {SCHEMA_VERSION}. "
+                f"{where} has schema version {found!r:.60}; this release reads versions {READABLE[0]} to {READABLE[-1]}. "
                 "Upgrade modepath, or publish the ensemble again with this release."
             )
         for field, most in (("members", MAX_MEMBERS), ("files", MAX_FILES)):

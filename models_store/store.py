@@ -25,6 +25,7 @@ import platformdirs
 from models_store import files, numbering
 from models_store.activation import Activations
 from models_store.bank import check_bank
+from models_store.decisions.calibration import load_answers
 from models_store.errors import (
     CorruptionError,
     EnsembleNotFoundError,
@@ -280,12 +281,15 @@ class Store:
             check_member(staged / member.file, draft.input.shape, len(draft.classes))
         if draft.bank is not None:
             check_bank(staged / "bank", draft.input.shape, len(draft.classes), draft.bank.points)
+        if draft.calibration is not None:
+            load_answers(staged, draft.calibration.ways, draft.calibration.images, len(draft.classes))
         with files.writing(self.root):
             version = numbering.next_number(self.root, name)
             hashes = {path: files.sha256(staged / path, _most_bytes(path)) for path in _files(staged)}
             manifest = Manifest(
                 **draft.model_dump(),
-                schema_version=SCHEMA_VERSION,
+                # An uncalibrated version stays readable by releases that know version 1 only.
+                schema_version=SCHEMA_VERSION if draft.calibration else 1,
                 name=name,
                 version=version,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -383,6 +387,8 @@ class Store:
             check_member(folder / member.file, manifest.input.shape, len(manifest.classes))
         if manifest.bank is not None:
             check_bank(folder / "bank", manifest.input.shape, len(manifest.classes), manifest.bank.points)
+        if (calibration := manifest.calibration) is not None:
+            load_answers(folder, calibration.ways, calibration.images, len(manifest.classes))
 
     # Internal
 

@@ -124,6 +124,7 @@ class _Routes:
             ensemble = worker.ensembles.get(options.ensemble)
             mode = ensemble.mode(options.mode)
             _refuse_members(ensemble, mode, options)
+            ensemble.decisions.check(mode, options)
             images = await _images(worker, body, asked, ensemble.manifest.input)
             self._bound_answer(ensemble, len(images), options.members)
             draw = partial(ensemble.rows, mode, images, self._caller(request))
@@ -179,15 +180,16 @@ class _Routes:
         began = time.perf_counter()
         manifest, policy = ensemble.manifest, ensemble.policy
         points = [network.number for network in rows.networks]
+        decided = ensemble.decisions.decide(mode, options, rows.images, answer.prediction)
         reply = orjson.dumps(
-            respond(manifest, request_id, mode, answer, policy, members=options.members, points=points)
+            respond(manifest, request_id, mode, answer, policy, members=options.members, points=points, decided=decided)
         )
         if mode != "average":
             reply = padded(reply, manifest, policy, mode, len(rows))
         # Counted before it is sent, so that a client that has its answer finds it in the metrics.
         seconds = time.perf_counter() - began
         each = not policy.hides(mode) or self._settings.metrics_port is not None
-        metrics.answered(manifest, mode, answer, decode_seconds, seconds, each=each)
+        metrics.answered(manifest, mode, answer, decode_seconds, seconds, each=each, decided=decided)
         return reply
 
     async def list_ensembles(self, request: Request) -> Response:
@@ -222,7 +224,8 @@ class _Routes:
         elif pool:
             shown = PoolInfo(mebibytes=math.ceil(pool.bytes / 2**20), networks=len(pool), of=pool.source.count)
         is_default = manifest.name == self._worker.ensembles.default_name
-        return describe(manifest, ensemble.providers, ensemble.policy, shown, is_default=is_default)
+        calibration = ensemble.decisions.calibration(ensemble.policy.modes[0])
+        return describe(manifest, ensemble.providers, ensemble.policy, shown, calibration, is_default=is_default)
 
 
 async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> Images:

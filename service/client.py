@@ -19,12 +19,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import httpx
 import numpy as np
 import tenacity
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import TypedDict, Unpack
 
 from models_store.errors import ModepathError
 
@@ -57,6 +58,24 @@ class Answer:
     uncertainty: dict[str, NDArray[np.float64]]  # each (batch,); entropies in nats. Empty if it is not shown
     members: NDArray[np.float64] | None  # (members, batch, classes), if requested
     points: NDArray[np.intp] | None = None  # (batch,): which network answered, if the operator shows it
+    novelty: dict[str, NDArray[np.float64]] | None = None  # score and percentile, (batch,) each; of calibrated versions
+    percentiles: dict[str, NDArray[np.float64]] | None = None  # of each uncertainty measure, (batch,), if requested
+    prediction_sets: list[list[int]] | None = None  # classes of each row's set, with `coverage`
+    decisions: list[str] | None = None  # "predict" or "abstain", with a risk or costs
+    reasons: list[str | None] | None = None  # why to abstain: "uncertain" or "unlike_calibration"
+
+
+class Decisions(TypedDict, total=False):
+    """Options of a request that concern decisions; they need a calibrated version."""
+
+    coverage: float  # prediction sets that contain the true class with this probability
+    set_method: Literal["lac", "aps", "raps"]
+    per_class: bool  # the coverage holds for each true class that has enough calibration images
+    allow_empty: bool  # sets may be empty
+    risk: float  # decide whether to answer: at most this share of the answers is wrong
+    wrong_cost: float  # decide by expected cost, together with review_cost
+    review_cost: float
+    percentiles: bool  # percentile of each uncertainty measure among the calibration images
 
 
 class Client:
@@ -74,15 +93,28 @@ class Client:
         self._attempts = attempts
 
     def predict(
-        self, images: Images, *, ensemble: str | None = None, mode: str | None = None, members: bool = False
+        self,
+        images: Images,
+        *,
+        ensemble: str | None = None,
+        mode: str | None = None,
+        members: bool = False,
+        **decisions: Unpack[Decisions],
     ) -> Answer:
         """Classify images: an array (batch, C, H, W) in [0, 1], or the bytes of PNG or JPEG files.
+
+        Args:
+            images: what to classify.
+            ensemble: name of the ensemble that answers (default: that of the service).
+            mode: how it answers (default: the first mode that the operator opens).
+            members: also return each member's probabilities.
+            decisions: prediction sets and abstention; see Decisions.
 
         Raises:
             RefusedError: the service refused the request, in the last attempt if it was retried.
             httpx.TransportError: the service could not be reached, in the last attempt if it was retried.
         """
-        request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None})
+        request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None, **decisions})
         return _answer(self._send("POST", "/predict", **request))
 
     def ensembles(self) -> list[dict[str, Any]]:
@@ -117,10 +149,16 @@ class AsyncClient:
         self._attempts = attempts
 
     async def predict(
-        self, images: Images, *, ensemble: str | None = None, mode: str | None = None, members: bool = False
+        self,
+        images: Images,
+        *,
+        ensemble: str | None = None,
+        mode: str | None = None,
+        members: bool = False,
+        **decisions: Unpack[Decisions],
     ) -> Answer:
         """See Client.predict."""
-        request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None})
+        request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None, **decisions})
         return _answer(await self._send("POST", "/predict", **request))
 
     async def ensembles(self) -> list[dict[str, Any]]:
@@ -188,7 +226,18 @@ def _answer(body: dict[str, Any]) -> Answer:
         },
         members=members,
         points=np.array([row["point"] for row in rows]) if "point" in rows[0] else None,
+        novelty=_columns(rows, "novelty"),
+        percentiles=_columns(rows, "percentiles"),
+        prediction_sets=[row["prediction_set"] for row in rows] if "prediction_set" in rows[0] else None,
+        decisions=[row["decision"] for row in rows] if "decision" in rows[0] else None,
+        reasons=[row["reason"] for row in rows] if "decision" in rows[0] else None,
     )
+
+
+def _columns(rows: list[dict[str, Any]], field: str) -> dict[str, NDArray[np.float64]] | None:
+    if field not in rows[0]:
+        return None
+    return {name: np.array([row[field][name] for row in rows]) for name in rows[0][field]}
 
 
 def _policy(attempts: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from models_store.decisions.calibration import halves
 from models_store.manifest import Origin
 from models_store.store import Version
 from training import command, pipeline
@@ -80,8 +81,12 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
         if soup.exists():
             return
 
+        # The other half of the validation images calibrates decisions, and must not choose what it calibrates.
+        fitting, _ = halves(len(trained.data.validation))
+
         def judge(state: State) -> Answers | None:
-            return answers(trained.network, state, trained.data, config.bn_images, trained.device)
+            found = answers(trained.network, state, trained.data, config.bn_images, trained.device)
+            return found and found.rows(fitting)
 
         states = [load_weights(file) for file in candidates]
         save_state(soup, greedy(states, [judge(state) for state in states], judge))

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from models_store.decisions import temperature
 from models_store.graphs.runtime import EnsembleSession, in_batches
 from models_store.store import Version
 from models_store.uncertainty import Floats, softmax
 from training import data
 from training.config import data_options
 from training.evaluate import pairwise_disagreement
-from training.members import temperature
 from training.members.metrics import score
 
 SCORES = ("accuracy", "nll", "ece")

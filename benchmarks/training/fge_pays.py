@@ -28,11 +28,12 @@ import torch
 from scipy import stats
 from tabulate import tabulate
 
+from models_store.decisions import temperature
 from models_store.uncertainty import combine, softmax
 from training import data
 from training.errors import DivergenceError
 from training.fge import Config
-from training.members import batch_norm, temperature
+from training.members import batch_norm
 from training.members.export import Normalised, torch_logits
 from training.members.metrics import score
 from training.optimisation.loop import Leg

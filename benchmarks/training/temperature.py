@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from tabulate import tabulate
 
+from models_store.decisions import temperature
 from models_store.graphs.runtime import EnsembleSession, in_batches
 from models_store.store import Store
 from models_store.uncertainty import softmax
 from training import data, fge
 from training.config import data_options
-from training.members import temperature
 from training.members.metrics import ece, nll
 
 RESULTS = Path(__file__).parents[1] / "results"

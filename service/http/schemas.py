@@ -10,8 +10,12 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
+from models_store.decisions import abstention
+from models_store.decisions.calibration import Calibration
+from models_store.decisions.conformal import Method
 from models_store.manifest import Manifest, Scores
 from service.inference.batching import Answer
+from service.inference.decisions import NOTHING, Decided, Decision, Reason
 from service.inference.policy import Mode, Policy
 
 log = logging.getLogger("bentoml.modepath")
@@ -33,6 +37,41 @@ class Options(BaseModel):
         "random, but the same image gets the same network until the key changes (default: the first mode that the policy opens)",
     )
     members: bool = Field(default=False, description="also return each member's probabilities")
+    coverage: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="also return prediction sets, which contain the true class with this probability",
+    )
+    set_method: Method | None = Field(
+        default=None,
+        description="score of the prediction sets. lac: the smallest sets; aps: sets that grow with difficulty; raps: aps without large sets "
+        "(default: lac)",
+    )
+    per_class: bool = Field(
+        default=False, description="the coverage holds for each true class that has enough calibration images"
+    )
+    allow_empty: bool = Field(
+        default=False, description="return empty sets too; otherwise the most probable class is in every set"
+    )
+    risk: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decide for each image whether to answer, such that at most this share of the answers is wrong",
+    )
+    wrong_cost: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e12,
+        description="decide by expected cost: the cost of a wrong answer; needs review_cost",
+    )
+    review_cost: float | None = Field(
+        default=None, gt=0, le=1e12, description="the cost of a review by a person, in the unit of wrong_cost"
+    )
+    percentiles: bool = Field(
+        default=False, description="also return the percentile of each uncertainty measure among the calibration images"
+    )
 
 
 class PredictRequest(Options):
@@ -58,6 +97,15 @@ class Uncertainty(TypedDict):
     disagreement: Annotated[float, Field(description="share of members whose top class is not the ensemble's")]
 
 
+class Novelty(TypedDict):
+    """How unusual an image is, measured by its predictive entropy."""
+
+    score: Annotated[float, Field(description="predictive entropy, nats")]
+    percentile: Annotated[
+        float, Field(description="share of calibration images that are at most as uncertain, in percent")
+    ]
+
+
 class RowPrediction(TypedDict):
     """The answer for one image."""
 
@@ -68,6 +116,26 @@ class RowPrediction(TypedDict):
         Annotated[list[float], Field(description="probabilities (classes); the policy may round or omit them")]
     ]
     uncertainty: NotRequired[Annotated[Uncertainty, Field(description="uncertainty measures; only in `average`")]]
+    novelty: NotRequired[Annotated[Novelty, Field(description="only if the version is calibrated")]]
+    percentiles: NotRequired[
+        Annotated[
+            dict[str, float], Field(description="percentile of each uncertainty measure, 0 to 100; only if requested")
+        ]
+    ]
+    prediction_set: NotRequired[
+        Annotated[list[int], Field(description="classes of the set, the most probable one first; only with `coverage`")]
+    ]
+    decision: NotRequired[
+        Annotated[Decision, Field(description="whether to rely on the answer; only with a risk or costs")]
+    ]
+    reason: NotRequired[
+        Annotated[
+            Reason | None,
+            Field(
+                description="why to abstain: the answer is uncertain, or the image is unlike those of the calibration"
+            ),
+        ]
+    ]
     point: NotRequired[Annotated[int, Field(description="which network answered; only if the policy shows it")]]
     members: NotRequired[
         Annotated[
@@ -102,6 +170,20 @@ class PoolInfo(BaseModel):
     )
 
 
+class CalibrationInfo(BaseModel):
+    """What the decisions of an ensemble can guarantee in its first mode."""
+
+    images: int = Field(description="number of calibration images")
+    most_coverage: float = Field(description="largest coverage of prediction sets")
+    least_risk: float | None = Field(
+        description="smallest risk of abstention, to two digits; null if none can be guaranteed"
+    )
+    confidence: float = Field(
+        description="probability, over the choice of the calibration images, that the bound on the risk holds"
+    )
+    note: str | None = Field(description="what the number of calibration images does not allow")
+
+
 class EnsembleInfo(BaseModel):
     """What a client may know about an ensemble: a whitelist.
 
@@ -119,6 +201,7 @@ class EnsembleInfo(BaseModel):
     providers: list[str]
     modes: list[Mode]
     pool: PoolInfo | None
+    calibration: CalibrationInfo | None = Field(description="null if the version is not calibrated, or defended")
     default: bool
 
 
@@ -149,12 +232,14 @@ def respond(
     *,
     members: bool,
     points: Sequence[int] = (),
+    decided: Decided = NOTHING,
 ) -> PredictResponse:
     """Build the response from the parts of an answer that the policy shows.
 
     `points` are the numbers of the networks that answered, one per row, in modes where a network is drawn for each row.
     """
     rows = _rows(manifest.classes, answer, policy.digits(mode))
+    _add_decisions(rows, decided)
     if mode != "average":
         if policy.point:
             for row, point in zip(rows, points, strict=True):
@@ -200,6 +285,21 @@ def _rows(classes: list[str], answer: Answer, digits: Literal["exact", "none"] |
     ]
 
 
+def _add_decisions(rows: list[RowPrediction], decided: Decided) -> None:
+    if decided.novelty is not None:
+        for row, score, percentile in zip(rows, *(values.tolist() for values in decided.novelty), strict=True):
+            row["novelty"] = {"score": score, "percentile": percentile}
+    if decided.percentiles is not None:
+        for index, row in enumerate(rows):
+            row["percentiles"] = {name: float(values[index]) for name, values in decided.percentiles.items()}
+    if decided.sets is not None:
+        for row, labels in zip(rows, decided.sets, strict=True):
+            row["prediction_set"] = labels
+    if decided.decisions is not None:
+        for row, (decision, reason) in zip(rows, decided.decisions, strict=True):
+            row["decision"], row["reason"] = decision, reason
+
+
 def padded(reply: bytes, manifest: Manifest, policy: Policy, mode: Mode, rows: int) -> bytes:
     """Pad a reply with blanks, so that its length does not depend on its content.
 
@@ -210,6 +310,8 @@ def padded(reply: bytes, manifest: Manifest, policy: Policy, mode: Mode, rows: i
     number = {"none": 0, "exact": 25}.get(str(digits)) if isinstance(digits, str) else digits + 4  # the comma included
     name = max(len(orjson.dumps(one)) for one in manifest.classes)
     row = 100 + name + (len(manifest.classes) + 1) * (number or 0)
+    row += 450 + 8 * len(manifest.classes) if digits == "exact" and manifest.calibration else 0  # decisions
+    row += 60 if policy.risk is not None else 0
     length = 200 + len(manifest.name) + rows * row
     if len(reply) > length:
         log.error(
@@ -221,7 +323,13 @@ def padded(reply: bytes, manifest: Manifest, policy: Policy, mode: Mode, rows: i
 
 
 def describe(
-    manifest: Manifest, providers: list[str], policy: Policy, pool: PoolInfo | None, *, is_default: bool
+    manifest: Manifest,
+    providers: list[str],
+    policy: Policy,
+    pool: PoolInfo | None,
+    calibration: Calibration | None = None,
+    *,
+    is_default: bool,
 ) -> EnsembleInfo:
     """Return the description of an ensemble that `/ensembles` shows."""
     return EnsembleInfo(
@@ -236,5 +344,21 @@ def describe(
         providers=providers,
         modes=list(policy.modes),
         pool=pool,
+        calibration=_guarantees(calibration) if calibration and not policy.defended else None,
         default=is_default,
+    )
+
+
+def _guarantees(calibration: Calibration) -> CalibrationInfo:
+    least, most = calibration.least_risk, calibration.most_coverage
+    missing = [f"a coverage above {most:.3g}"] if most < 0.95 else []
+    missing += [] if least is not None and least <= 0.1 else ["a risk of 0.1 or less"]
+    return CalibrationInfo(
+        images=calibration.images,
+        most_coverage=most,
+        least_risk=least,
+        confidence=abstention.CONFIDENCE,
+        note=f"{calibration.images} calibration images guarantee neither more nor less: not {' and not '.join(missing)}"
+        if missing
+        else None,
     )

@@ -21,6 +21,7 @@ from service.http.images import Images
 from service.http.schemas import describe, padded, respond
 from service.inference import pool as pools
 from service.inference.batching import Answer
+from service.inference.decisions import Decisions
 from service.inference.draws import LEVELS, Draw, Keyed, at_random, quantised
 from service.inference.modes import Average, OneEach
 from service.inference.policy import Mode, Policy
@@ -52,6 +53,7 @@ class Ensemble:
     sessions: dict[Mode, Session]
     pool: Pool | None  # the single networks, if a mode needs them
     draws: dict[Mode, Draw]
+    decisions: Decisions
 
     def mode(self, asked: Mode | None) -> Mode:
         """Return the mode of a request: `asked`, or the first open mode if it is None.
@@ -117,7 +119,14 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
             sessions[mode], draws[mode] = each, _draw(mode, keyed)
         log.info("%s: %d of %d networks ready, %d MiB", version.name, len(pool), source.count, pool.bytes >> 20)
     ensemble = Ensemble(
-        version.manifest, f"{version.name} {version.digest}", recipe.policy, providers, sessions, pool, draws
+        version.manifest,
+        f"{version.name} {version.digest}",
+        recipe.policy,
+        providers,
+        sessions,
+        pool,
+        draws,
+        Decisions.of(version, recipe.policy),
     )
     _check_listing(ensemble)
     shape = version.manifest.input.shape

@@ -42,6 +42,13 @@ class Policy(BaseModel):
         default=None,
         description="in `average`: show each member's probabilities on request (default: if probabilities are exact)",
     )
+    risk: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the answers given that may be wrong, for all requests: every answer then says whether to rely on it. The version "
+        "must be calibrated",
+    )
     point: bool = Field(default=False, description="in `random` and `keyed`: show which network answered")
 
     @property

@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, values  # n
 from models_store.manifest import Manifest  # noqa: E402
 from service.http.errors import ServiceError  # noqa: E402
 from service.inference.batching import Answer  # noqa: E402
+from service.inference.decisions import NOTHING, Decided  # noqa: E402
 from service.inference.policy import Mode  # noqa: E402
 from service.operations import metric_files  # noqa: E402
 
@@ -37,6 +38,7 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 RATIO = [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
 SECONDS = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 MEMBERS = [1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0]
+SIZES = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0, 100.0]
 LABELS = ["ensemble", "mode"]
 CLIENT_LEFT = "client_left"  # reason of a request that was dropped because its client had disconnected
 _own = CollectorRegistry()
@@ -65,6 +67,13 @@ _TIMES = {
     "reply": _histogram("reply_seconds", "time from arrays to the bytes of the answer", SECONDS),
 }
 _predictions = Counter("modepath_predictions", "rows answered", [*LABELS, "class"], registry=_own)
+_decisions = Counter(
+    "modepath_decisions",
+    "rows by decision: predict, or the reason to abstain (uncertain, unlike_calibration)",
+    [*LABELS, "decision"],
+    registry=_own,
+)
+_set_size = _histogram("prediction_set_classes", "classes in a prediction set", SIZES)
 _refused = Counter("modepath_refused", "requests that were refused", ["reason"], registry=_own)
 _dropped = Counter("modepath_log_lines_dropped", "lines that could not be written to the log", registry=_own)
 _archive: metric_files.Archive | None = None
@@ -73,7 +82,14 @@ log = logging.getLogger("bentoml.modepath")
 
 
 def answered(
-    manifest: Manifest, mode: Mode, answer: Answer, decode_seconds: float, reply_seconds: float, *, each: bool = True
+    manifest: Manifest,
+    mode: Mode,
+    answer: Answer,
+    decode_seconds: float,
+    reply_seconds: float,
+    *,
+    each: bool = True,
+    decided: Decided = NOTHING,
 ) -> None:
     """Count one request that was answered.
 
@@ -85,8 +101,12 @@ def answered(
     labels_of_rows: list[int] = prediction.label.tolist()
     for label in labels_of_rows:
         _predictions.labels(*labels, manifest.classes[label]).inc()
+    for decision, reason in decided.decisions or ():
+        _decisions.labels(*labels, reason or decision).inc()
     if not each:
         return
+    for classes in decided.sets or ():
+        _set_size.labels(*labels).observe(len(classes))
     to_ratio = 1 / math.log(len(manifest.classes)) if len(manifest.classes) > 1 else 0.0
     for measure, histogram in _ROW.items() if mode == "average" else _OF_ONE:
         child = histogram.labels(*labels)

@@ -9,7 +9,19 @@ import models_store
 from models_store import manifest, numbering, store
 
 TEXT = (Path(models_store.__file__).parent / "FORMAT.md").read_text()
-MODELS = ["Manifest", "Network", "InputSpec", "Member", "Origin", "Scores", "Geometry", "Bank", "Provenance"]
+MODELS = [
+    "Manifest",
+    "Network",
+    "InputSpec",
+    "Member",
+    "Origin",
+    "Scores",
+    "Geometry",
+    "Bank",
+    "Calibration",
+    "Cascade",
+    "Provenance",
+]
 
 
 def table(title):
@@ -41,6 +53,6 @@ def test_the_bounds_are_those_of_the_code():
         f"{manifest.MAX_DEPTH} levels of nesting, {manifest.MAX_MEMBERS} members\nand {manifest.MAX_FILES} files"
         in TEXT
     )
-    assert TEXT.count(f"from {manifest.MIN_TEMPERATURE:g} to {manifest.MAX_TEMPERATURE:g}") == 3
+    assert TEXT.count(f"from {manifest.MIN_TEMPERATURE:g} to {manifest.MAX_TEMPERATURE:g}") == 4
     assert f"`<name>` MUST match `{store.NAME_PATTERN.pattern}`" in TEXT
     assert f"`<version>` MUST match `{numbering.NUMBER.pattern}`" in TEXT

@@ -144,6 +144,7 @@ def test_the_clients_answer_has_every_field_of_the_response():
     """A new field of the response must be added to Answer, too; otherwise the client silently drops it."""
     named_otherwise = {
         "predictions": None, "label": "labels", "class_name": "class_names", "point": "points",
+        "prediction_set": "prediction_sets", "decision": "decisions", "reason": "reasons",
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(Answer)}
     for field in (*PredictResponse.__annotations__, *RowPrediction.__annotations__):

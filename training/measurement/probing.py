@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from models_store.decisions import temperature
 from models_store.store import Version
 from models_store.uncertainty import Floats, softmax
 from training import data, networks
@@ -23,7 +24,7 @@ from training.config import data_options
 from training.data import Data, Split, in_order
 from training.errors import ConfigError
 from training.geometry.vertices import State, combine, coordinates, put_into
-from training.members import member, metrics, temperature
+from training.members import member, metrics
 from training.networks import layout
 
 BATCH = 128  # the same as in member.clean_images

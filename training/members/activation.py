@@ -30,12 +30,13 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import nn
 
+from models_store.decisions import temperature
 from models_store.errors import StoreError
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
 from training.data import Data, as_arrays
 from training.geometry.vertices import State, put_into
-from training.members import member, temperature
+from training.members import member
 from training.members.export import Normalised, torch_logits
 from training.runs import Run, load_weights, write_whole
 
@@ -62,6 +63,10 @@ class Answers:
         probs = combine(softmax(logits, fitted), weights).mean_probs
         of_label = probs[np.arange(len(labels)), labels]
         return cls(probs.argmax(axis=1) == labels, -np.log(np.maximum(of_label, 1e-12)))
+
+    def rows(self, chosen: NDArray[np.intp]) -> Answers:
+        """The predictions of some of the images."""
+        return Answers(self.right[chosen], self.nll[chosen])
 
     @property
     def accuracy(self) -> float:

@@ -11,13 +11,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from models_store.bank import Bank
+from models_store.decisions import temperature
+from models_store.decisions.calibration import halves
 from models_store.graphs.runtime import MemberSession, in_batches
 from models_store.uncertainty import softmax
 from training.data import Data, as_arrays
 from training.errors import ExportError
 from training.geometry.coefficients import Coefficients
 from training.geometry.vertices import State, combine, put_into
-from training.members import batch_norm, member, temperature
+from training.members import batch_norm, member
 from training.members.export import Normalised, check_parity, open_exported, to_open_template
 from training.members.metrics import score
 from training.networks import layout
@@ -50,6 +52,7 @@ def build(
         ExportError: at some point, the template with the combined weights does not give torch's outputs.
     """
     images, labels = as_arrays(data.validation)
+    fitting, _ = halves(len(labels))
     clean = next(member.clean_images(data, 2, device, layout.of(network)))
     statistics = batch_norm.statistics(network, clean)
     varying = [
@@ -80,7 +83,7 @@ def build(
         state = network.state_dict()
         given = bank.weights(point) | {name: _array(state[name.removeprefix(_NETWORK)]) for name in rows}
         logits = _checked_logits(served, template, given, images, device, held)
-        own = temperature.fit(logits[None], labels, np.ones(1))
+        own = temperature.fit(logits[None][:, fitting], labels[fitting], np.ones(1))
         scores = score(softmax(logits, own), labels)
         bank.temperature[point], bank.accuracy[point], bank.nll[point] = own, scores.accuracy, scores.nll
         for name, kept in rows.items():

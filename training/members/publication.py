@@ -15,6 +15,9 @@ from torch import nn
 
 from models_store import manifest
 from models_store.bank import Bank
+from models_store.decisions import temperature
+from models_store.decisions.calibrating import Labelled, measure
+from models_store.decisions.calibration import halves
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
 from training import logger
@@ -24,7 +27,7 @@ from training.errors import ExportError
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, coordinates
 from training.geometry.vertices import combine as combine_states
-from training.members import activation, bank, batch_norm, member, temperature
+from training.members import activation, bank, batch_norm, member
 from training.members.activation import Answers
 from training.members.export import Exporter
 from training.members.metrics import score
@@ -95,19 +98,28 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
         StoreError: the store cannot be written.
     """
     config, data = job.config, job.data
-    _, labels = as_arrays(data.validation)
+    images, labels = as_arrays(data.validation)
+    # Temperatures and weights come from one half of the validation images; the other half calibrates decisions.
+    fitting, _ = halves(len(labels))
     with job.store.staging(config.published_name) as staged:
         states = [load_weights(file) for file, _ in vertices] if points else []
         parameters = [name for name, _ in job.network.named_parameters()]
         positions = coordinates(states, parameters) if points else np.zeros((0, 0))
         members = _make_members(job, staged, _weights_of_members(vertices, states, points, positions), labels)
         weights = (
-            np.full(len(members.logits), 1 / len(members.logits)) if weigh is None else weigh(members.logits, labels)
+            np.full(len(members.logits), 1 / len(members.logits))
+            if weigh is None
+            else weigh(members.logits[:, fitting], labels[fitting])
         )
-        fitted = temperature.estimate(members.logits, labels, weights)
+        fitted = temperature.estimate(members.logits[:, fitting], labels[fitting], weights)
         average = score(combine(softmax(members.logits, fitted.temperature), weights).mean_probs, labels)
         rows = points.bank(positions) if points else np.zeros((0, 0))
         records = _records(members, weights, labels)
+        kept_bank = _keep_bank(
+            staged,
+            rows,
+            lambda rows: bank.build(job.run, job.network, data, states, rows, config.bn_images, job.device),
+        )
         forward = (members.made + len(rows)) * _settling(job.network, data, config.bn_images, job.device)
         draft = manifest.Draft(
             method=config.method,
@@ -118,10 +130,15 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
             temperature=fitted.temperature,
             validation=average,
             geometry=points and _keep_vertices(staged, states, points),
-            bank=_keep_bank(
+            bank=_describe(kept_bank) if kept_bank else None,
+            calibration=measure(
                 staged,
-                rows,
-                lambda rows: bank.build(job.run, job.network, data, states, rows, config.bn_images, job.device),
+                Labelled(images, labels, f"the validation split of {config.dataset}"),
+                members.logits,
+                weights,
+                fitted.temperature,
+                members.temperatures,
+                kept_bank,
             ),
             provenance=_provenance(job, cost, forward),
         )
@@ -173,9 +190,12 @@ def _make_members(
         origins.append(origin)
         collected.append(made.validation_logits)
     logits = np.stack(collected)
-    own = [temperature.fit(one[None], labels, np.ones(1)) for one in logits]
-    alone = [Answers.of(one[None], labels, np.ones(1), t) for one, t in zip(logits, own, strict=True)]
-    kept = _choose(staged, job.config, alone, labels)
+    fitting, _ = halves(len(labels))
+    own = [temperature.fit(one[None][:, fitting], labels[fitting], np.ones(1)) for one in logits]
+    alone = [
+        Answers.of(one[None][:, fitting], labels[fitting], np.ones(1), t) for one, t in zip(logits, own, strict=True)
+    ]
+    kept = _choose(staged, job.config, alone, labels[fitting])
     return _Members(logits[kept], [own[i] for i in kept], [origins[i] for i in kept], len(collected))
 
 
@@ -252,7 +272,7 @@ def _keep_vertices(staged: Path, states: Sequence[State], points: Points) -> man
     )
 
 
-def _keep_bank(staged: Path, rows: Coefficients, build: Callable[[Coefficients], Bank]) -> manifest.Bank | None:
+def _keep_bank(staged: Path, rows: Coefficients, build: Callable[[Coefficients], Bank]) -> Bank | None:
     """Build and save the bank. If these networks cannot be in a bank, log the reason and return None."""
     if not len(rows):
         return None
@@ -262,6 +282,10 @@ def _keep_bank(staged: Path, rows: Coefficients, build: Callable[[Coefficients],
         logger.warning(f"no bank: {error} The members are published without one.")
         return None
     built.save(staged / "bank")
+    return built
+
+
+def _describe(built: Bank) -> manifest.Bank:
     return manifest.Bank(
         points=len(built), accuracy_mean=float(built.accuracy.mean()), accuracy_min=float(built.accuracy.min())
     )

@@ -6,8 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
+from models_store.decisions.temperature import (
+    CLIP,
+    PRIOR_WIDTH,
+    THRESHOLD,
+    estimate,
+    fit,
+    posterior,
+    shrunk,
+    summed_nll,
+)
 from models_store.uncertainty import softmax
-from training.members.temperature import CLIP, PRIOR_WIDTH, THRESHOLD, estimate, fit, posterior, shrunk, summed_nll
 
 
 def sampled(temperature, rows=20_000, seed=0):

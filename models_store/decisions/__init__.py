@@ -1,0 +1,1 @@
+"""Decisions derived from an ensemble's answers, and the calibration that gives them their guarantees."""

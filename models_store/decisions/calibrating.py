@@ -1,0 +1,157 @@
+"""Calibrates a version: divides labelled images, fits temperatures and a cascade on one half, and measures on the other."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models_store import manifest
+from models_store.bank import Bank
+from models_store.decisions import cascade, temperature
+from models_store.decisions.calibration import SEED, Answers, Way, drawn, halves, save_answers
+from models_store.errors import StoreError
+from models_store.graphs.runtime import EnsembleSession, MemberSession, in_batches
+from models_store.manifest import Draft
+from models_store.store import Store, Version
+from models_store.uncertainty import Floats, combine, softmax
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images that the members were not trained on, with their classes."""
+
+    images: NDArray[np.float32]  # (images, C, H, W), in [0, 1]
+    labels: NDArray[np.int64]  # (images,)
+    source: str  # where they come from, for the operator
+
+
+def from_npz(file: Path) -> Labelled:
+    """Read the arrays `x` (images, C, H, W), floats in [0, 1] or bytes, and `y` (images,) of an npz file.
+
+    Raises:
+        StoreError: the file cannot be read, or does not hold these arrays.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["x"], arrays["y"]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise StoreError(
+            f"{file} is not an npz file with the arrays x (images) and y (labels): {error}. Write it with numpy.savez(file, x=…, y=…)."
+        ) from None
+    if images.dtype == np.uint8:
+        images = images / np.float32(255)
+    if images.dtype.kind != "f" or labels.ndim != 1 or labels.dtype.kind not in "iu" or not np.isfinite(images).all():
+        raise StoreError(
+            f"{file} holds x of type {images.dtype} and y of type {labels.dtype} {labels.shape}; x are floats in [0, 1] or bytes, y whole numbers, one for each image."
+        )
+    return Labelled(images.astype(np.float32), labels.astype(np.int64), str(file))
+
+
+def measure(
+    staged: Path,
+    given: Labelled,
+    logits: NDArray[np.float32],
+    weights: Floats,
+    average: float,
+    alone: Sequence[float],
+    bank: Bank | None,
+) -> manifest.Calibration | None:
+    """Measure a version's answers, and write them into its staged folder; None if there are fewer than two images.
+
+    Args:
+        staged: the folder of the version's files.
+        given: the whole split. Temperatures were fitted on its first half, see calibration.halves.
+        logits: of all members and images, (members, images, classes).
+        weights: (members,), summing to 1.
+        average: temperature of the average.
+        alone: temperature of each member alone.
+        bank: the networks of the modes that draw one; None: the members.
+    """
+    labels = given.labels
+    if len(labels) < 2:
+        return None
+    first, second = halves(len(labels))
+    ways: dict[Way, Answers] = {
+        "average": Answers.of(combine(softmax(logits[:, second], average), weights), labels[second])
+    }
+
+    def of_member(number: int, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return of_row[number][images] / np.float32(alone[number])
+
+    def of_point(number: int, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert bank is not None
+        session = MemberSession(bank.template, weights=bank.weights(number), threads=1)
+        return in_batches(session, images) / np.float32(bank.temperature[number])
+
+    if bank is None:
+        of_row = logits[:, second]
+        rows = np.arange(len(second))
+        of_drawn = drawn(len(logits), of_member, rows, SEED)  # pyright: ignore[reportArgumentType]
+    else:
+        of_drawn = drawn(len(bank), of_point, given.images[second], SEED)
+    ways["drawn"] = Answers.of(combine(softmax(of_drawn)[None], np.ones(1)), labels[second])
+    save_answers(staged, ways)
+    return manifest.Calibration(
+        images=len(second),
+        seed=SEED,
+        source=given.source,
+        ways=list(ways),
+        cascade=cascade.fit(logits, labels, weights, average, (first, second), temperature.fit),
+    )
+
+
+def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool = True) -> Version:
+    """Publish a copy of a version with temperatures and a calibration from these images.
+
+    Raises:
+        StoreError: there are too few images, or they do not fit the version.
+    """
+    record, classes = version.manifest, len(version.manifest.classes)
+    _check(version, given, classes)
+    store.verify(version)
+    logits = in_batches(EnsembleSession(version.folder, record), given.images)
+    first, _ = halves(len(given.labels))
+    weights = np.array([member.weight for member in record.members])
+    average = temperature.fit(logits[:, first], given.labels[first], weights)
+    alone = [temperature.fit(logits[[k]][:, first], given.labels[first], np.ones(1)) for k in range(len(logits))]
+    with store.staging(record.name) as staged:
+        for path in record.files:
+            if path != manifest.CALIBRATION_FILE:
+                (staged / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(version.folder / path, staged / path)
+        bank = Bank.load(version.folder / "bank") if record.bank else None
+        draft = Draft.model_validate(
+            {
+                **{name: getattr(record, name) for name in Draft.model_fields},
+                "members": [
+                    m.model_copy(update={"temperature": t}) for m, t in zip(record.members, alone, strict=True)
+                ],
+                "temperature": average,
+                "calibration": measure(staged, given, logits, weights, average, alone, bank),
+                "provenance": record.provenance.model_copy(update={"run": None}),
+            }
+        )
+        return store.publish(record.name, staged, draft, activate=activate)
+
+
+def _check(version: Version, given: Labelled, classes: int) -> None:
+    shape, labels = version.manifest.input.shape, given.labels
+    if given.images.ndim != 4 or given.images.shape[1:] != shape or len(given.images) != len(labels):
+        raise StoreError(
+            f"{version.name} takes images {shape}; {given.source} holds images {given.images.shape[1:]} and labels {labels.shape}. "
+            "Give the images as (images, C, H, W) and one label for each."
+        )
+    if len(labels) < 20:
+        raise StoreError(f"{given.source} holds {len(labels)} images; a calibration needs at least 20, better 1000.")
+    if not (given.images.min() >= 0 and given.images.max() <= 1):
+        raise StoreError(f"{given.source} has pixels outside [0, 1]; divide bytes by 255, and do not normalise.")
+    if not (labels.min() >= 0 and labels.max() < classes):
+        raise StoreError(
+            f"{given.source} has labels from {labels.min()} to {labels.max()}; {version.name} knows {classes} classes, numbered from 0."
+        )

@@ -1,0 +1,236 @@
+"""The calibration of a version: what its answers were on images that no other choice was made with.
+
+`calibrate` runs the version as it is served, and keeps for each image of the calibration split the scores of its true
+class, the confidence, whether the answer was wrong, and the uncertainty. `Calibration` turns them into prediction sets,
+thresholds for abstention, and percentiles. They are kept for each way of answering: `average`, and `drawn` for the modes
+in which one network is drawn for each image.
+
+All guarantees assume that calibration images and served images are exchangeable: drawn alike, and not seen in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save  # pyright: ignore[reportUnknownVariableType]
+
+from models_store.decisions import abstention, conformal
+from models_store.decisions.abstention import Threshold
+from models_store.decisions.conformal import Method
+from models_store.errors import CorruptionError
+from models_store.manifest import CALIBRATION_FILE
+from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction
+
+Way = Literal["average", "drawn"]
+SEED = 0  # of the division of the validation split, and of u; stated in the manifest
+FALSE_ALARMS = 0.01  # share of images like the calibration images that are called novel
+NOVELTY = "predictive_entropy"  # the measure that novelty is judged by
+
+
+def halves(images: int, seed: int = SEED) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Divide a split into two random halves: rows for fitting and selecting, and rows for calibration. Both ascend."""
+    order = np.random.default_rng(seed).permutation(images)
+    cut = images - images // 2
+    return np.sort(order[:cut]), np.sort(order[cut:])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one way of answering gave on the calibration images."""
+
+    scores: dict[Method, Floats]  # of the true classes, (images,) each
+    labels: NDArray[np.int64]  # true classes, (images,)
+    wrong: NDArray[np.bool_]
+    uncertainty: dict[str, Floats]  # by the names of UNCERTAINTY_MEASURES, (images,) each
+
+    @classmethod
+    def of(cls, prediction: Prediction, labels: NDArray[np.integer], seed: int = SEED) -> Answers:
+        """Keep what decisions need of predictions for images with known labels."""
+        u = np.random.default_rng(seed).random(len(labels))
+        rows = np.arange(len(labels))
+        return cls(
+            scores={m: conformal.scores(prediction.mean_probs, m, u)[rows, labels] for m in conformal.METHODS},
+            labels=labels.astype(np.int64),
+            wrong=prediction.label != labels,
+            uncertainty={name: np.asarray(getattr(prediction, name), np.float64) for name in UNCERTAINTY_MEASURES},
+        )
+
+
+class Calibration:
+    """Decisions for new answers of one version, in one way of answering."""
+
+    def __init__(self, answers: Answers, classes: int):
+        self._answers, self._classes = answers, classes
+        self._limits: dict[tuple[float, Method, bool], float | Floats] = {}
+        self._thresholds: dict[float, Threshold | None] = {}
+
+    @property
+    def images(self) -> int:
+        """Number of calibration images."""
+        return len(self._answers.labels)
+
+    @property
+    def most_coverage(self) -> float:
+        """The largest coverage that can be guaranteed."""
+        return conformal.most_coverage(self.images)
+
+    def classes_without_guarantee(self, coverage: float) -> list[int]:
+        """Classes that have too few calibration images for this coverage of their own."""
+        return conformal.classes_without_guarantee(self._answers.labels, self._classes, coverage)
+
+    def sets(
+        self, probs: Floats, coverage: float, method: Method, u: Floats, *, per_class: bool, allow_empty: bool
+    ) -> NDArray[np.bool_]:
+        """Prediction sets, (batch, classes).
+
+        Args:
+            probs: (batch, classes), in the way of answering that was calibrated.
+            coverage: probability that a set contains the true class, in (0, 1).
+            method: see conformal.
+            u: (batch,), uniform on [0, 1), independent of the images' contents; see `uniform`.
+            per_class: whether the coverage holds for each true class, and not on average over the classes alone.
+            allow_empty: False adds the most probable class to sets that would be empty.
+
+        Raises:
+            ValueError: there are too few calibration images for this coverage.
+        """
+        limit = self._limit(coverage, method, per_class)
+        return conformal.sets(probs, conformal.scores(probs, method, u), limit, allow_empty=allow_empty)
+
+    def _limit(self, coverage: float, method: Method, per_class: bool) -> float | Floats:
+        if (key := (coverage, method, per_class)) not in self._limits:
+            own, labels = self._answers.scores[method], self._answers.labels
+            if per_class:
+                limit = conformal.thresholds_by_class(own, labels, self._classes, coverage)
+            else:
+                limit = conformal.threshold(np.sort(own), coverage)
+            if len(self._limits) > 1000:  # clients choose the coverage
+                self._limits.clear()
+            self._limits[key] = limit
+        return self._limits[key]
+
+    def threshold(self, risk: float) -> Threshold | None:
+        """The confidence above which answers to images that are not novel are wrong with probability `risk` at most.
+
+        It holds with a probability of abstention.CONFIDENCE over the choice of the calibration images. None: no
+        threshold has this guarantee.
+        """
+        if risk not in self._thresholds:
+            if len(self._thresholds) > 1000:
+                self._thresholds.clear()
+            known = ~self.novel(self._answers.uncertainty[NOVELTY])
+            confidence = self._answers.uncertainty["confidence"][known]
+            self._thresholds[risk] = abstention.threshold(confidence, self._answers.wrong[known], risk)
+        return self._thresholds[risk]
+
+    @cached_property
+    def least_risk(self) -> float | None:
+        """The smallest risk, to two digits, that a threshold can guarantee; None if there is none."""
+        known = ~self.novel(self._answers.uncertainty[NOVELTY])
+        return abstention.least_risk(self._answers.uncertainty["confidence"][known], self._answers.wrong[known])
+
+    @cached_property
+    def _sorted(self) -> dict[str, Floats]:
+        """Each measure in ascending order of uncertainty."""
+        return {name: np.sort(sign * self._answers.uncertainty[name]) for name, sign in UNCERTAINTY_MEASURES.items()}
+
+    def percentile(self, measure: str, values: Floats) -> Floats:
+        """Share of calibration images, in percent, that are at most as uncertain as these values of a measure."""
+        at_most = np.searchsorted(self._sorted[measure], UNCERTAINTY_MEASURES[measure] * values, side="right")
+        return 100 * at_most / self.images
+
+    def novel(self, values: Floats) -> NDArray[np.bool_]:
+        """Whether values of the measure NOVELTY are among the most uncertain FALSE_ALARMS of images like those of calibration.
+
+        (1 + calibration images at least as uncertain) / (n + 1) is a conformal p-value (Bates et al. 2023).
+        """
+        at_least = self.images - np.searchsorted(self._sorted[NOVELTY], values, side="left")
+        return (1 + at_least) / (self.images + 1) <= FALSE_ALARMS
+
+
+def uniform(images: NDArray[np.float32]) -> Floats:
+    """One number of [0, 1) for each image, from its pixels: the same image always gets the same prediction set."""
+    return np.array(
+        [int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=6).digest()) / 2**48 for image in images]
+    )
+
+
+def save_answers(folder: Path, ways: dict[Way, Answers]) -> None:
+    """Write the file of a version's calibration."""
+    tensors: dict[str, NDArray[np.generic]] = {}
+    for way, answers in ways.items():
+        tensors |= {f"{way}.score.{method}": values for method, values in answers.scores.items()}
+        tensors |= {f"{way}.{name}": values for name, values in answers.uncertainty.items()}
+        tensors |= {f"{way}.labels": answers.labels, f"{way}.wrong": answers.wrong.astype(np.uint8)}
+    (folder / CALIBRATION_FILE).write_bytes(save(tensors))
+
+
+def load_answers(folder: Path, ways: Sequence[Way], images: int, classes: int) -> dict[Way, Answers]:
+    """Read the file of a version's calibration.
+
+    Raises:
+        CorruptionError: it cannot be read, or breaks FORMAT.md.
+    """
+    try:
+        tensors = load_file(folder / CALIBRATION_FILE)
+        found: dict[Way, Answers] = {way: _answers(tensors, way) for way in ways}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(
+            f"{folder / CALIBRATION_FILE} is not a calibration ({error}): restore it from a copy, or publish again."
+        ) from None
+    for answers in found.values():
+        arrays = [*answers.scores.values(), *answers.uncertainty.values()]
+        right = all(one.shape == (images,) and one.dtype == np.float64 and np.isfinite(one).all() for one in arrays)
+        labels = answers.labels
+        if not right or labels.shape != (images,) or (images and not 0 <= labels.min() <= labels.max() < classes):
+            raise CorruptionError(
+                f"{folder / CALIBRATION_FILE} breaks FORMAT.md: it does not hold a finite number for each of {images} images. "
+                "Restore it from a copy, or publish again."
+            )
+    return found
+
+
+def _answers(tensors: dict[str, NDArray[np.generic]], way: Way) -> Answers:
+    def of(name: str) -> NDArray[np.float64]:
+        return tensors[f"{way}.{name}"]  # pyright: ignore[reportReturnType]
+
+    return Answers(
+        scores={method: of(f"score.{method}") for method in conformal.METHODS},
+        labels=of("labels").astype(np.int64),
+        wrong=of("wrong").astype(bool),
+        uncertainty={name: of(name) for name in UNCERTAINTY_MEASURES},
+    )
+
+
+def drawn(
+    networks: int,
+    logits: Callable[[int, NDArray[np.float32]], NDArray[np.float32]],
+    images: NDArray[np.float32],
+    seed: int,
+) -> NDArray[np.float32]:
+    """Logits of one network, drawn uniformly, for each image.
+
+    Args:
+        networks: number of networks to draw from.
+        logits: (number of a network, images) -> logits at the temperature of that network, (batch, classes).
+        images: (batch, C, H, W).
+        seed: of the draw.
+    """
+    chosen = np.random.default_rng(seed).integers(networks, size=len(images))
+    rows: NDArray[np.float32] | None = None
+    for number in np.unique(chosen):
+        own = np.flatnonzero(chosen == number)
+        found = logits(int(number), images[own])
+        if rows is None:
+            rows = np.empty((len(images), found.shape[1]), np.float32)
+        rows[own] = found
+    assert rows is not None, "there is an image"
+    return rows
