@@ -38,6 +38,10 @@ class Prediction:
         """Predictions for rows `start` to `stop` (exclusive) of the batch."""
         return Prediction(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
+    def take(self, rows: NDArray[np.intp]) -> Prediction:
+        """Predictions for some rows of the batch, in the order of their indices."""
+        return Prediction(*(getattr(self, field.name)[rows] for field in fields(self)))
+
     @staticmethod
     def joined(parts: Sequence[Prediction]) -> Prediction:
         """Concatenate the predictions of several batches."""

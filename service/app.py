@@ -55,7 +55,7 @@ from service.http.schemas import (
 from service.inference.batching import Answer
 from service.inference.offload import SMALL_PIXELS
 from service.inference.opening import Ensemble
-from service.inference.policy import Mode
+from service.inference.policy import TOGETHER, Mode
 from service.inference.session import Rows
 from service.operations import metrics
 from service.operations.settings import Settings
@@ -125,14 +125,17 @@ class _Routes:
             mode = ensemble.mode(options.mode)
             _refuse_members(ensemble, mode, options)
             ensemble.decisions.check(mode, options)
+            ensemble.session(mode, options.rule)
             images = await _images(worker, body, asked, ensemble.manifest.input)
             self._bound_answer(ensemble, len(images), options.members)
             draw = partial(ensemble.rows, mode, images, self._caller(request))
             rows = (
-                await worker.offload.run(body, draw) if mode != "average" and images.nbytes > INLINE_BYTES else draw()
+                await worker.offload.run(body, draw)
+                if mode not in TOGETHER and images.nbytes > INLINE_BYTES
+                else draw()
             )
             decode_seconds = time.perf_counter() - began
-            answer = await worker.batcher.run(ensemble.sessions[mode], rows)
+            answer = await worker.batcher.run(ensemble.session(mode, options.rule), rows)
             request_id = secrets.token_hex(8)
             if (log_fields := request.scope.get("log_fields")) is not None:
                 manifest = ensemble.manifest
@@ -140,7 +143,8 @@ class _Routes:
                     "request_id": request_id, "ensemble": manifest.name, "version": manifest.version, "rows": len(images),
                 }  # fmt: skip
             write = partial(self._reply, ensemble, mode, options, request_id, rows, answer, decode_seconds)
-            large = len(images) > INLINE_ROWS or answer.member_probs.size > INLINE_NUMBERS
+            numbers = answer.prediction.mean_probs.size if answer.member_probs is None else answer.member_probs.size
+            large = len(images) > INLINE_ROWS or numbers > INLINE_NUMBERS
             reply = await worker.offload.run(body, write) if large else write()
         return Response(reply, media_type="application/json")
 
@@ -184,7 +188,7 @@ class _Routes:
         reply = orjson.dumps(
             respond(manifest, request_id, mode, answer, policy, members=options.members, points=points, decided=decided)
         )
-        if mode != "average":
+        if mode not in TOGETHER:
             reply = padded(reply, manifest, policy, mode, len(rows))
         # Counted before it is sent, so that a client that has its answer finds it in the metrics.
         seconds = time.perf_counter() - began
@@ -248,6 +252,10 @@ def _refuse_coded(request: Request) -> None:
 def _refuse_members(ensemble: Ensemble, mode: Mode, options: Options) -> None:
     if not options.members:
         return
+    if mode == "cascade":
+        raise BadRequestError(
+            "Mode 'cascade' does not run all members for each image; ask for `members` in mode 'average'."
+        )
     if mode != "average":
         raise BadRequestError(f"Mode {mode!r} answers with one network for each image; it cannot return `members`.")
     if not ensemble.policy.shows_members:

@@ -49,7 +49,7 @@ class Answer:
     ensemble: str
     version: int
     mode: str
-    members_used: int | None  # None in `random` and `keyed`, where one network answers each image
+    members_used: int | None  # None where it differs between rows (`cascade`), or one network answers each row
     request_id: str
     labels: NDArray[np.intp]  # (batch,)
     class_names: list[str]  # (batch,)
@@ -62,12 +62,14 @@ class Answer:
     percentiles: dict[str, NDArray[np.float64]] | None = None  # of each uncertainty measure, (batch,), if requested
     prediction_sets: list[list[int]] | None = None  # classes of each row's set, with `coverage`
     decisions: list[str] | None = None  # "predict" or "abstain", with a risk or costs
+    members_used_by_row: NDArray[np.intp] | None = None  # (batch,): members that ran for each row, in `cascade`
     reasons: list[str | None] | None = None  # why to abstain: "uncertain" or "unlike_calibration"
 
 
 class Decisions(TypedDict, total=False):
     """Options of a request that concern decisions; they need a calibrated version."""
 
+    rule: Literal["calibrated", "exact"]  # when a row leaves in the mode `cascade`
     coverage: float  # prediction sets that contain the true class with this probability
     set_method: Literal["lac", "aps", "raps"]
     per_class: bool  # the coverage holds for each true class that has enough calibration images
@@ -230,6 +232,7 @@ def _answer(body: dict[str, Any]) -> Answer:
         percentiles=_columns(rows, "percentiles"),
         prediction_sets=[row["prediction_set"] for row in rows] if "prediction_set" in rows[0] else None,
         decisions=[row["decision"] for row in rows] if "decision" in rows[0] else None,
+        members_used_by_row=np.array([row["members_used"] for row in rows]) if "members_used" in rows[0] else None,
         reasons=[row["reason"] for row in rows] if "decision" in rows[0] else None,
     )
 

@@ -142,6 +142,26 @@ class EnsembleSession:
         return combine(member_probs, self._weights)
 
 
+class Group:
+    """Some members of a version that run one after another in a cascade: one graph if they are small, else one for each."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        members: Sequence[int],
+        providers: ProviderChoice = "auto",
+        threads: int | None = None,
+    ):
+        threads = threads or default_threads()
+        files = [folder / manifest.members[member].file for member in members]
+        if len(files) > 1 and (models := merging.load_to_merge(files)) is not None:
+            self.parts = [Part(merging.merged(models), f"members of {folder}", providers, 1)]
+        else:
+            within = max(1, threads // len(files))
+            self.parts = [Part(file, str(file), providers, within) for file in files]
+
+
 def in_batches(
     session: MemberSession | EnsembleSession,
     images: NDArray[np.float32],

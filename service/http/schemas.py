@@ -15,8 +15,9 @@ from models_store.decisions.calibration import Calibration
 from models_store.decisions.conformal import Method
 from models_store.manifest import Manifest, Scores
 from service.inference.batching import Answer
+from service.inference.cascade import Rule
 from service.inference.decisions import NOTHING, Decided, Decision, Reason
-from service.inference.policy import Mode, Policy
+from service.inference.policy import TOGETHER, Mode, Policy
 
 log = logging.getLogger("bentoml.modepath")
 
@@ -33,7 +34,7 @@ class Options(BaseModel):
     )
     mode: Mode | None = Field(
         default=None,
-        description="how the ensemble answers. average: all members together; random: one randomly drawn network for each image; keyed: like "
+        description="how the ensemble answers. average: all members together; cascade: members in groups, until an image is decided; random: one randomly drawn network for each image; keyed: like "
         "random, but the same image gets the same network until the key changes (default: the first mode that the policy opens)",
     )
     members: bool = Field(default=False, description="also return each member's probabilities")
@@ -68,6 +69,11 @@ class Options(BaseModel):
     )
     review_cost: float | None = Field(
         default=None, gt=0, le=1e12, description="the cost of a review by a person, in the unit of wrong_cost"
+    )
+    rule: Rule | None = Field(
+        default=None,
+        description="in cascade, when an image is decided. calibrated: the label differs from that of `average` at most as often as /ensembles "
+        "says; exact: never (default: calibrated)",
     )
     percentiles: bool = Field(
         default=False, description="also return the percentile of each uncertainty measure among the calibration images"
@@ -128,6 +134,7 @@ class RowPrediction(TypedDict):
     decision: NotRequired[
         Annotated[Decision, Field(description="whether to rely on the answer; only with a risk or costs")]
     ]
+    members_used: NotRequired[Annotated[int, Field(description="number of members that ran; only in `cascade`")]]
     reason: NotRequired[
         Annotated[
             Reason | None,
@@ -180,6 +187,10 @@ class CalibrationInfo(BaseModel):
     )
     confidence: float = Field(
         description="probability, over the choice of the calibration images, that the bound on the risk holds"
+    )
+    cascade_groups: list[int] | None = Field(description="members in each group of a cascade; null without one")
+    cascade_disagreement: float | None = Field(
+        description="bound on the share of images that a calibrated cascade labels otherwise than average; null without one"
     )
     note: str | None = Field(description="what the number of calibration images does not allow")
 
@@ -240,7 +251,7 @@ def respond(
     """
     rows = _rows(manifest.classes, answer, policy.digits(mode))
     _add_decisions(rows, decided)
-    if mode != "average":
+    if mode not in TOGETHER:
         if policy.point:
             for row, point in zip(rows, points, strict=True):
                 row["point"] = point
@@ -259,7 +270,13 @@ def respond(
                 "mutual_information": mutual_information,
                 "disagreement": disagreement,
             }
-    if members:
+    if answer.used is not None:
+        for row, used in zip(rows, answer.used.tolist(), strict=True):
+            row["members_used"] = used
+        return {
+            "ensemble": manifest.name, "version": manifest.version, "mode": mode, "request_id": request_id, "predictions": rows,
+        }  # fmt: skip
+    if members and answer.member_probs is not None:
         for row, probs in zip(rows, answer.member_probs.transpose(1, 0, 2).tolist(), strict=True):
             row["members"] = probs
     return {
@@ -344,12 +361,13 @@ def describe(
         providers=providers,
         modes=list(policy.modes),
         pool=pool,
-        calibration=_guarantees(calibration) if calibration and not policy.defended else None,
+        calibration=_guarantees(manifest, calibration) if calibration and not policy.defended else None,
         default=is_default,
     )
 
 
-def _guarantees(calibration: Calibration) -> CalibrationInfo:
+def _guarantees(manifest: Manifest, calibration: Calibration) -> CalibrationInfo:
+    cascade = manifest.calibration.cascade if manifest.calibration else None
     least, most = calibration.least_risk, calibration.most_coverage
     missing = [f"a coverage above {most:.3g}"] if most < 0.95 else []
     missing += [] if least is not None and least <= 0.1 else ["a risk of 0.1 or less"]
@@ -358,6 +376,8 @@ def _guarantees(calibration: Calibration) -> CalibrationInfo:
         most_coverage=most,
         least_risk=least,
         confidence=abstention.CONFIDENCE,
+        cascade_groups=cascade.groups if cascade else None,
+        cascade_disagreement=cascade.disagreement if cascade else None,
         note=f"{calibration.images} calibration images guarantee neither more nor less: not {' and not '.join(missing)}"
         if missing
         else None,

@@ -42,15 +42,26 @@ class QueueLimits:
 class Answer:
     """The result for one request, and how its time was spent."""
 
-    member_probs: Floats
+    member_probs: Floats | None  # (members, batch, classes); None in a cascade
     prediction: Prediction
     queue_seconds: float
     members_seconds: float
+    used: NDArray[np.intp] | None = None  # (batch,): members that ran for each row, in a cascade
+
+
+@dataclass(slots=True, eq=False)
+class _Result:
+    """Answers for some rows of a request."""
+
+    rows: NDArray[np.intp]
+    member_probs: Floats | None
+    prediction: Prediction
+    used: int
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One request: its rows, how many of them are in batches already, and the results so far."""
+    """One request, or in a cascade the rows of one that need more members: its rows, those in batches already, and the results so far."""
 
     session: Session
     rows: Rows
@@ -61,7 +72,18 @@ class _Job:
     answered: int = 0
     left: bool = False
     turn_seconds: float = 0.0  # estimated time of its next piece
-    parts: dict[int, tuple[Floats, Prediction]] = field(default_factory=lambda: {})  # results, by first row
+    results: list[_Result] = field(default_factory=lambda: list[_Result]())
+    whole: _Job | None = None  # the request that these rows belong to
+    origin: NDArray[np.intp] | None = None  # the numbers of these rows in that request
+
+    @property
+    def request(self) -> _Job:
+        """The request that the rows belong to."""
+        return self.whole or self
+
+    def numbers(self, start: int, stop: int) -> NDArray[np.intp]:
+        """The numbers of some of these rows in their request."""
+        return np.arange(start, stop) if self.origin is None else self.origin[start:stop]
 
     def tell(self, outcome: Answer | ServiceError) -> None:
         """Deliver the outcome to the waiting request; may be called from any thread."""
@@ -195,9 +217,9 @@ class Batcher:
         """Remove a request: its waiting rows will not run, and the results of its running rows are discarded."""
         with self._changed:
             self._leave(job)
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
+            for waiting in [one for one in self._waiting if one.request is job]:
+                self._waiting.remove(waiting)
+                self._seconds = self._seconds - waiting.turn_seconds if self._waiting else 0.0
 
     def _queue(self, job: _Job, *, first: bool = False) -> None:
         # Requests run one piece each in turn, so a new request waits for one piece of each request before it.
@@ -273,9 +295,9 @@ class Batcher:
         while self._waiting and (not pieces or room):
             job = self._unqueue()
             if job.future.done():  # the request was cancelled
-                self._leave(job)
+                self._leave(job.request)
                 continue
-            if not job.taken and now - job.arrived > self._limits.seconds:
+            if job.whole is None and not job.taken and now - job.arrived > self._limits.seconds:
                 self._leave(job)
                 job.tell(
                     QueueTimeError(
@@ -288,7 +310,7 @@ class Batcher:
             elif job.session is not pieces[0].job.session:
                 passed.append(job)
                 continue
-            if not job.taken:
+            if job.whole is None and not job.taken:
                 job.began = now
             piece = _Piece(job, job.taken, min(job.taken + room, len(job.rows)))
             pieces.append(piece)
@@ -311,38 +333,66 @@ class Batcher:
             if batch.error is not None:
                 raise batch.error
             results = [result for result in batch.results if result is not None]
-            self._deliver(batch.session, batch.pieces, batch.session.joined(results))
+            self._deliver(batch.session, batch.pieces, batch.rows(), batch.session.joined(results))
             with self._changed:
                 at_once = min(self._threads, len(batch.results))
                 self._learn(batch.session, batch.seconds / at_once / len(batch))
         except Exception as error:
             if len(batch.pieces) == 1:
-                self._fail(batch.pieces[0].job, error)
+                self._fail(batch.pieces[0].job.request, error)
                 return
             for piece in batch.pieces:  # run separately, so that one request cannot fail the others
                 try:
                     rows = piece.rows
                     results = [batch.session.run(task, rows) for task in range(batch.session.tasks(len(rows)))]
-                    self._deliver(batch.session, [piece], batch.session.joined(results))
+                    self._deliver(batch.session, [piece], rows, batch.session.joined(results))
                 except Exception as its_own:
-                    self._fail(piece.job, its_own)
+                    self._fail(piece.job.request, its_own)
 
-    def _deliver(self, session: Session, pieces: list[_Piece], logits: NDArray[np.float32]) -> None:
-        member_probs = session.probs(logits)
-        prediction = session.combine(member_probs)
+    def _deliver(self, session: Session, pieces: list[_Piece], rows: Rows, logits: NDArray[np.float32]) -> None:
+        settled = session.settle(rows, logits)
         row = 0
         for piece in pieces:
             job, stop = piece.job, row + piece.stop - piece.start
-            part = member_probs[:, row:stop], prediction.rows(row, stop)
+            numbers = job.numbers(piece.start, piece.stop)
+            if settled.further is None or settled.staying is None:
+                done = slice(row, stop)
+                result = _Result(
+                    numbers, _of_rows(settled.member_probs, done), settled.prediction.rows(row, stop), settled.used
+                )
+                further = None
+            else:
+                first, last = np.searchsorted(settled.staying, (row, stop))
+                left = np.setdiff1d(np.arange(row, stop), settled.staying[first:last], assume_unique=True)
+                result = _Result(numbers[left - row], None, settled.prediction.take(left), settled.used)
+                further = self._further(
+                    job, settled.further, slice(int(first), int(last)), numbers[settled.staying[first:last] - row]
+                )
             row = stop
-            with self._changed:
-                job.parts[piece.start] = part
-                job.answered += piece.stop - piece.start
-                ended = job.answered == len(job.rows)
-                if ended:
-                    self._leave(job)
+            self._add(job.request, result, further)
+
+    def _further(self, job: _Job, further: tuple[Session, Rows], rows: slice, origin: NDArray[np.intp]) -> _Job | None:
+        """The rows of a request that need more members, as a job; None if all have left."""
+        if not len(origin):
+            return None
+        session, of_all = further
+        whole = job.request
+        return _Job(session, of_all[rows], whole.future, whole.arrived, whole.began, whole=whole, origin=origin)
+
+    def _add(self, job: _Job, result: _Result, further: _Job | None) -> None:
+        with self._changed:
+            if job.left:  # its client has disconnected, or another part of it has failed
+                return
+            job.results.append(result)
+            job.answered += len(result.rows)
+            if further is not None:
+                self._queue(further, first=True)  # it has had its turn
+                self._changed.notify()
+            ended = job.answered == len(job.rows)
             if ended:
-                job.tell(_answer(job))
+                self._leave(job)
+        if ended:
+            job.tell(_answer(job))
 
     def _fail(self, job: _Job, error: Exception) -> None:
         log.error("a member failed", exc_info=error)
@@ -369,13 +419,23 @@ class Batcher:
         self._rows -= len(job.rows)
 
 
+def _of_rows(member_probs: Floats | None, rows: slice) -> Floats | None:
+    return None if member_probs is None else member_probs[:, rows]
+
+
 def _answer(job: _Job) -> Answer | ServiceError:
-    parts = [job.parts[start] for start in sorted(job.parts)]
-    if len(parts) == 1:
-        member_probs, prediction = parts[0]
-    else:
-        member_probs = np.concatenate([probs for probs, _ in parts], axis=1)
-        prediction = Prediction.joined([answers for _, answers in parts])
+    results = [result for result in job.results if len(result.rows)]
+    member_probs, prediction = results[0].member_probs, results[0].prediction
+    cascaded = member_probs is None
+    used = np.concatenate([np.full(len(result.rows), result.used) for result in results]) if cascaded else None
+    if len(results) > 1:
+        order = np.argsort(np.concatenate([result.rows for result in results]))
+        prediction = Prediction.joined([result.prediction for result in results]).take(order)
+        used = None if used is None else used[order]
+        if not cascaded:
+            member_probs = np.concatenate([r.member_probs for r in results if r.member_probs is not None], axis=1)[
+                :, order
+            ]
     if not np.isfinite(prediction.mean_probs).all():
         return BrokenEnsembleError("The ensemble answers one of these images with NaN; it should not be served.")
-    return Answer(member_probs, prediction, job.began - job.arrived, time.perf_counter() - job.began)
+    return Answer(member_probs, prediction, job.began - job.arrived, time.perf_counter() - job.began, used)

@@ -76,6 +76,8 @@ class Decisions:
 
     def calibration(self, mode: Mode) -> Calibration | None:
         """Return the calibration for a mode; None if there is none."""
+        if mode == "cascade":  # its margins were chosen with the calibration images
+            return None
         return self._ways.get("average" if mode == "average" else "drawn")
 
     def check(self, mode: Mode, wanted: Wanted) -> None:
@@ -104,6 +106,10 @@ class Decisions:
             )
         if not (wanted.coverage or wanted.risk or wanted.wrong_cost or wanted.percentiles):
             return
+        if mode == "cascade":
+            raise BadRequestError(
+                "Prediction sets, decisions and percentiles are calibrated for all members together: ask for them in mode 'average'."
+            )
         if self._policy.digits(mode) != "exact":
             raise ForbiddenError(
                 f"The operator does not show exact probabilities of {self._name} in {mode!r}, and prediction sets and decisions by the client's own limits would reveal them."

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models_store.graphs.runtime import EnsembleSession
-from models_store.uncertainty import Floats, Prediction, combine, softmax
+from models_store.uncertainty import combine, softmax
 from service.http.images import Images
 from service.inference.pool import Network
-from service.inference.session import Rows
+from service.inference.session import Rows, Settled
 
 
 class Average:
@@ -35,13 +35,10 @@ class Average:
         """See session.Session."""
         return self._session.joined(results)
 
-    def probs(self, logits: NDArray[np.float32]) -> Floats:
+    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
         """See session.Session."""
-        return self._session.probs(logits)
-
-    def combine(self, member_probs: Floats) -> Prediction:
-        """See session.Session."""
-        return self._session.combine(member_probs)
+        probs = self._session.probs(logits)
+        return Settled(self._session.combine(probs), probs, len(logits))
 
 
 class OneEach:
@@ -70,13 +67,10 @@ class OneEach:
             logits[0, task :: len(results)] = result
         return logits
 
-    def probs(self, logits: NDArray[np.float32]) -> Floats:
+    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
         """See session.Session."""
-        return softmax(logits)
-
-    def combine(self, member_probs: Floats) -> Prediction:
-        """See session.Session."""
-        return combine(member_probs, np.ones(1))
+        probs = softmax(logits)
+        return Settled(combine(probs, np.ones(1)), probs, 1)
 
 
 def _alone(network: Network, image: Images) -> NDArray[np.float32]:

@@ -16,15 +16,16 @@ from models_store.errors import MemberError
 from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default_threads
 from models_store.manifest import Manifest
 from models_store.store import Version
-from service.http.errors import ForbiddenError
+from service.http.errors import BadRequestError, ForbiddenError
 from service.http.images import Images
 from service.http.schemas import describe, padded, respond
 from service.inference import pool as pools
 from service.inference.batching import Answer
-from service.inference.decisions import Decisions
+from service.inference.cascade import Rule, Stage, stages
+from service.inference.decisions import HOW, Decisions
 from service.inference.draws import LEVELS, Draw, Keyed, at_random, quantised
 from service.inference.modes import Average, OneEach
-from service.inference.policy import Mode, Policy
+from service.inference.policy import TOGETHER, Mode, Policy
 from service.inference.pool import Pool
 from service.inference.session import Rows, Session
 
@@ -54,6 +55,7 @@ class Ensemble:
     pool: Pool | None  # the single networks, if a mode needs them
     draws: dict[Mode, Draw]
     decisions: Decisions
+    cascades: dict[Rule, Stage]  # first stages; empty if the mode is closed, or the version has no cascade
 
     def mode(self, asked: Mode | None) -> Mode:
         """Return the mode of a request: `asked`, or the first open mode if it is None.
@@ -68,6 +70,27 @@ class Ensemble:
                 f"Mode {asked!r} of {self.manifest.name} is not open here; open: {', '.join(self.policy.modes)}."
             )
         return asked
+
+    def session(self, mode: Mode, rule: Rule | None) -> Session:
+        """Return the session that answers a request.
+
+        Raises:
+            BadRequestError: a rule without a cascade, or a cascade that the version does not support.
+        """
+        if mode != "cascade":
+            if rule is not None:
+                raise BadRequestError(f"`rule` belongs to the mode 'cascade', not to {mode!r}.")
+            return self.sessions[mode]
+        if not self.cascades:
+            raise BadRequestError(
+                f"{self.manifest.name} has no cascade: it has one member, or is not calibrated. {HOW.format(self.manifest.name)}"
+            )
+        if (stage := self.cascades.get(rule or "calibrated")) is None:
+            raise BadRequestError(
+                f"{self.manifest.name} was calibrated on too few images to guarantee anything about the calibrated cascade. "
+                "Ask for the rule 'exact', or calibrate on more images."
+            )
+        return stage
 
     def rows(self, mode: Mode, images: Images, caller: str = "") -> Rows:
         """Return the input for a request; in `random` and `keyed` a network is drawn for each image.
@@ -106,7 +129,10 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
     if "average" in modes:
         members = EnsembleSession(version.folder, version.manifest, recipe.providers, recipe.threads)
         sessions["average"], providers = Average(members), members.providers
-    alone: list[Mode] = [mode for mode in modes if mode != "average"]
+    cascades = stages(version, recipe.providers, recipe.threads) if "cascade" in modes else {}
+    if "cascade" in modes and not cascades:
+        log.warning("%s has no cascade: it has one member, or is not calibrated", version.name)
+    alone: list[Mode] = [mode for mode in modes if mode not in TOGETHER]
     if alone:
         source = pools.source(version, recipe.providers)
         order = keyed.order(source.count) if keyed and "keyed" in alone else None
@@ -127,12 +153,15 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         pool,
         draws,
         Decisions.of(version, recipe.policy),
+        cascades,
     )
     _check_listing(ensemble)
     shape = version.manifest.input.shape
     black = np.zeros((1, *shape), np.float32)
     noise = np.random.default_rng(0).random((2, *shape), np.float32)
-    for mode in modes:
+    for stage in [stage for first in cascades.values() for stage in first.chain()]:
+        warm(stage, Rows(black))
+    for mode in sessions:
         for images in (black, noise):
             _check_answer(ensemble, mode, images)
         warm(sessions[mode], ensemble.rows(mode, black))
@@ -175,8 +204,8 @@ def _check_answer(ensemble: Ensemble, mode: Mode, images: Images) -> None:
                 f"{manifest.name}@{manifest.version} answers {len(rows)} images with logits of shape {logits.shape} instead of {expected} "
                 "(members, batch, classes). Export its members with a free batch axis, and publish them again."
             )
-        probs = session.probs(logits)
-        prediction = session.combine(probs)
+        settled = session.settle(rows, logits)
+        prediction = settled.prediction
     if not np.isfinite(prediction.mean_probs).all():
         raise MemberError(
             f"{manifest.name}@{manifest.version} answers a plain image with NaN: weights of a member, or a temperature, are broken. "
@@ -184,7 +213,7 @@ def _check_answer(ensemble: Ensemble, mode: Mode, images: Images) -> None:
         )
     points = [network.number for network in rows.networks]
     shows = mode == "average" and policy.shows_members
-    answer = Answer(probs, prediction, 0.0, 0.0)
+    answer = Answer(settled.member_probs, prediction, 0.0, 0.0)
     reply = orjson.dumps(respond(manifest, "0" * 16, mode, answer, policy, members=shows, points=points))
     if mode != "average":
         padded(reply, manifest, policy, mode, len(rows))

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models_store.lineage import Marks, families
 
-Mode = Literal["average", "random", "keyed"]
+Mode = Literal["average", "cascade", "random", "keyed"]
+TOGETHER: tuple[Mode, ...] = ("average", "cascade")  # modes in which several members answer one image
 Digits = Annotated[int, Field(ge=1, le=6)]
 DIGITS = 2  # default number of digits of a single network's probabilities
 
@@ -71,7 +72,7 @@ class Policy(BaseModel):
 
         The change of a histogram's sum over one request is the exact value of that request.
         """
-        exact = self.digits(mode) == "exact" and (mode != "average" or self.shows_uncertainty)
+        exact = self.digits(mode) == "exact" and (mode not in TOGETHER or self.shows_uncertainty)
         return self.defended or not exact
 
     @model_validator(mode="after")
@@ -80,11 +81,17 @@ class Policy(BaseModel):
             raise ValueError(
                 f"uncertainty and members are exact numbers, but probabilities is {self.probabilities}: they would show what that hides"
             )
+        if "cascade" in self.modes and self.defended:
+            raise ValueError(
+                "cascade without average: a defended ensemble must not reveal by its timing how sure its members are"
+            )
+        if "cascade" in self.modes and self.risk is not None:
+            raise ValueError("risk has no guarantee in cascade: leave out one of them")
         return self
 
     def digits(self, mode: Mode) -> Literal["exact", "none"] | int:
         """Return how probabilities are shown in a mode: exact, none, or a number of digits."""
-        return self.probabilities or ("exact" if mode == "average" else DIGITS)
+        return self.probabilities or ("exact" if mode in TOGETHER else DIGITS)
 
 
 def of(name: str, policies: Mapping[str, Policy]) -> Policy:

@@ -19,13 +19,16 @@ class Rows:
     """The input of an ensemble, one image per row."""
 
     images: Images  # (rows, C, H, W)
-    networks: tuple[Network, ...] = ()  # the network of each row; empty in `average`
+    networks: tuple[Network, ...] = ()  # the network of each row, in modes that draw one
+    carried: NDArray[np.float32] | None = (
+        None  # logits of the members that ran already, (members, rows, classes), in a cascade
+    )
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, rows: slice) -> Rows:
-        return Rows(self.images[rows], self.networks[rows])
+        return Rows(self.images[rows], self.networks[rows], None if self.carried is None else self.carried[:, rows])
 
     @classmethod
     def joined(cls, pieces: Sequence[Rows]) -> Rows:
@@ -33,7 +36,23 @@ class Rows:
         if len(pieces) == 1:
             return pieces[0]
         networks = tuple(network for piece in pieces for network in piece.networks)
-        return cls(np.concatenate([piece.images for piece in pieces]), networks)
+        carried = [piece.carried for piece in pieces if piece.carried is not None]
+        return cls(
+            np.concatenate([piece.images for piece in pieces]),
+            networks,
+            np.concatenate(carried, axis=1) if carried else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What the logits of a batch lead to: answers, and in a cascade the rows that need more members."""
+
+    prediction: Prediction  # of all rows
+    member_probs: Floats | None  # (members, rows, classes); None in a cascade
+    used: int  # members that ran for these rows
+    staying: NDArray[np.intp] | None = None  # the rows that need more members, ascending; None: none does
+    further: tuple[Session, Rows] | None = None  # what runs those rows next
 
 
 class Session(Protocol):
@@ -51,10 +70,6 @@ class Session(Protocol):
         """Join the results of all tasks, in order, to logits (members, batch, classes)."""
         ...
 
-    def probs(self, logits: NDArray[np.float32]) -> Floats:
-        """Convert logits (members, batch, classes) to probabilities of the same shape."""
-        ...
-
-    def combine(self, member_probs: Floats) -> Prediction:
-        """Combine probabilities (members, batch, classes) to one prediction per row."""
+    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
+        """Turn the joined logits of these rows into answers."""
         ...

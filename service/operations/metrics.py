@@ -28,7 +28,7 @@ from models_store.manifest import Manifest  # noqa: E402
 from service.http.errors import ServiceError  # noqa: E402
 from service.inference.batching import Answer  # noqa: E402
 from service.inference.decisions import NOTHING, Decided  # noqa: E402
-from service.inference.policy import Mode  # noqa: E402
+from service.inference.policy import TOGETHER, Mode  # noqa: E402
 from service.operations import metric_files  # noqa: E402
 
 prometheus_client.disable_created_metrics()  # they would double the number of series
@@ -108,16 +108,16 @@ def answered(
     for classes in decided.sets or ():
         _set_size.labels(*labels).observe(len(classes))
     to_ratio = 1 / math.log(len(manifest.classes)) if len(manifest.classes) > 1 else 0.0
-    for measure, histogram in _ROW.items() if mode == "average" else _OF_ONE:
+    for measure, histogram in _ROW.items() if mode in TOGETHER else _OF_ONE:
         child = histogram.labels(*labels)
         scale = to_ratio if measure in _ENTROPIES else 1.0
         values: list[float] = getattr(prediction, measure).tolist()
         for value in values:
             child.observe(value * scale)
-    if mode == "average":
-        used = _members_used.labels(*labels)
-        for _ in labels_of_rows:
-            used.observe(len(manifest.members))
+    if mode in TOGETHER:
+        observe = _members_used.labels(*labels).observe
+        for used in answer.used.tolist() if answer.used is not None else [len(manifest.members)] * len(labels_of_rows):
+            observe(used)
     spent = {
         "decode": decode_seconds,
         "queue": answer.queue_seconds,

@@ -10,7 +10,7 @@ import pytest
 from models_store.uncertainty import combine, softmax
 from service.http.errors import BrokenEnsembleError, QueueFullError, QueueTimeError
 from service.inference.batching import Batcher, QueueLimits
-from service.inference.session import Rows
+from service.inference.session import Rows, Settled
 
 LIMITS = QueueLimits(batch_rows=8, batch_seconds=10, rows=100, seconds=10)
 
@@ -48,11 +48,9 @@ class Ensemble:
     def joined(self, results):
         return np.concatenate(results)
 
-    def probs(self, logits):
-        return softmax(logits)
-
-    def combine(self, member_probs):
-        return combine(member_probs, np.full(len(self.parts), 1 / len(self.parts)))
+    def settle(self, rows, logits):
+        probs = softmax(logits)
+        return Settled(combine(probs, np.full(len(self.parts), 1 / len(self.parts))), probs, len(logits))
 
     def expected(self, rows):
         with np.errstate(all="ignore"):

@@ -22,7 +22,7 @@ def answers(networks, threads=4):
     assert each.tasks(len(rows)) == min(threads, len(rows))
     logits = each.joined([each.run(task, rows) for task in range(each.tasks(len(rows)))])
     assert logits.shape == (1, len(rows), CLASSES)
-    return each.combine(each.probs(logits)).mean_probs
+    return each.settle(rows, logits).prediction.mean_probs
 
 
 def test_each_row_is_answered_by_the_point_it_drew_at_that_points_temperature(store):

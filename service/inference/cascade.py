@@ -1,0 +1,119 @@
+"""The mode `cascade`: members run in groups, and a row leaves as soon as the members so far decide it.
+
+Each group is a session of its own, so that rows of different requests that wait for the same group run together.
+models_store/decisions/cascade.py explains the two rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models_store.decisions.cascade import averaged, gap
+from models_store.graphs.runtime import Group, ProviderChoice
+from models_store.manifest import Cascade
+from models_store.store import Version
+from models_store.uncertainty import Floats, Prediction, combine, softmax
+from service.inference.session import Rows, Session, Settled
+
+Rule = Literal["calibrated", "exact"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+
+
+class Stage:
+    """Runs one group of a cascade, and decides which rows need the next one. A task runs one graph of the group."""
+
+    def __init__(
+        self,
+        group: Group,
+        rule: Rule,
+        cascade: Cascade,
+        number: int,
+        weights: Floats,
+        temperature: float,
+        further: Stage | None,
+    ):
+        """Create a stage.
+
+        Args:
+            group: the members of this stage.
+            rule: when a row leaves.
+            cascade: the cascade of the version.
+            number: which stage this is, from 0.
+            weights: of all members in the order of the cascade.
+            temperature: of the full average.
+            further: the next stage; None for the last one.
+        """
+        self._parts, self._further, self._rule = group.parts, further, rule
+        self._end = sum(cascade.groups[: number + 1])
+        self._weights, self._left = weights[: self._end], float(weights[self._end :].sum())
+        self._own, self._full = cascade.temperatures[number], temperature
+        self._margin = cascade.margins[number] if cascade.margins is not None and further is not None else 2.0
+
+    def chain(self) -> list[Stage]:
+        """Return this stage and all that follow."""
+        return [self, *(self._further.chain() if self._further else ())]
+
+    def tasks(self, rows: int) -> int:
+        """See session.Session."""
+        return len(self._parts)
+
+    def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
+        """See session.Session."""
+        return self._parts[task].logits(rows.images)
+
+    def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """See session.Session."""
+        return results[0] if len(results) == 1 else np.concatenate(results)
+
+    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
+        """See session.Session."""
+        if rows.carried is not None:
+            logits = np.concatenate([rows.carried, logits])
+        prediction = combine(softmax(logits, self._own), self._weights / self._weights.sum())
+        if self._further is None:
+            return Settled(prediction, None, self._end)
+        if self._rule == "calibrated":
+            stays = gap(prediction.mean_probs) < self._margin
+        else:
+            so_far = averaged(logits, self._weights, self._full)
+            stays = gap(so_far) * self._weights.sum() <= self._left
+            prediction = _with_labels(prediction, so_far.argmax(axis=1))
+        staying = np.flatnonzero(stays)
+        if not len(staying):
+            return Settled(prediction, None, self._end)
+        further: tuple[Session, Rows] = self._further, Rows(rows.images[staying], carried=logits[:, staying])
+        return Settled(prediction, None, self._end, staying, further)
+
+
+def stages(version: Version, providers: ProviderChoice, threads: int | None) -> dict[Rule, Stage]:
+    """Return the first stage of each rule; empty if the version has no cascade. `calibrated` needs a guarantee."""
+    manifest = version.manifest
+    cascade = manifest.calibration.cascade if manifest.calibration else None
+    if cascade is None:
+        return {}
+    ends = np.cumsum([0, *cascade.groups]).tolist()
+    members = [cascade.order[start:end] for start, end in itertools.pairwise(ends)]
+    groups = [Group(version.folder, manifest, chosen, providers, threads) for chosen in members]
+    weights = np.array([manifest.members[member].weight for member in cascade.order])
+    found: dict[Rule, Stage] = {}
+    for rule in RULES:
+        if rule == "calibrated" and cascade.margins is None:
+            continue
+        stage = None
+        for number in reversed(range(len(groups))):
+            stage = Stage(groups[number], rule, cascade, number, weights, manifest.temperature, stage)
+        assert stage is not None, "a cascade has groups"
+        found[rule] = stage
+    return found
+
+
+def _with_labels(prediction: Prediction, label: NDArray[np.intp]) -> Prediction:
+    """The same with the labels that the rule has decided; at another temperature the average may name another class."""
+    confidence = prediction.mean_probs[np.arange(len(label)), label]
+    return dataclasses.replace(prediction, label=label, confidence=confidence)
