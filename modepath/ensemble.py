@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from models_store import decoding
+from models_store.decisions.calibration import NOVELTY, Calibration, by_probability, decide, load_calibrations, uniform
+from models_store.decisions.conformal import Method
 from models_store.errors import DecodeError
 from models_store.graphs.runtime import EnsembleSession, in_batches
 from models_store.manifest import InputSpec, Manifest
@@ -43,6 +45,15 @@ class Answer:
     member_probs: NDArray[np.float64]
     """Calibrated probabilities of each member, (members, batch, classes)."""
 
+    novelty: NDArray[np.float64] | None = None
+    """Percentile of the predictive entropy among the calibration images, 0 to 100, (batch,); None if not calibrated."""
+    prediction_sets: list[list[int]] | None = None
+    """Classes of each image's prediction set, the most probable one first; None unless `coverage` was given."""
+    decisions: list[str] | None = None
+    """"predict" or "abstain" for each image; None unless `risk` was given."""
+    reasons: list[str | None] | None = None
+    """Why to abstain: "uncertain", or "unlike_calibration"; None where the decision is "predict"."""
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -56,27 +67,71 @@ class Ensemble:
     folder: Path
     manifest: Manifest
 
-    def predict(self, images: Images, batch_size: int = 256) -> Answer:
+    def predict(
+        self,
+        images: Images,
+        batch_size: int = 256,
+        *,
+        coverage: float | None = None,
+        set_method: Method = "lac",
+        per_class: bool = False,
+        allow_empty: bool = False,
+        risk: float | None = None,
+    ) -> Answer:
         """Predict the classes of a batch of images.
 
         Args:
             images: (batch, C, H, W) with values in [0, 1], not normalised; or image files, as paths or as their bytes.
             batch_size: number of images per forward pass.
+            coverage: also return prediction sets, which contain the true class with this probability, in (0, 1).
+            set_method: score of the sets: "lac" (the smallest sets), "aps" (sets that grow with difficulty) or "raps".
+            per_class: whether the coverage holds for each true class that has enough calibration images.
+            allow_empty: whether sets may be empty; otherwise the most probable class is in every set.
+            risk: decide for each image whether to answer, such that at most this share of the answers is wrong, in (0, 1).
 
         Raises:
-            ValueError: the array has the wrong shape or type, or values outside [0, 1].
+            ValueError: the array has the wrong shape or type, or values outside [0, 1]; or the version is not calibrated, or on too
+                few images for this coverage or risk.
             DecodeError: a file cannot be decoded to an image of the size that the ensemble takes.
         """
         rows = self._rows(images)
         manifest = self.manifest
         weights = np.array([member.weight for member in manifest.members])
         probs = softmax(in_batches(self._session, rows, batch_size), manifest.temperature)
-        return _answer(combine(probs, weights), probs, manifest.classes)
+        prediction = combine(probs, weights)
+        answer = _answer(prediction, probs, manifest.classes)
+        if (calibration := self._calibration) is None:
+            if coverage is not None or risk is not None:
+                raise ValueError(
+                    f"{self.name} is not calibrated, so it gives no prediction sets and decisions. "
+                    f"Calibrate it: python -m models_store calibrate {manifest.name} --dataset SOURCE"
+                )
+            return answer
+        answer = replace(answer, novelty=calibration.percentile(NOVELTY, getattr(prediction, NOVELTY)))
+        if coverage is not None:
+            u = uniform(rows)
+            chosen = calibration.sets(
+                prediction.mean_probs, coverage, set_method, u, per_class=per_class, allow_empty=allow_empty
+            )
+            answer = replace(answer, prediction_sets=by_probability(chosen, prediction.mean_probs))
+        if risk is not None:
+            if (threshold := calibration.threshold(risk)) is None:
+                raise ValueError(
+                    f"{calibration.images} calibration images guarantee no risk of {risk:g} for {self.name}; the smallest is "
+                    f"{calibration.least_risk}. Ask for a higher risk, or calibrate on more images."
+                )
+            made = decide(prediction, threshold.confidence, calibration)
+            answer = replace(answer, decisions=[d for d, _ in made], reasons=[r for _, r in made])
+        return answer
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the probabilities."""
         return self.manifest.classes
+
+    @cached_property
+    def _calibration(self) -> Calibration | None:
+        return load_calibrations(self.folder, self.manifest).get("average")
 
     @cached_property
     def _session(self) -> EnsembleSession:

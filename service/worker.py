@@ -9,8 +9,8 @@ from models_store.store import Store
 from service.http.images import Limits
 from service.http.intake import Intake
 from service.inference.batching import Batcher, QueueLimits
-from service.inference.draws import Keyed
 from service.inference.ensemble import Ensembles
+from service.inference.modes.draws import Keyed
 from service.inference.offload import Offload
 from service.inference.session import Rows, Session
 from service.inference.trial import Trials

@@ -1,7 +1,8 @@
 """Measure a published ensemble on the test split, through the same sessions that serve it.
 
 Reports the scores of the average, each member and the best single member; pairwise disagreement; the most frequent
-confusions; how well each uncertainty measure detects the ensemble's errors and the images of a foreign data set. Writes
+confusions; how well each uncertainty measure detects the ensemble's errors and the images of a foreign data set; what
+the decisions of a calibrated version are worth. Writes
 them as Markdown and JSON, with a reliability diagram and a confusion matrix. With --path: loss and error along a curve
 instead, and along the straight segment between its ends.
 """
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from torch.nn import functional
 
+from models_store.decisions.calibration import NOVELTY
 from models_store.graphs.runtime import EnsembleSession, in_batches
 from models_store.manifest import ECE_BINS
 from models_store.store import Store, Version
@@ -29,7 +31,7 @@ from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction, s
 from training import command, data, logger
 from training.config import data_options
 from training.errors import ConfigError
-from training.measurement import path_evaluation
+from training.measurement import decisions, path_evaluation
 from training.measurement.figures import answers
 from training.measurement.probing import Subset
 from training.measurement.report import Report
@@ -91,6 +93,8 @@ def run(config: Config) -> Report:
         "classes": version.manifest.classes,
         "confusion": confusion_counts(labels, average.label, len(version.manifest.classes)).tolist(),
     }
+    if (decided := decisions.measure(version, logits, average, labels)) is not None:
+        numbers["decisions"] = decided
     if config.ood is not None:
         numbers |= _foreign(config, config.ood, version, options, session, average)
     report = Report(numbers)
@@ -98,6 +102,8 @@ def run(config: Config) -> Report:
         "reliability": answers.reliability(average, labels, version.name),
         "confusion": answers.confusion(np.array(report["confusion"]), version.manifest.classes, version.name),
     }
+    if decided is not None:
+        report.figures["risk-coverage"] = decisions.risk_coverage(version, logits, average, labels)
     folder = _folder(config, version)
     folder.mkdir(parents=True, exist_ok=True)
     text = as_markdown(report)
@@ -156,8 +162,10 @@ def _foreign(
     foreign = fit_images(foreign, version.manifest.input.shape)
     outside = session.combine(softmax(in_batches(session, foreign), version.manifest.temperature))
     is_foreign = np.repeat([False, True], [len(average.label), len(foreign)])
+    calibration = decisions.of(version)
     return {
         "ood": name,
+        "ood_detected": float(calibration.novel(getattr(outside, NOVELTY)).mean()) if calibration else None,
         "ood_images": len(foreign),
         "ood_notes": notes,
         "ood_auroc": {
@@ -259,7 +267,11 @@ def as_markdown(report: dict[str, Any]) -> str:
     headers = ["AUROC", "own errors", *([f"foreign images ({report['ood']})"] if "ood" in report else [])]
     lines += [tabulate(detection, headers, tablefmt="github", disable_numparse=True), ""]
     if "ood" in report:
+        if report["ood_detected"] is not None:
+            lines += [f"Called unlike the calibration images: {report['ood_detected']:.4f} of the foreign images.", ""]
         lines += [" ".join([f"Foreign images: {report['ood_images']} of {report['ood']}.", *report["ood_notes"]]), ""]
+    if "decisions" in report:
+        lines += decisions.as_markdown(report["decisions"])
     return "\n".join(lines)
 
 

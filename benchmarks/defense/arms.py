@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from models_store.store import Store
 from models_store.uncertainty import softmax
-from service.inference import pool
-from service.inference.draws import Keyed
 from service.inference.ensemble import Ensembles
+from service.inference.modes import pool
+from service.inference.modes.draws import Keyed
 from service.inference.opening import Ensemble
 from service.inference.policy import Mode, Policy
 

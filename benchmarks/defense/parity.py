@@ -15,7 +15,7 @@ from benchmarks.defense import arms, blackbox
 from benchmarks.serving import throughput
 from models_store.store import Store, Version
 from models_store.uncertainty import softmax
-from service.inference import pool
+from service.inference.modes import pool
 
 AWAY = 1e-5  # of probabilities: in another batch, another rounding
 NEVER = 1e12  # seconds, after which the key turns

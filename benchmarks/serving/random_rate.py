@@ -23,7 +23,7 @@ from benchmarks.serving import throughput
 from benchmarks.serving.throughput import Arm, running, wrk
 from models_store.manifest import Draft
 from models_store.store import Store, Version
-from service.inference import pool
+from service.inference.modes import pool
 
 BODIES = 256
 RESULT = Path(__file__).parents[1] / "results/random_rate.md"

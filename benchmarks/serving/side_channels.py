@@ -27,7 +27,7 @@ from tabulate import tabulate
 from benchmarks.serving.throughput import Arm, running, until_ready
 from models_store.store import Store
 from models_store.uncertainty import softmax
-from service.inference import pool
+from service.inference.modes import pool
 from training import data
 from training.config import data_options
 

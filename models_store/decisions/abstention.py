@@ -9,7 +9,7 @@ beforehand. Given its value, the images above it are independent draws from the 
 number of errors among them is binomial, and P(Bin(m, risk) ≤ errors) is a p-value for "the risk is larger" (Geifman and
 El-Yaniv 2017, algorithm 1). Ranks are tested from small to large until a test fails: fixed sequence testing needs no
 correction for the number of tests (Angelopoulos et al. 2021, "Learn then Test", section 4). One early error would end
-such a sequence, so there are several, which begin at doubling ranks and share 1 − CONFIDENCE equally.
+such a sequence, so there are several, which begin at ranks that grow fourfold and share 1 − CONFIDENCE equally.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def threshold(confidence: Floats, wrong: NDArray[np.bool_], risk: float) -> Thre
     count = len(confidence)
     if not count:
         return None
-    sequences = max(1, math.floor(math.log2(count * risk)) - 1)
+    sequences = max(1, math.floor(math.log(count * risk, 4)))
     level = (1 - CONFIDENCE) / sequences
     fewest = math.ceil(math.log(level) / math.log1p(-risk))  # fewer images never pass, even without an error
     order = np.argsort(-confidence, kind="stable")
@@ -62,7 +62,7 @@ def threshold(confidence: Floats, wrong: NDArray[np.bool_], risk: float) -> Thre
     passed = bdtr(errors[above].astype(np.float64), above, risk) <= level
     best = -1
     for number in range(sequences):
-        end = int(np.searchsorted(above, float(fewest * 2**number)))
+        end = int(np.searchsorted(above, float(fewest * 4**number)))
         while end < len(limits) and passed[end]:
             best = max(best, end)
             end += 1

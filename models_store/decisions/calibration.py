@@ -26,10 +26,12 @@ from models_store.decisions import abstention, conformal
 from models_store.decisions.abstention import Threshold
 from models_store.decisions.conformal import Method
 from models_store.errors import CorruptionError
-from models_store.manifest import CALIBRATION_FILE
+from models_store.manifest import CALIBRATION_FILE, Manifest
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction
 
 Way = Literal["average", "drawn"]
+Decision = Literal["predict", "abstain"]
+Reason = Literal["uncertain", "unlike_calibration"]
 SEED = 0  # of the division of the validation split, and of u; stated in the manifest
 FALSE_ALARMS = 0.01  # share of images like the calibration images that are called novel
 NOVELTY = "predictive_entropy"  # the measure that novelty is judged by
@@ -156,6 +158,22 @@ class Calibration:
         return (1 + at_least) / (self.images + 1) <= FALSE_ALARMS
 
 
+def decide(prediction: Prediction, limit: float, calibration: Calibration) -> list[tuple[Decision, Reason | None]]:
+    """For each row whether to rely on the answer, and if not, why: it is not above a confidence, or the image is novel."""
+    sure, novel = prediction.confidence > limit, calibration.novel(getattr(prediction, NOVELTY))
+    return [
+        ("abstain", "unlike_calibration") if new else ("predict", None) if above else ("abstain", "uncertain")
+        for above, new in zip(sure.tolist(), novel.tolist(), strict=True)
+    ]
+
+
+def by_probability(chosen: NDArray[np.bool_], probs: Floats) -> list[list[int]]:
+    """The classes of each set, the most probable one first; from (batch, classes) each."""
+    order = np.argsort(-probs, axis=1, kind="stable")
+    kept = np.take_along_axis(chosen, order, axis=1)
+    return [row[which].tolist() for row, which in zip(order, kept, strict=True)]
+
+
 def uniform(images: NDArray[np.float32]) -> Floats:
     """One number of [0, 1) for each image, from its pixels: the same image always gets the same prediction set."""
     return np.array(
@@ -196,6 +214,21 @@ def load_answers(folder: Path, ways: Sequence[Way], images: int, classes: int) -
                 "Restore it from a copy, or publish again."
             )
     return found
+
+
+def load_calibrations(folder: Path, manifest: Manifest) -> dict[Way, Calibration]:
+    """Read the calibrations of a version; empty if it has none.
+
+    Raises:
+        CorruptionError: the file cannot be read, or breaks FORMAT.md.
+    """
+    if (record := manifest.calibration) is None:
+        return {}
+    classes = len(manifest.classes)
+    return {
+        way: Calibration(answers, classes)
+        for way, answers in load_answers(folder, record.ways, record.images, classes).items()
+    }
 
 
 def _answers(tensors: dict[str, NDArray[np.generic]], way: Way) -> Answers:

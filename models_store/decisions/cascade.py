@@ -10,8 +10,8 @@ rows' two largest averaged probabilities p1 and p2:
                  full average's for at most `disagreement` of images like these. Labels are not needed for that.
 
 Order, groups and temperatures are chosen on the first half of the validation split for the lowest expected cost; so are
-basic margins, the smallest ones at which no label of that half differs. The second half then decides how much they may
-be relaxed or must be tightened: fixed sequence testing from the strictest margins on (see abstention).
+basic margins, SLACK times the largest gaps at which a label of that half differs. The second half then decides whether they must
+be tightened: fixed sequence testing from the strictest margins to the basic ones (see abstention).
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from models_store.manifest import Cascade
 from models_store.uncertainty import Floats, softmax
 
 DISAGREEMENT = 0.001
-STAGE_COST = 0.2  # cost of one more group, in members: a call of the graph, and rows that wait again
-_FACTORS = np.linspace(0, 1.5, 61)  # of what lies between a basic margin and 1
+STAGE_COST = 0.5  # cost of one more group, in members: a call of the graph, and rows that wait again
+# Basic margins are this many times the largest gap at which a label differed. Over 12 random divisions of 16 000 images of Fashion-MNIST
+# (12 members) labels then differed for 0.017 % of new images at 1.9 members each, with 1.0 for 0.031 % at 2.1.
+SLACK = 1.5
+_FACTORS = np.linspace(0, 1, 41)  # of what lies between a basic margin and 1
 
 Logits = NDArray[np.floating]
 FitTemperature = Callable[[Logits, NDArray[np.integer], Floats], float]
@@ -149,7 +152,7 @@ def _outcomes(
 
 
 def _smallest_margin(gaps: Floats, differs: NDArray[np.bool_]) -> float:
-    return float(np.nextafter(gaps[differs].max(), 2)) if differs.any() else 0.0
+    return min(1.0, SLACK * float(np.nextafter(gaps[differs].max(), 2))) if differs.any() else 0.0
 
 
 def _cost(gaps: Sequence[Floats], margins: Sequence[float], sizes: Sequence[int]) -> float:

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
 from models_store.decisions import abstention
-from models_store.decisions.calibration import Calibration
+from models_store.decisions.calibration import Calibration, Decision, Reason
 from models_store.decisions.conformal import Method
 from models_store.manifest import Manifest, Scores
 from service.inference.batching import Answer
-from service.inference.cascade import Rule
-from service.inference.decisions import NOTHING, Decided, Decision, Reason
+from service.inference.decisions import NOTHING, Decided
+from service.inference.modes.cascade import Rule
 from service.inference.policy import TOGETHER, Mode, Policy
 
 log = logging.getLogger("bentoml.modepath")

@@ -61,7 +61,7 @@ class _Result:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One request, or in a cascade the rows of one that need more members: its rows, those in batches already, and the results so far."""
+    """One request: its rows, how many of them are in batches already, and the results so far."""
 
     session: Session
     rows: Rows
@@ -73,17 +73,6 @@ class _Job:
     left: bool = False
     turn_seconds: float = 0.0  # estimated time of its next piece
     results: list[_Result] = field(default_factory=lambda: list[_Result]())
-    whole: _Job | None = None  # the request that these rows belong to
-    origin: NDArray[np.intp] | None = None  # the numbers of these rows in that request
-
-    @property
-    def request(self) -> _Job:
-        """The request that the rows belong to."""
-        return self.whole or self
-
-    def numbers(self, start: int, stop: int) -> NDArray[np.intp]:
-        """The numbers of some of these rows in their request."""
-        return np.arange(start, stop) if self.origin is None else self.origin[start:stop]
 
     def tell(self, outcome: Answer | ServiceError) -> None:
         """Deliver the outcome to the waiting request; may be called from any thread."""
@@ -100,16 +89,21 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A range of rows of one request."""
+class _Segment:
+    """Consecutive rows of a piece that belong to one request."""
 
     job: _Job
-    start: int
-    stop: int
+    numbers: NDArray[np.intp]  # of the rows in the request
 
-    @property
-    def rows(self) -> Rows:
-        return self.job.rows[self.start : self.stop]
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """Rows that run together: some of one request, or in a cascade those of several requests that need the next group."""
+
+    session: Session
+    rows: Rows
+    segments: list[_Segment]
+    turn_seconds: float = 0.0  # estimated time, while it waits
 
 
 @dataclass(slots=True, eq=False)
@@ -132,7 +126,11 @@ class _Batch:
         return self.joined
 
     def __len__(self) -> int:
-        return sum(piece.stop - piece.start for piece in self.pieces)
+        return sum(len(piece.rows) for piece in self.pieces)
+
+    def segments(self) -> list[_Segment]:
+        """Return the segments of all pieces, in the order of their rows."""
+        return [segment for piece in self.pieces for segment in piece.segments]
 
 
 class Batcher:
@@ -143,7 +141,7 @@ class Batcher:
         self._threads = threads
         # Guards the fields below.
         self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()
+        self._waiting: deque[_Job | _Piece] = deque()
         self._open: _Batch | None = None  # batch that still has tasks to start
         self._rows = 0  # rows of all requests that are not answered yet
         self._seconds = 0.0  # estimated time that a new request would wait
@@ -217,18 +215,19 @@ class Batcher:
         """Remove a request: its waiting rows will not run, and the results of its running rows are discarded."""
         with self._changed:
             self._leave(job)
-            for waiting in [one for one in self._waiting if one.request is job]:
-                self._waiting.remove(waiting)
-                self._seconds = self._seconds - waiting.turn_seconds if self._waiting else 0.0
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
 
-    def _queue(self, job: _Job, *, first: bool = False) -> None:
+    def _queue(self, job: _Job | _Piece, *, first: bool = False) -> None:
         # Requests run one piece each in turn, so a new request waits for one piece of each request before it.
-        rows = min(len(job.rows) - job.taken, self._batch_rows(job.session))
+        left = len(job.rows) - (job.taken if isinstance(job, _Job) else 0)
+        rows = min(left, self._batch_rows(job.session))
         job.turn_seconds = rows * self._row_seconds.get(job.session, 0.0)
         self._seconds += job.turn_seconds
         (self._waiting.appendleft if first else self._waiting.append)(job)
 
-    def _unqueue(self) -> _Job:
+    def _unqueue(self) -> _Job | _Piece:
         job = self._waiting.popleft()
         self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
         return job
@@ -289,109 +288,111 @@ class Batcher:
         """
         now = time.perf_counter()
         pieces: list[_Piece] = []
-        passed: list[_Job] = []
+        passed: list[_Job | _Piece] = []
         unfinished: list[_Job] = []
         room = 0
-        while self._waiting and (not pieces or room):
+        while self._waiting and (not pieces or room > 0):
             job = self._unqueue()
-            if job.future.done():  # the request was cancelled
-                self._leave(job.request)
-                continue
-            if job.whole is None and not job.taken and now - job.arrived > self._limits.seconds:
-                self._leave(job)
-                job.tell(
-                    QueueTimeError(
-                        f"The request waited {self._limits.seconds:g} s for its turn; the service is overloaded. Try again later."
-                    )
-                )
+            if self._is_over(job, now):
                 continue
             if not pieces:
                 room = min(self._batch_rows(job.session), (self._rows + 1) // 2)
-            elif job.session is not pieces[0].job.session:
+            elif job.session is not pieces[0].session:
                 passed.append(job)
                 continue
-            if job.whole is None and not job.taken:
-                job.began = now
-            piece = _Piece(job, job.taken, min(job.taken + room, len(job.rows)))
+            if isinstance(job, _Piece):
+                piece = job
+            else:
+                if not job.taken:
+                    job.began = now
+                stop = min(job.taken + room, len(job.rows))
+                numbers = np.arange(job.taken, stop)
+                piece = _Piece(job.session, job.rows[job.taken : stop], [_Segment(job, numbers)])
+                job.taken = stop
+                if stop < len(job.rows):
+                    unfinished.append(job)
             pieces.append(piece)
-            room -= piece.stop - piece.start
-            job.taken = piece.stop
-            if job.taken < len(job.rows):
-                unfinished.append(job)
+            room -= len(piece.rows)
         for job in reversed(passed):
             self._queue(job, first=True)
         for job in unfinished:
             self._queue(job)
         if not pieces:
             return None
-        session = pieces[0].job.session
-        rows = sum(piece.stop - piece.start for piece in pieces)
+        session = pieces[0].session
+        rows = sum(len(piece.rows) for piece in pieces)
         return _Batch(session, pieces, [None] * session.tasks(rows))
 
+    def _is_over(self, job: _Job | _Piece, now: float) -> bool:
+        """Return whether nothing is left to run: the client has left, or the request has waited too long for its first turn."""
+        if isinstance(job, _Piece):
+            return all(segment.job.left for segment in job.segments)
+        if job.future.done():  # the request was cancelled
+            self._leave(job)
+            return True
+        if not job.taken and now - job.arrived > self._limits.seconds:
+            self._leave(job)
+            job.tell(
+                QueueTimeError(
+                    f"The request waited {self._limits.seconds:g} s for its turn; the service is overloaded. Try again later."
+                )
+            )
+            return True
+        return False
+
     def _finish(self, batch: _Batch) -> None:
+        segments = batch.segments()
         try:
             if batch.error is not None:
                 raise batch.error
             results = [result for result in batch.results if result is not None]
-            self._deliver(batch.session, batch.pieces, batch.rows(), batch.session.joined(results))
+            self._deliver(batch.session, segments, batch.rows(), batch.session.joined(results))
             with self._changed:
                 at_once = min(self._threads, len(batch.results))
                 self._learn(batch.session, batch.seconds / at_once / len(batch))
         except Exception as error:
-            if len(batch.pieces) == 1:
-                self._fail(batch.pieces[0].job.request, error)
+            if len(segments) == 1:
+                self._fail(segments[0].job, error)
                 return
-            for piece in batch.pieces:  # run separately, so that one request cannot fail the others
+            start = 0
+            for segment in segments:  # run separately, so that one request cannot fail the others
+                rows = batch.rows()[start : start + len(segment.numbers)]
+                start += len(segment.numbers)
                 try:
-                    rows = piece.rows
                     results = [batch.session.run(task, rows) for task in range(batch.session.tasks(len(rows)))]
-                    self._deliver(batch.session, [piece], rows, batch.session.joined(results))
+                    self._deliver(batch.session, [segment], rows, batch.session.joined(results))
                 except Exception as its_own:
-                    self._fail(piece.job.request, its_own)
+                    self._fail(segment.job, its_own)
 
-    def _deliver(self, session: Session, pieces: list[_Piece], rows: Rows, logits: NDArray[np.float32]) -> None:
+    def _deliver(self, session: Session, segments: list[_Segment], rows: Rows, logits: NDArray[np.float32]) -> None:
         settled = session.settle(rows, logits)
-        row = 0
-        for piece in pieces:
-            job, stop = piece.job, row + piece.stop - piece.start
-            numbers = job.numbers(piece.start, piece.stop)
-            if settled.further is None or settled.staying is None:
-                done = slice(row, stop)
-                result = _Result(
-                    numbers, _of_rows(settled.member_probs, done), settled.prediction.rows(row, stop), settled.used
-                )
-                further = None
-            else:
-                first, last = np.searchsorted(settled.staying, (row, stop))
-                left = np.setdiff1d(np.arange(row, stop), settled.staying[first:last], assume_unique=True)
-                result = _Result(numbers[left - row], None, settled.prediction.take(left), settled.used)
-                further = self._further(
-                    job, settled.further, slice(int(first), int(last)), numbers[settled.staying[first:last] - row]
-                )
-            row = stop
-            self._add(job.request, result, further)
-
-    def _further(self, job: _Job, further: tuple[Session, Rows], rows: slice, origin: NDArray[np.intp]) -> _Job | None:
-        """The rows of a request that need more members, as a job; None if all have left."""
-        if not len(origin):
-            return None
-        session, of_all = further
-        whole = job.request
-        return _Job(session, of_all[rows], whole.future, whole.arrived, whole.began, whole=whole, origin=origin)
-
-    def _add(self, job: _Job, result: _Result, further: _Job | None) -> None:
+        stays = None if settled.stays is None else settled.stays.tolist()
+        waiting: list[_Segment] = []
+        done: list[tuple[_Job, _Result]] = []
+        row = answered = 0  # of all rows, and of the rows that are answered
+        for segment in segments:
+            job, numbers, stop = segment.job, segment.numbers, row + len(segment.numbers)
+            if stays is not None and True in (of_rows := stays[row:stop]):
+                keep = np.array(of_rows)
+                waiting.append(_Segment(job, numbers[keep]))
+                numbers = numbers[~keep]
+            row, first = stop, answered
+            answered += len(numbers)
+            if len(numbers):
+                probs = None if settled.member_probs is None else settled.member_probs[:, first:answered]
+                done.append((job, _Result(numbers, probs, settled.prediction.rows(first, answered), settled.used)))
+        ended: list[_Job] = []
         with self._changed:
-            if job.left:  # its client has disconnected, or another part of it has failed
-                return
-            job.results.append(result)
-            job.answered += len(result.rows)
-            if further is not None:
-                self._queue(further, first=True)  # it has had its turn
+            for job, result in done:
+                job.results.append(result)
+                job.answered += len(result.rows)
+                if job.answered == len(job.rows) and not job.left:
+                    self._leave(job)
+                    ended.append(job)
+            if waiting and settled.further is not None:
+                self._queue(_Piece(*settled.further, waiting), first=True)  # its requests have had their turn
                 self._changed.notify()
-            ended = job.answered == len(job.rows)
-            if ended:
-                self._leave(job)
-        if ended:
+        for job in ended:
             job.tell(_answer(job))
 
     def _fail(self, job: _Job, error: Exception) -> None:
@@ -417,10 +418,6 @@ class Batcher:
             return
         job.left = True
         self._rows -= len(job.rows)
-
-
-def _of_rows(member_probs: Floats | None, rows: slice) -> Floats | None:
-    return None if member_probs is None else member_probs[:, rows]
 
 
 def _answer(job: _Job) -> Answer | ServiceError:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models_store.decisions import abstention
-from models_store.decisions.calibration import NOVELTY, Calibration, Way, load_answers, uniform
+from models_store.decisions.calibration import (
+    NOVELTY,
+    Calibration,
+    Decision,
+    Reason,
+    Way,
+    by_probability,
+    decide,
+    load_calibrations,
+    uniform,
+)
 from models_store.decisions.conformal import Method
 from models_store.store import Version
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction
@@ -22,8 +31,6 @@ from service.http.errors import BadRequestError, ForbiddenError, NotReadyError
 from service.http.images import Images
 from service.inference.policy import Mode, Policy
 
-Decision = Literal["predict", "abstain"]
-Reason = Literal["uncertain", "unlike_calibration"]
 HOW = "Calibrate it: python -m models_store calibrate {} --dataset SOURCE."
 
 
@@ -66,13 +73,8 @@ class Decisions:
         Raises:
             CorruptionError: its calibration cannot be read.
         """
-        manifest = version.manifest
-        ways: dict[Way, Calibration] = {}
-        if (record := manifest.calibration) is not None:
-            classes = len(manifest.classes)
-            found = load_answers(version.folder, record.ways, record.images, classes)
-            ways = {way: Calibration(answers, classes) for way, answers in found.items()}
-        return cls(manifest.name, ways, policy)
+        ways = load_calibrations(version.folder, version.manifest)
+        return cls(version.manifest.name, ways, policy)
 
     def calibration(self, mode: Mode) -> Calibration | None:
         """Return the calibration for a mode; None if there is none."""
@@ -163,13 +165,9 @@ class Decisions:
                 per_class=wanted.per_class,
                 allow_empty=wanted.allow_empty,
             )
-            sets = [_by_probability(row, probs) for row, probs in zip(chosen, prediction.mean_probs, strict=True)]
+            sets = by_probability(chosen, prediction.mean_probs)
         if (limit := self._limit(calibration, wanted)) is not None:
-            novel = calibration.novel(score)
-            decisions = [
-                _decision(sure, new)
-                for sure, new in zip((prediction.confidence > limit).tolist(), novel.tolist(), strict=True)
-            ]
+            decisions = decide(prediction, limit, calibration)
         if wanted.percentiles:
             percentiles = {
                 name: calibration.percentile(name, getattr(prediction, name)) for name in UNCERTAINTY_MEASURES
@@ -187,15 +185,3 @@ class Decisions:
         threshold = calibration.threshold(min(risks))
         assert threshold is not None, "`check` has refused the request"
         return threshold.confidence
-
-
-def _decision(sure: bool, novel: bool) -> tuple[Decision, Reason | None]:
-    if novel:
-        return "abstain", "unlike_calibration"
-    return ("predict", None) if sure else ("abstain", "uncertain")
-
-
-def _by_probability(chosen: NDArray[np.bool_], probs: Floats) -> list[int]:
-    """The classes of a set, the most probable one first."""
-    labels = np.flatnonzero(chosen)
-    return labels[np.argsort(-probs[labels], kind="stable")].tolist()

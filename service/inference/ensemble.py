@@ -17,8 +17,8 @@ from models_store.graphs.runtime import ProviderChoice
 from models_store.store import Store
 from service.http.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
 from service.inference import policy
-from service.inference.draws import Keyed
 from service.inference.look import Candidate, Look, look_at
+from service.inference.modes.draws import Keyed
 from service.inference.opening import Ensemble, Recipe, Warm, open_version
 from service.inference.policy import Closed, Known, Policy
 from service.inference.relations import Relations

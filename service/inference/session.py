@@ -1,4 +1,4 @@
-"""The interface between modes and the queue: modes.py implements sessions, batching.py runs them."""
+"""The interface between modes and the queue: modes/ implements sessions, batching.py runs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from models_store.uncertainty import Floats, Prediction
 from service.http.images import Images
-from service.inference.pool import Network
+from service.inference.modes.pool import Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class Rows:
 class Settled:
     """What the logits of a batch lead to: answers, and in a cascade the rows that need more members."""
 
-    prediction: Prediction  # of all rows
-    member_probs: Floats | None  # (members, rows, classes); None in a cascade
+    prediction: Prediction  # of the rows that are answered, in order
+    member_probs: Floats | None  # (members, answered rows, classes); None in a cascade
     used: int  # members that ran for these rows
-    staying: NDArray[np.intp] | None = None  # the rows that need more members, ascending; None: none does
+    stays: NDArray[np.bool_] | None = None  # (rows,): which rows need more members; None: none does
     further: tuple[Session, Rows] | None = None  # what runs those rows next
 
 

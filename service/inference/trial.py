@@ -30,8 +30,8 @@ from models_store.errors import CorruptionError, ModepathError, ProviderError, S
 from models_store.graphs.runtime import default_threads
 from models_store.store import Store, Version
 from service.inference.batching import Batcher, QueueLimits
-from service.inference.draws import Keyed
 from service.inference.look import Candidate
+from service.inference.modes.draws import Keyed
 from service.inference.opening import Recipe, open_version
 from service.inference.policy import Known
 from service.inference.verdicts import Refusal, RefusedError, Verdicts, refusal

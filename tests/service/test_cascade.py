@@ -25,7 +25,8 @@ def reference(version, images, rule):
     weights = np.array([manifest.members[k].weight for k in cascade.order])
     found = []
     for image in images:
-        logits = []
+        logits, label, confidence, count = [], 0, 0.0, 0
+        own = combine(np.full((1, 1, 3), 1 / 3), np.ones(1))
         nearest = np.inf
         for number, size in enumerate(cascade.groups):
             logits += [s.logits(image[None])[0] for s in sessions[len(logits) : len(logits) + size]]

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, roc_auc_score
 
+from models_store.decisions.calibrating import Labelled, calibrate
+from models_store.decisions.calibration import load_answers
 from models_store.importing import ImportOptions, import_members
 from models_store.store import Store
 from models_store.uncertainty import combine, softmax
@@ -105,3 +107,31 @@ def test_foreign_images_are_made_to_fit():
     assert grey.mean() == pytest.approx(colour.mean(), abs=0.02)
     assert evaluate.fit_images(grey, (3, 8, 8)).shape == (5, 3, 8, 8)
     assert np.array_equal(evaluate.fit_images(grey, (1, 8, 8)), grey)
+
+
+def test_decisions_of_a_calibrated_version_are_measured(ensemble, tmp_path):
+    """Coverage, risk and cascade in the report are those of a computation on the same split."""
+    source = load_data(DataOptions(dataset="digits"))
+    images, labels = as_arrays(source.train)
+    calibrated = calibrate(Store(), Store().load("lin"), Labelled(images, labels, "these"))
+    report = evaluate.run(evaluate.Config(name="lin", dataset="digits", ood="digits", output=tmp_path / "out"))
+    images, labels = as_arrays(source.test)
+    found = report["decisions"]
+    assert found["images"] == len(source.train) // 2
+    row = next(
+        one for one in found["sets"] if (one["method"], one["coverage"], one["per_class"]) == ("lac", 0.9, False)
+    )
+    probs = np.stack([softmax(linear_logits(m, images), calibrated.manifest.temperature) for m in ensemble]).mean(
+        axis=0
+    )
+    record = calibrated.manifest.calibration
+    scores = load_answers(calibrated.folder, record.ways, record.images, 10)["average"].scores["lac"]
+    chosen = 1 - probs <= np.sort(scores)[int(np.ceil((record.images + 1) * 0.9)) - 1]
+    assert row["covered"][0] == pytest.approx(chosen[np.arange(360), labels].mean(), abs=0.003)
+    assert row["classes_in_a_set"] == pytest.approx(chosen.sum(axis=1).mean(), abs=0.01)
+    exact = next(one for one in found["cascades"] if one["rule"] == "exact")
+    assert exact["agreement"] == 1
+    assert found["risks"][0]["answered"] is None  # these members know nothing, so nothing can be guaranteed
+    assert report["ood_detected"] == found["false_alarms"]
+    assert "risk-coverage" in report.figures
+    assert "## Decisions, calibrated on" in (tmp_path / "out/report.md").read_text()

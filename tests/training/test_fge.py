@@ -107,7 +107,11 @@ def test_train_publish_and_find_it_finished(capsys):
     assert (manifest.method, len(manifest.members), manifest.input.shape) == ("fge", 2, (1, 8, 8))
     assert [m.origin.cycle for m in manifest.members] == [1, 2]
     assert manifest.provenance.epochs_spent <= 5
-    assert manifest.calibration is None
+    assert (manifest.schema_version, manifest.calibration.images) == (
+        2,
+        72,
+    )  # the other half of 144 fits the temperature
+    assert sum(manifest.calibration.cascade.groups) == 2
     # The scores in the manifest are those of the exported files.
     found = data_module.load(Config(**SMALL).data_options())
     images, labels = data_module.as_arrays(found.validation)

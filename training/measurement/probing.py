@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from models_store.decisions import temperature
+from models_store.decisions.calibration import halves
 from models_store.store import Version
 from models_store.uncertainty import Floats, softmax
 from training import data, networks
@@ -88,7 +89,8 @@ class Probe:
         train, train_labels = self._logits(self._data.train, self._subset.train)
         validation, known = self._logits(self._data.validation, None)
         test, labels = self._logits(self._data.test, self._subset.test)
-        own = temperature.fit(validation[None], known, np.ones(1))
+        fitting, _ = halves(len(known))  # as a member's
+        own = temperature.fit(validation[None][:, fitting], known[fitting], np.ones(1))
         train_probs, test_probs = softmax(train), softmax(test)
         train_nll = metrics.nll(train_probs, train_labels)
         return Measured(

@@ -99,3 +99,24 @@ def test_a_set_is_empty_only_where_that_is_allowed():
     values = conformal.scores(probs, "lac", np.zeros(2))
     assert conformal.sets(probs, values, 0.2, allow_empty=True).tolist() == [[False] * 3, [True, False, False]]
     assert conformal.sets(probs, values, 0.2, allow_empty=False)[0].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("method", conformal.METHODS)
+@pytest.mark.parametrize("per_class", [False, True])
+def test_sets_are_those_of_crepes_for_the_same_scores(method, per_class):
+    crepes = pytest.importorskip("crepes", reason="a test oracle, which the environment of the service lacks")
+    probs, labels, u = drawn(3000, classes=4, seed=3)
+    values = conformal.scores(probs, method, u)
+    own = of_labels(values, labels)
+    theirs = crepes.ConformalClassifier().fit(own[:2000], bins=labels[:2000] if per_class else None)
+    for coverage in (0.8, 0.9, 0.95, 0.99):
+        columns = [values[2000:, [label]] for label in range(4)]
+        bins = [np.full(1000, label) if per_class else None for label in range(4)]
+        p_values = [theirs.predict_p(c, bins=b, smoothing=False)[:, 0] for c, b in zip(columns, bins, strict=True)]
+        limit = (
+            conformal.thresholds_by_class(own[:2000], labels[:2000], 4, coverage)
+            if per_class
+            else conformal.threshold(np.sort(own[:2000]), coverage)
+        )
+        chosen = conformal.sets(probs[2000:], values[2000:], limit, allow_empty=True)
+        assert (chosen == (np.stack(p_values, axis=1) > 1 - coverage + 1e-12)).all()

@@ -52,6 +52,8 @@ class Stage:
         self._parts, self._further, self._rule = group.parts, further, rule
         self._end = sum(cascade.groups[: number + 1])
         self._weights, self._left = weights[: self._end], float(weights[self._end :].sum())
+        self._weight = float(self._weights.sum())
+        self._shares = self._weights / self._weight
         self._own, self._full = cascade.temperatures[number], temperature
         self._margin = cascade.margins[number] if cascade.margins is not None and further is not None else 2.0
 
@@ -75,20 +77,23 @@ class Stage:
         """See session.Session."""
         if rows.carried is not None:
             logits = np.concatenate([rows.carried, logits])
-        prediction = combine(softmax(logits, self._own), self._weights / self._weights.sum())
+        probs = softmax(logits, self._own)
+        label = None
         if self._further is None:
-            return Settled(prediction, None, self._end)
-        if self._rule == "calibrated":
-            stays = gap(prediction.mean_probs) < self._margin
+            stays = np.zeros(len(rows), bool)
+        elif self._rule == "calibrated":
+            stays = gap(np.einsum("k,kbc->bc", self._shares, probs)) < self._margin
         else:
             so_far = averaged(logits, self._weights, self._full)
-            stays = gap(so_far) * self._weights.sum() <= self._left
-            prediction = _with_labels(prediction, so_far.argmax(axis=1))
-        staying = np.flatnonzero(stays)
-        if not len(staying):
-            return Settled(prediction, None, self._end)
-        further: tuple[Session, Rows] = self._further, Rows(rows.images[staying], carried=logits[:, staying])
-        return Settled(prediction, None, self._end, staying, further)
+            stays = gap(so_far) * self._weight <= self._left
+            label = so_far.argmax(axis=1)
+        if not stays.any():
+            return Settled(_predicted(probs, self._shares, label), None, self._end)
+        leaves = ~stays
+        prediction = _predicted(probs[:, leaves], self._shares, None if label is None else label[leaves])
+        assert self._further is not None, "rows stay only where members are left"
+        further: tuple[Session, Rows] = self._further, Rows(rows.images[stays], carried=logits[:, stays])
+        return Settled(prediction, None, self._end, stays, further)
 
 
 def stages(version: Version, providers: ProviderChoice, threads: int | None) -> dict[Rule, Stage]:
@@ -113,7 +118,10 @@ def stages(version: Version, providers: ProviderChoice, threads: int | None) -> 
     return found
 
 
-def _with_labels(prediction: Prediction, label: NDArray[np.intp]) -> Prediction:
-    """The same with the labels that the rule has decided; at another temperature the average may name another class."""
+def _predicted(probs: Floats, shares: Floats, label: NDArray[np.intp] | None) -> Prediction:
+    """The average of the members so far; with the labels that the rule has decided, if at another temperature it may name others."""
+    prediction = combine(probs, shares)
+    if label is None:
+        return prediction
     confidence = prediction.mean_probs[np.arange(len(label)), label]
     return dataclasses.replace(prediction, label=label, confidence=confidence)

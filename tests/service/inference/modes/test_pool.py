@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from models_store.uncertainty import softmax
-from service.inference import pool as pools
-from service.inference.modes import OneEach
-from service.inference.pool import Pool, source
+from service.inference.modes import pool as pools
+from service.inference.modes.one_each import OneEach
+from service.inference.modes.pool import Pool, source
 from service.inference.session import Rows
 from tests import onnx_members
 from tests.onnx_members import CLASSES, SHAPE, linear, linear_logits, point_logits, publish

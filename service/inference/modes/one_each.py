@@ -1,7 +1,4 @@
-"""How an ensemble answers: all members together (`average`), or one drawn network for each row (`random`, `keyed`).
-
-Each class implements session.Session, and batching.py runs it.
-"""
+"""The modes `random` and `keyed`: one drawn network answers each row."""
 
 from __future__ import annotations
 
@@ -10,35 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from models_store.graphs.runtime import EnsembleSession
 from models_store.uncertainty import combine, softmax
 from service.http.images import Images
-from service.inference.pool import Network
+from service.inference.modes.pool import Network
 from service.inference.session import Rows, Settled
-
-
-class Average:
-    """Answers with the weighted mean of all members. A task runs some of the members on all rows."""
-
-    def __init__(self, session: EnsembleSession):
-        self._session = session
-
-    def tasks(self, rows: int) -> int:
-        """See session.Session."""
-        return len(self._session.parts)
-
-    def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
-        """See session.Session."""
-        return self._session.parts[task].logits(rows.images)
-
-    def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """See session.Session."""
-        return self._session.joined(results)
-
-    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
-        """See session.Session."""
-        probs = self._session.probs(logits)
-        return Settled(self._session.combine(probs), probs, len(logits))
 
 
 class OneEach:

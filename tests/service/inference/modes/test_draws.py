@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from service.inference.draws import Keyed, at_random
+from service.inference.modes.draws import Keyed, at_random
 
 IMAGES = np.random.default_rng(0).random((400, 1, 4, 4)).astype(np.float32)
 SECRET = b"a key of some length"

@@ -1,0 +1,137 @@
+"""The mode `cascade` against `average` over HTTP, in one run: requests a second, agreement of labels, members used.
+
+    python -m benchmarks.serving.cascade NAME [--rounds 5] [--seconds 5] [--connections 8 64]
+
+NAME is a published, calibrated ensemble; its test split gives the images, one in each request, npy bodies, a thousand different images in
+turn. Both modes are measured in each round, on the same server; ratios are within a round. Agreement is over the whole test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks.serving.throughput import Arm, running, until_ready, wrk
+from models_store.store import Store
+from service.client import Client
+from training import data
+from training.config import data_options
+
+RESULT = Path(__file__).parents[1] / "results/cascade.md"
+BODIES = 1000
+MODES = {"average": {}, "calibrated": {"mode": "cascade"}, "exact": {"mode": "cascade", "rule": "exact"}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--connections", type=int, nargs="+", default=[8, 64])
+    args = parser.parse_args()
+    version = Store().load(args.name)
+    images, labels = data.as_arrays(data.load(data_options(version.manifest.provenance.config)).test)
+    policies = {args.name: {"modes": ["average", "cascade"]}}
+    arm = Arm(
+        "modepath",
+        ["bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}"],
+        {"MODEPATH_PORT": "{port}", "MODEPATH_POLICIES": json.dumps(policies), "MODEPATH_DEFAULT": args.name},
+    )
+    rates: dict[tuple[str, int], list[float]] = {}
+    tails: dict[tuple[str, int], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, running(arm) as (url, _):
+        until_ready(url)
+        with Client(url.removesuffix("/predict"), timeout=120) as client:
+            agreement = _agreement(client, images, labels)
+        scripts = {mode: _script(Path(folder), mode, images) for mode in MODES}
+        for _ in range(args.rounds):
+            for connections in args.connections:
+                for mode in MODES:
+                    measured = wrk(url, scripts[mode], connections, args.seconds)
+                    rates.setdefault((mode, connections), []).append(measured["rate"])
+                    tails.setdefault((mode, connections), []).append(measured["p99"])
+    rows = []
+    for mode in MODES:
+        for connections in args.connections:
+            ratio = np.array(rates[mode, connections]) / np.array(rates["average", connections])
+            rows.append(
+                [mode, connections, f"{np.median(rates[mode, connections]):.0f}", f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})",
+                 f"{np.median(tails[mode, connections]):.1f}", *agreement[mode]]
+            )  # fmt: skip
+    headers = [
+        "mode",
+        "connections",
+        "requests/s",
+        "ratio to average",
+        "p99, ms",
+        "members used",
+        "labels as by average",
+        "accuracy",
+    ]
+    command = f"python -m benchmarks.serving.cascade {args.name} --rounds {args.rounds} --seconds {args.seconds}"
+    text = "\n".join(
+        [
+            "# Cascade against average over HTTP", "",
+            f"`{command}`, {len(os.sched_getaffinity(0))} cores shared with wrk; {len(version.manifest.members)} members, {len(images)} test images; "
+            f"one image in each request, npy. Medians over rounds.", "",
+            tabulate(rows, headers, tablefmt="github", disable_numparse=True), "",
+        ]
+    )  # fmt: skip
+    RESULT.write_text(text)
+    print(text)
+
+
+def _agreement(client: Client, images: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
+    """Members used, share of labels as by `average`, and accuracy, of each mode."""
+    answers = {
+        mode: [client.predict(images[i : i + 500], **options) for i in range(0, len(images), 500)]
+        for mode, options in MODES.items()
+    }
+    named = {mode: np.concatenate([one.labels for one in parts]) for mode, parts in answers.items()}
+    found = {}
+    for mode, parts in answers.items():
+        if mode == "average":
+            used = float(parts[0].members_used)
+        else:
+            used = float(np.mean([one.members_used_by_row for one in parts]))
+        found[mode] = [
+            f"{used:.2f}",
+            f"{(named[mode] == named['average']).mean():.4f}",
+            f"{(named[mode] == labels).mean():.4f}",
+        ]
+    return found
+
+
+def _script(folder: Path, mode: str, images: np.ndarray) -> Path:
+    for index in range(BODIES):
+        array = io.BytesIO()
+        np.save(array, images[index : index + 1])
+        (folder / f"{index}.npy").write_bytes(array.getvalue())
+    query = "&".join(f"{name}={value}" for name, value in MODES[mode].items())
+    script = folder / f"{mode}.lua"
+    script.write_text(
+        f"""bodies = {{}}
+for index = 0, {BODIES - 1} do
+  local file = io.open("{folder}/" .. index .. ".npy", "rb")
+  bodies[index] = file:read("*a")
+  file:close()
+end
+next_body = 0
+request = function()
+  next_body = (next_body + 1) % {BODIES}
+  return wrk.format("POST", "/predict?{query}", {{["Content-Type"] = "application/x-npy"}}, bodies[next_body])
+end
+"""
+    )
+    return script
+
+
+if __name__ == "__main__":
+    main()

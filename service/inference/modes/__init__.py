@@ -1,0 +1,1 @@
+"""How an ensemble answers. Each mode implements session.Session, and batching.py runs it."""
