@@ -1,6 +1,6 @@
 """The mode `cascade` against `average` over HTTP, in one run: requests a second, agreement of labels, members used.
 
-    python -m benchmarks.serving.cascade NAME [--rounds 5] [--seconds 5] [--connections 8 64]
+    python -m benchmarks.serving.cascade NAME [--rounds 5] [--seconds 5] [--connections 8 64] [--workers 1 2]
 
 NAME is a published, calibrated ensemble; its test split gives the images, one in each request, npy bodies, a thousand different images in
 turn. Both modes are measured in each round, on the same server; ratios are within a round. Agreement is over the whole test split.
@@ -35,37 +35,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--connections", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     version = Store().load(args.name)
     images, labels = data.as_arrays(data.load(data_options(version.manifest.provenance.config)).test)
-    policies = {args.name: {"modes": ["average", "cascade"]}}
-    arm = Arm(
-        "modepath",
-        ["bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}"],
-        {"MODEPATH_PORT": "{port}", "MODEPATH_POLICIES": json.dumps(policies), "MODEPATH_DEFAULT": args.name},
-    )
-    rates: dict[tuple[str, int], list[float]] = {}
-    tails: dict[tuple[str, int], list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder, running(arm) as (url, _):
-        until_ready(url)
-        with Client(url.removesuffix("/predict"), timeout=120) as client:
-            agreement = _agreement(client, images, labels)
-        scripts = {mode: _script(Path(folder), mode, images) for mode in MODES}
-        for _ in range(args.rounds):
-            for connections in args.connections:
-                for mode in MODES:
-                    measured = wrk(url, scripts[mode], connections, args.seconds)
-                    rates.setdefault((mode, connections), []).append(measured["rate"])
-                    tails.setdefault((mode, connections), []).append(measured["p99"])
     rows = []
-    for mode in MODES:
-        for connections in args.connections:
-            ratio = np.array(rates[mode, connections]) / np.array(rates["average", connections])
-            rows.append(
-                [mode, connections, f"{np.median(rates[mode, connections]):.0f}", f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})",
-                 f"{np.median(tails[mode, connections]):.1f}", *agreement[mode]]
-            )  # fmt: skip
+    for workers in args.workers:
+        rates, tails, agreement = _measured(args, workers, images, labels)
+        for mode in MODES:
+            for connections in args.connections:
+                ratio = np.array(rates[mode, connections]) / np.array(rates["average", connections])
+                rows.append(
+                    [workers, mode, connections, f"{np.median(rates[mode, connections]):.0f}",
+                     f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})", f"{np.median(tails[mode, connections]):.1f}", *agreement[mode]]
+                )  # fmt: skip
     headers = [
+        "workers",
         "mode",
         "connections",
         "requests/s",
@@ -88,6 +73,37 @@ def main() -> None:
     print(text)
 
 
+Cells = dict[tuple[str, int], list[float]]
+
+
+def _measured(
+    args: argparse.Namespace, workers: int, images: np.ndarray, labels: np.ndarray
+) -> tuple[Cells, Cells, dict[str, list[str]]]:
+    """Requests a second and p99 by mode and connections, and what `_agreement` finds, of one server."""
+    policies = {args.name: {"modes": ["average", "cascade"]}}
+    arm = Arm(
+        "modepath",
+        ["bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}"],
+        {
+            "MODEPATH_PORT": "{port}", "MODEPATH_POLICIES": json.dumps(policies), "MODEPATH_DEFAULT": args.name,
+            "MODEPATH_WORKERS": str(workers), "MODEPATH_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers)),
+        },
+    )  # fmt: skip
+    rates, tails = Cells(), Cells()
+    with tempfile.TemporaryDirectory() as folder, running(arm) as (url, _):
+        until_ready(url)
+        with Client(url.removesuffix("/predict"), timeout=120) as client:
+            agreement = _agreement(client, images, labels)
+        scripts = {mode: _script(Path(folder), mode, images) for mode in MODES}
+        for _ in range(args.rounds):
+            for connections in args.connections:
+                for mode in MODES:
+                    measured = wrk(url, scripts[mode], connections, args.seconds)
+                    rates.setdefault((mode, connections), []).append(measured["rate"])
+                    tails.setdefault((mode, connections), []).append(measured["p99"])
+    return rates, tails, agreement
+
+
 def _agreement(client: Client, images: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
     """Members used, share of labels as by `average`, and accuracy, of each mode."""
     answers = {
@@ -100,7 +116,7 @@ def _agreement(client: Client, images: np.ndarray, labels: np.ndarray) -> dict[s
         if mode == "average":
             used = float(parts[0].members_used)
         else:
-            used = float(np.mean([one.members_used_by_row for one in parts]))
+            used = sum(float(one.members_used_by_row.sum()) for one in parts) / len(labels)
         found[mode] = [
             f"{used:.2f}",
             f"{(named[mode] == named['average']).mean():.4f}",

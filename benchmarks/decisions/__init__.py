@@ -1,0 +1,1 @@
+"""What decisions are worth: one table per script."""
