@@ -228,7 +228,8 @@ class _Routes:
         elif pool:
             shown = PoolInfo(mebibytes=math.ceil(pool.bytes / 2**20), networks=len(pool), of=pool.source.count)
         is_default = manifest.name == self._worker.ensembles.default_name
-        calibration = ensemble.decisions.calibration(ensemble.policy.modes[0])
+        calibrations = map(ensemble.decisions.calibration, ensemble.policy.modes)
+        calibration = next((found for found in calibrations if found is not None), None)
         return describe(manifest, ensemble.providers, ensemble.policy, shown, calibration, is_default=is_default)
 
 

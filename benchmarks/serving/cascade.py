@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks.serving.throughput import Arm, running, until_ready, wrk
+from benchmarks.serving.throughput import Arm, cpu_seconds, running, until_ready, wrk
+from models_store.decisions.calibrating import from_npz
 from models_store.store import Store
 from service.client import Client
 from training import data
 from training.config import data_options
 
 RESULT = Path(__file__).parents[1] / "results/cascade.md"
-BODIES = 1000
+BODIES = 1000  # at most
 MODES = {"average": {}, "calibrated": {"mode": "cascade"}, "exact": {"mode": "cascade", "rule": "exact"}}
 
 
@@ -35,19 +36,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--connections", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--images", type=Path, help="npz file with x and y, for versions that name no data set")
+    parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     version = Store().load(args.name)
-    images, labels = data.as_arrays(data.load(data_options(version.manifest.provenance.config)).test)
+    if args.images is None:
+        images, labels = data.as_arrays(data.load(data_options(version.manifest.provenance.config)).test)
+    else:
+        given = from_npz(args.images)
+        images, labels = given.images, given.labels
     rows = []
     for workers in args.workers:
-        rates, tails, agreement = _measured(args, workers, images, labels)
+        rates, tails, spent, agreement = _measured(args, workers, images, labels)
         for mode in MODES:
             for connections in args.connections:
                 ratio = np.array(rates[mode, connections]) / np.array(rates["average", connections])
                 rows.append(
                     [workers, mode, connections, f"{np.median(rates[mode, connections]):.0f}",
-                     f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})", f"{np.median(tails[mode, connections]):.1f}", *agreement[mode]]
+                     f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})", f"{np.median(tails[mode, connections]):.1f}", f"{np.median(spent[mode, connections]):.2f}", *agreement[mode]]
                 )  # fmt: skip
     headers = [
         "workers",
@@ -56,6 +63,7 @@ def main() -> None:
         "requests/s",
         "ratio to average",
         "p99, ms",
+        "CPU, ms per request",
         "members used",
         "labels as by average",
         "accuracy",
@@ -69,7 +77,7 @@ def main() -> None:
             tabulate(rows, headers, tablefmt="github", disable_numparse=True), "",
         ]
     )  # fmt: skip
-    RESULT.write_text(text)
+    args.output.write_text(text)
     print(text)
 
 
@@ -78,8 +86,8 @@ Cells = dict[tuple[str, int], list[float]]
 
 def _measured(
     args: argparse.Namespace, workers: int, images: np.ndarray, labels: np.ndarray
-) -> tuple[Cells, Cells, dict[str, list[str]]]:
-    """Requests a second and p99 by mode and connections, and what `_agreement` finds, of one server."""
+) -> tuple[Cells, Cells, Cells, dict[str, list[str]]]:
+    """Requests a second, p99 and CPU milliseconds per request by mode and connections, and what `_agreement` finds, of one server."""
     policies = {args.name: {"modes": ["average", "cascade"]}}
     arm = Arm(
         "modepath",
@@ -89,8 +97,8 @@ def _measured(
             "MODEPATH_WORKERS": str(workers), "MODEPATH_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers)),
         },
     )  # fmt: skip
-    rates, tails = Cells(), Cells()
-    with tempfile.TemporaryDirectory() as folder, running(arm) as (url, _):
+    rates, tails, spent = Cells(), Cells(), Cells()
+    with tempfile.TemporaryDirectory() as folder, running(arm) as (url, process):
         until_ready(url)
         with Client(url.removesuffix("/predict"), timeout=120) as client:
             agreement = _agreement(client, images, labels)
@@ -98,16 +106,21 @@ def _measured(
         for _ in range(args.rounds):
             for connections in args.connections:
                 for mode in MODES:
+                    before = cpu_seconds(process)
                     measured = wrk(url, scripts[mode], connections, args.seconds)
+                    spent.setdefault((mode, connections), []).append(
+                        1000 * (cpu_seconds(process) - before) / measured["requests"]
+                    )
                     rates.setdefault((mode, connections), []).append(measured["rate"])
                     tails.setdefault((mode, connections), []).append(measured["p99"])
-    return rates, tails, agreement
+    return rates, tails, spent, agreement
 
 
 def _agreement(client: Client, images: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
     """Members used, share of labels as by `average`, and accuracy, of each mode."""
+    size = max(1, min(500, 2**21 // images[0].size))  # bodies of at most 8 MiB
     answers = {
-        mode: [client.predict(images[i : i + 500], **options) for i in range(0, len(images), 500)]
+        mode: [client.predict(images[i : i + size], **options) for i in range(0, len(images), size)]
         for mode, options in MODES.items()
     }
     named = {mode: np.concatenate([one.labels for one in parts]) for mode, parts in answers.items()}
@@ -126,22 +139,23 @@ def _agreement(client: Client, images: np.ndarray, labels: np.ndarray) -> dict[s
 
 
 def _script(folder: Path, mode: str, images: np.ndarray) -> Path:
-    for index in range(BODIES):
+    for index in range(min(BODIES, len(images))):
         array = io.BytesIO()
         np.save(array, images[index : index + 1])
         (folder / f"{index}.npy").write_bytes(array.getvalue())
+    count = min(BODIES, len(images))
     query = "&".join(f"{name}={value}" for name, value in MODES[mode].items())
     script = folder / f"{mode}.lua"
     script.write_text(
         f"""bodies = {{}}
-for index = 0, {BODIES - 1} do
+for index = 0, {count - 1} do
   local file = io.open("{folder}/" .. index .. ".npy", "rb")
   bodies[index] = file:read("*a")
   file:close()
 end
 next_body = 0
 request = function()
-  next_body = (next_body + 1) % {BODIES}
+  next_body = (next_body + 1) % {count}
   return wrk.format("POST", "/predict?{query}", {{["Content-Type"] = "application/x-npy"}}, bodies[next_body])
 end
 """

@@ -45,7 +45,7 @@ def threshold(confidence: Floats, wrong: NDArray[np.bool_], risk: float) -> Thre
         risk: P(wrong | answered), in (0, 1).
     """
     count = len(confidence)
-    if not count:
+    if count * risk < 1:  # even without an error P(Bin(count, risk) = 0) is above 1 − CONFIDENCE
         return None
     sequences = max(1, math.floor(math.log(count * risk, 4)))
     level = (1 - CONFIDENCE) / sequences

@@ -18,6 +18,7 @@ from models_store.decisions.calibration import SEED, Answers, Way, drawn, halves
 from models_store.errors import StoreError
 from models_store.graphs.runtime import EnsembleSession, MemberSession, in_batches
 from models_store.manifest import Draft
+from models_store.scores import score
 from models_store.store import Store, Version
 from models_store.uncertainty import Floats, combine, softmax
 
@@ -40,7 +41,7 @@ def from_npz(file: Path) -> Labelled:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays["x"], arrays["y"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise StoreError(
             f"{file} is not an npz file with the arrays x (images) and y (labels): {error}. Write it with numpy.savez(file, x=…, y=…)."
         ) from None
@@ -116,6 +117,10 @@ def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool
     _check(version, given, classes)
     store.verify(version)
     logits = in_batches(EnsembleSession(version.folder, record), given.images)
+    if not np.isfinite(logits).all():
+        raise StoreError(
+            f"A member of {version.name} answers an image of {given.source} with NaN or infinity; train it again."
+        )
     first, _ = halves(len(given.labels))
     weights = np.array([member.weight for member in record.members])
     average = temperature.fit(logits[:, first], given.labels[first], weights)
@@ -130,8 +135,10 @@ def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool
             {
                 **{name: getattr(record, name) for name in Draft.model_fields},
                 "members": [
-                    m.model_copy(update={"temperature": t}) for m, t in zip(record.members, alone, strict=True)
+                    m.model_copy(update={"temperature": t, "validation": score(softmax(z, t), given.labels)})
+                    for m, t, z in zip(record.members, alone, logits, strict=True)
                 ],
+                "validation": score(combine(softmax(logits, average), weights).mean_probs, given.labels),
                 "temperature": average,
                 "calibration": measure(staged, given, logits, weights, average, alone, bank),
                 "provenance": record.provenance.model_copy(update={"run": None}),

@@ -108,7 +108,7 @@ class Calibration:
         return conformal.sets(probs, conformal.scores(probs, method, u), limit, allow_empty=allow_empty)
 
     def _limit(self, coverage: float, method: Method, per_class: bool) -> float | Floats:
-        if (key := (coverage, method, per_class)) not in self._limits:
+        if (known := self._limits.get(key := (coverage, method, per_class))) is None:
             own, labels = self._answers.scores[method], self._answers.labels
             if per_class:
                 limit = conformal.thresholds_by_class(own, labels, self._classes, coverage)
@@ -117,7 +117,8 @@ class Calibration:
             if len(self._limits) > 1000:  # clients choose the coverage
                 self._limits.clear()
             self._limits[key] = limit
-        return self._limits[key]
+            return limit
+        return known
 
     def threshold(self, risk: float) -> Threshold | None:
         """The confidence above which answers to images that are not novel are wrong with probability `risk` at most.
@@ -208,7 +209,12 @@ def load_answers(folder: Path, ways: Sequence[Way], images: int, classes: int) -
         arrays = [*answers.scores.values(), *answers.uncertainty.values()]
         right = all(one.shape == (images,) and one.dtype == np.float64 and np.isfinite(one).all() for one in arrays)
         labels = answers.labels
-        if not right or labels.shape != (images,) or (images and not 0 <= labels.min() <= labels.max() < classes):
+        if (
+            not right
+            or labels.shape != (images,)
+            or answers.wrong.shape != (images,)
+            or (images and not 0 <= labels.min() <= labels.max() < classes)
+        ):
             raise CorruptionError(
                 f"{folder / CALIBRATION_FILE} breaks FORMAT.md: it does not hold a finite number for each of {images} images. "
                 "Restore it from a copy, or publish again."

@@ -188,6 +188,9 @@ class CalibrationInfo(BaseModel):
     confidence: float = Field(
         description="probability, over the choice of the calibration images, that the bound on the risk holds"
     )
+    classes_without_guarantee: list[str] = Field(
+        description="classes that have too few calibration images for a coverage of 0.9 of their own (per_class)"
+    )
     cascade_groups: list[int] | None = Field(description="members in each group of a cascade; null without one")
     cascade_disagreement: float | None = Field(
         description="bound on the share of images that a calibrated cascade labels otherwise than average; null without one"
@@ -370,15 +373,15 @@ def _guarantees(manifest: Manifest, calibration: Calibration) -> CalibrationInfo
     cascade = manifest.calibration.cascade if manifest.calibration else None
     least, most = calibration.least_risk, calibration.most_coverage
     missing = [f"a coverage above {most:.3g}"] if most < 0.95 else []
+    missing += ["calling an image novel"] if calibration.images < 99 else []
     missing += [] if least is not None and least <= 0.1 else ["a risk of 0.1 or less"]
     return CalibrationInfo(
         images=calibration.images,
         most_coverage=most,
         least_risk=least,
         confidence=abstention.CONFIDENCE,
+        classes_without_guarantee=[manifest.classes[label] for label in calibration.classes_without_guarantee(0.9)],
         cascade_groups=cascade.groups if cascade else None,
         cascade_disagreement=cascade.disagreement if cascade else None,
-        note=f"{calibration.images} calibration images guarantee neither more nor less: not {' and not '.join(missing)}"
-        if missing
-        else None,
+        note=f"{calibration.images} calibration images are too few for:  {', '.join(missing)}" if missing else None,
     )

@@ -105,6 +105,22 @@ class _Piece:
     segments: list[_Segment]
     turn_seconds: float = 0.0  # estimated time, while it waits
 
+    def cut(self, count: int) -> tuple[_Piece, _Piece | None]:
+        """Return the first `count` rows, and the rest if there is one."""
+        if count >= len(self.rows):
+            return self, None
+        first: list[_Segment] = []
+        second: list[_Segment] = []
+        left = count
+        for segment in self.segments:
+            size = len(segment.numbers)
+            if left > 0:
+                first.append(_Segment(segment.job, segment.numbers[:left]))
+            if size > left:
+                second.append(_Segment(segment.job, segment.numbers[max(left, 0) :]))
+            left -= size
+        return _Piece(self.session, self.rows[:count], first), _Piece(self.session, self.rows[count:], second)
+
 
 @dataclass(slots=True, eq=False)
 class _Batch:
@@ -301,7 +317,9 @@ class Batcher:
                 passed.append(job)
                 continue
             if isinstance(job, _Piece):
-                piece = job
+                piece, rest = job.cut(room)
+                if rest is not None:
+                    passed.append(rest)
             else:
                 if not job.taken:
                     job.began = now
@@ -391,7 +409,7 @@ class Batcher:
                     ended.append(job)
             if waiting and settled.further is not None:
                 self._queue(_Piece(*settled.further, waiting), first=True)  # its requests have had their turn
-                self._changed.notify()
+                self._changed.notify_all()
         for job in ended:
             job.tell(_answer(job))
 

@@ -25,9 +25,10 @@ from models_store.decisions.calibration import (
     uniform,
 )
 from models_store.decisions.conformal import Method
+from models_store.errors import MemberError
 from models_store.store import Version
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction
-from service.http.errors import BadRequestError, ForbiddenError, NotReadyError
+from service.http.errors import BadRequestError, ForbiddenError
 from service.http.images import Images
 from service.inference.policy import Mode, Policy
 
@@ -63,22 +64,25 @@ NOTHING = Decided()
 class Decisions:
     """The decisions of one ensemble."""
 
-    def __init__(self, name: str, ways: Mapping[Way, Calibration], policy: Policy):
-        self._name, self._ways, self._policy = name, ways, policy
+    def __init__(self, name: str, ways: Mapping[Way, Calibration], policy: Policy, *, draws_all: bool = True):
+        """Create the decisions of an ensemble; `draws_all` is False if `keyed` draws from a part of the networks only."""
+        self._name, self._ways, self._policy, self._draws_all = name, ways, policy, draws_all
 
     @classmethod
-    def of(cls, version: Version, policy: Policy) -> Decisions:
+    def of(cls, version: Version, policy: Policy, *, draws_all: bool = True) -> Decisions:
         """Return the decisions of a version; of one without a calibration, only those that need none.
 
         Raises:
             CorruptionError: its calibration cannot be read.
         """
         ways = load_calibrations(version.folder, version.manifest)
-        return cls(version.manifest.name, ways, policy)
+        return cls(version.manifest.name, ways, policy, draws_all=draws_all)
 
     def calibration(self, mode: Mode) -> Calibration | None:
         """Return the calibration for a mode; None if there is none."""
         if mode == "cascade":  # its margins were chosen with the calibration images
+            return None
+        if mode == "keyed" and not self._draws_all:  # the calibration is that of all networks
             return None
         return self._ways.get("average" if mode == "average" else "drawn")
 
@@ -88,10 +92,7 @@ class Decisions:
         Raises:
             BadRequestError: its fields contradict each other, or the calibration does not support them.
             ForbiddenError: the policy hides what the decisions would reveal.
-            NotReadyError: the operator's policy names a risk that the calibration cannot guarantee.
         """
-        if self._policy.risk is not None:
-            self._check_policy(mode, self._policy.risk)
         if wanted.coverage is None and (wanted.set_method or wanted.per_class or wanted.allow_empty):
             raise BadRequestError(
                 "set_method, per_class and allow_empty describe a prediction set: give its `coverage`, for example 0.9."
@@ -116,6 +117,10 @@ class Decisions:
             raise ForbiddenError(
                 f"The operator does not show exact probabilities of {self._name} in {mode!r}, and prediction sets and decisions by the client's own limits would reveal them."
             )
+        if wanted.percentiles and mode == "average" and not self._policy.shows_uncertainty:
+            raise ForbiddenError(
+                f"The operator does not show the uncertainty of {self._name}, and its percentiles would reveal it."
+            )
         calibration = self.calibration(mode)
         if calibration is None:
             raise BadRequestError(
@@ -131,15 +136,21 @@ class Decisions:
                 f"{self._cannot(wanted.risk, calibration)} Ask for a higher risk, or calibrate on more images."
             )
 
-    def _check_policy(self, mode: Mode, risk: float) -> None:
-        calibration = self.calibration(mode)
-        if calibration is None:
-            raise NotReadyError(
-                f"The operator's policy limits the risk of {self._name}, which is not calibrated for {mode!r}. {HOW.format(self._name)}"
+    def check_policy(self, mode: Mode) -> None:
+        """Refuse a version that cannot keep the risk that the operator's policy names.
+
+        Raises:
+            MemberError: it is not calibrated for this mode, or on too few images.
+        """
+        if (risk := self._policy.risk) is None:
+            return
+        if (calibration := self.calibration(mode)) is None:
+            raise MemberError(
+                f"The policy limits the risk of {self._name}, which is not calibrated for {mode!r}. {HOW.format(self._name)}"
             )
         if calibration.threshold(risk) is None:
-            raise NotReadyError(
-                f"The operator's policy limits the risk. {self._cannot(risk, calibration)} Calibrate it on more images, or name a higher risk in the policy."
+            raise MemberError(
+                f"The policy limits the risk. {self._cannot(risk, calibration)} Calibrate it on more images, or name a higher risk in the policy."
             )
 
     def _cannot(self, risk: float, calibration: Calibration) -> str:

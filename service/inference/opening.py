@@ -153,13 +153,15 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         sessions,
         pool,
         draws,
-        Decisions.of(version, recipe.policy),
+        Decisions.of(version, recipe.policy, draws_all=pool is None or len(pool) == pool.source.count),
         cascades,
     )
     _check_listing(ensemble)
     shape = version.manifest.input.shape
     black = np.zeros((1, *shape), np.float32)
     noise = np.random.default_rng(0).random((2, *shape), np.float32)
+    for mode in modes:
+        ensemble.decisions.check_policy(mode)
     for stage in [stage for first in cascades.values() for stage in first.chain()]:
         warm(stage, Rows(black))
     for mode in sessions:

@@ -85,6 +85,10 @@ class Policy(BaseModel):
             raise ValueError(
                 "cascade without average: a defended ensemble must not reveal by its timing how sure its members are"
             )
+        if "cascade" in self.modes and self.digits("cascade") != "exact":
+            raise ValueError(
+                "cascade needs exact probabilities: the number of members that ran, and the time, tell how sure an answer is"
+            )
         if "cascade" in self.modes and self.risk is not None:
             raise ValueError("risk has no guarantee in cascade: leave out one of them")
         return self

@@ -53,13 +53,13 @@ def reference(version, images, rule):
 @pytest.fixture
 def version(store):
     x, y = labelled(12_000, temperature=0.1)
-    # Sharp members that agree on most images.
-    plain = publish(store, "many", seeds=tuple(range(MEMBERS)), temperature=0.05)
+    # Sharp members, of which most agree on most images.
+    plain = publish(store, "many", seeds=(0, 0, 1, 0, 0, 2, 0, 3), temperature=0.05)
     return calibrating.calibrate(store, plain, calibrating.Labelled(x, y, "these"))
 
 
 def test_answers_of_many_clients_are_those_of_a_sequential_cascade(version, store, serve):
-    policies = {"many": {"modes": ["average", "cascade"]}}
+    policies = {"many": {"modes": ["cascade", "average"]}}
     server = serve(store, MODEPATH_POLICIES=json.dumps(policies), MODEPATH_WORKERS="1")
     server.until(200)
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_answers_of_many_clients_are_those_of_a_sequential_cascade(version, stor
         assert sum(clients.map(ask, np.array_split(np.arange(2000), 32))) == 2000
     with Client(server.url) as client:
         images, expected_used = images[:1000], expected["calibrated"][3][:1000]
-        average = client.predict(images)
+        average = client.predict(images, mode="average")
         exact = client.predict(images, mode="cascade", rule="exact")
         assert exact.labels.tolist() == average.labels.tolist()  # by construction, for every image
         calibrated = client.predict(images, mode="cascade")
@@ -114,7 +114,7 @@ def test_answers_of_many_clients_are_those_of_a_sequential_cascade(version, stor
                 client.predict(images[:1], mode="cascade", **options)
             assert refused.value.status == 400
         with pytest.raises(RefusedError, match="400: `rule` belongs to the mode 'cascade'"):
-            client.predict(images[:1], rule="exact")
+            client.predict(images[:1], mode="average", rule="exact")
     metrics = httpx.get(server.url + "/metrics").text
     count = next(
         line

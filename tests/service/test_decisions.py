@@ -1,6 +1,7 @@
 """Prediction sets, abstention and novelty over HTTP, against a computation from the published files."""
 
 import json
+import time
 
 import httpx
 import numpy as np
@@ -11,7 +12,7 @@ from models_store.decisions.calibration import load_answers, uniform
 from models_store.graphs.runtime import EnsembleSession
 from service.client import Client, RefusedError
 from tests.models_store.decisions.test_calibrating import labelled
-from tests.onnx_members import SHAPE, bank, publish
+from tests.onnx_members import bank, publish
 
 SURE = 0.1  # temperature of the labels: the members are mostly right
 new, labels = labelled(400, seed=9, temperature=SURE)
@@ -158,12 +159,28 @@ def test_modes_that_draw_a_network_are_calibrated_on_their_own_answers(calibrate
     assert len(bodies) == 1  # as long as one another, whatever the set holds
 
 
-def test_a_policy_with_a_risk_answers_nothing_that_it_cannot_guarantee(store, serve):
-    publish(store, "animals")
-    policies = {"animals": {"risk": 0.02}}
-    server = serve(store, MODEPATH_POLICIES=json.dumps(policies))
+def test_a_version_that_cannot_keep_the_risk_of_the_policy_is_not_served_and_the_one_before_stays(
+    calibrated, store, serve
+):
+    policies = {"careful": {"risk": 0.45}, "plain": {"risk": 0.02}, "quiet": {"uncertainty": False}}
+    calibrating.calibrate(store, publish(store, "quiet"), calibrating.Labelled(*labelled(200), "these"))
+    server = serve(store, MODEPATH_POLICIES=json.dumps(policies), MODEPATH_DEFAULT="careful")
     server.until(200)
-    body = {"inputs": np.zeros((1, *SHAPE)).tolist()}
-    answer = httpx.post(server.url + "/predict", json=body)
-    assert answer.status_code == 503
-    assert "models_store calibrate animals" in answer.json()["error"]
+    with Client(server.url, attempts=1) as client:
+        assert set(client.predict(new[:20]).decisions or ()) <= {"predict", "abstain"}
+        with pytest.raises(RefusedError, match="503"):
+            client.predict(new[:1], ensemble="plain")
+        assert "The policy limits the risk of plain, which is not calibrated" in server.log.read_text()
+        publish(store, "careful")  # version 3, without a calibration, becomes active
+        deadline = time.monotonic() + 30
+        while "The policy limits the risk of careful" not in server.log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        answer = client.predict(new[:20])
+        assert (answer.version, answer.decisions is None) == (2, False)
+        # Percentiles are uncertainty by another name.
+        with pytest.raises(RefusedError, match="403: The operator does not show the uncertainty of quiet"):
+            client.predict(new[:1], ensemble="quiet", percentiles=True)
+        # Not a number that overflows, but a risk that nothing can guarantee.
+        with pytest.raises(RefusedError, match="400: No confidence of animals guarantees a risk of 1e-310"):
+            client.predict(new[:1], ensemble="animals", risk=1e-310)

@@ -41,6 +41,10 @@ def test_foreign_members_are_calibrated_from_an_npz_file(store, tmp_path, capsys
     assert version.manifest.schema_version == 2
     assert version.manifest.temperature == pytest.approx(2, abs=0.5)
     assert record.ways == ["average", "drawn"]
+    own = softmax(np.stack([linear_logits(linear(k), x) for k in range(3)]), version.manifest.temperature)
+    assert version.manifest.validation.nll == pytest.approx(
+        -np.log(own.mean(axis=0)[np.arange(2000), y]).mean(), abs=1e-4
+    )
     assert sorted(record.cascade.order) == [0, 1, 2]
     # What was measured is what the runtime answers on the second half of the images.
     _, second = halves(2000)
@@ -106,9 +110,11 @@ def test_images_that_do_not_fit_are_refused_and_nothing_is_published(store, tmp_
 
 
 def test_a_file_without_the_arrays_is_refused(tmp_path):
-    (tmp_path / "x.npz").write_bytes(b"text")
-    with pytest.raises(StoreError, match="not an npz file"):
-        calibrating.from_npz(tmp_path / "x.npz")
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    for content in (b"text", b"", (tmp_path / "x.npy").read_bytes()):
+        (tmp_path / "x.npz").write_bytes(content)
+        with pytest.raises(StoreError, match="not an npz file"):
+            calibrating.from_npz(tmp_path / "x.npz")
     with pytest.raises(StoreError, match="not an npz file"):
         calibrating.from_npz(tmp_path / "missing.npz")
 
@@ -122,6 +128,7 @@ def test_a_calibration_that_was_changed_is_refused(store):
         {"average.score.lac": tensors["average.score.lac"][:-1]},
         {"average.score.lac": tensors["average.score.lac"] * np.nan},
         {"drawn.labels": tensors["drawn.labels"] + 9},
+        {"average.wrong": tensors["average.wrong"][:-1]},
     ):
         save_file(tensors | broken, file)
         with pytest.raises(CorruptionError, match="finite number for each of 50 images"):

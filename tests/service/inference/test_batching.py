@@ -334,3 +334,62 @@ def test_an_ensemble_that_is_served_no_more_is_forgotten(batcher):
             break
         time.sleep(0.02)
     assert gone() is None
+
+
+class Staged:
+    """A group of a cascade: rows whose value lies above a limit stay for the next group. It records the sizes of its batches."""
+
+    def __init__(self, limit=1.0, further=None, seconds=0.0):
+        self.limit, self.further, self.seconds, self.sizes = limit, further, seconds, []
+
+    def tasks(self, rows):
+        return 1
+
+    def run(self, task, rows):
+        time.sleep(self.seconds * len(rows))
+        self.sizes.append(len(rows))
+        return np.repeat(rows.images[:, 0, 0, 0], 2).reshape(1, -1, 2) * np.array([1, 2], np.float32)
+
+    def joined(self, results):
+        return results[0]
+
+    def settle(self, rows, logits):
+        if rows.carried is not None:
+            logits = np.concatenate([rows.carried, logits])
+        probs = softmax(logits)
+        stays = rows.images[:, 0, 0, 0] > self.limit
+        prediction = combine(probs[:, ~stays], np.full(len(logits), 1 / len(logits)))
+        if not stays.any():
+            return Settled(prediction, None, len(logits))
+        return Settled(
+            prediction, None, len(logits), stays, (self.further, Rows(rows.images[stays], carried=logits[:, stays]))
+        )
+
+
+def test_rows_that_need_more_members_continue_in_bounded_batches_and_come_back_in_order():
+    last = Staged(seconds=0.001)
+    first = Staged(0.3, Staged(0.6, last))
+    rng = np.random.default_rng(0)
+    limits = QueueLimits(batch_rows=64, batch_seconds=0.01, rows=10_000, seconds=10)
+
+    async def ask(batcher, count):
+        values = rng.random(count).astype(np.float32)
+        answer = await batcher.run(first, Rows(values.reshape(-1, 1, 1, 1)))
+        assert answer.used.tolist() == np.select([values > 0.6, values > 0.3], [3, 2], 1).tolist()
+        expected = softmax(values[:, None] * np.array([1, 2]))
+        assert answer.prediction.mean_probs == pytest.approx(expected, abs=1e-6)
+
+    async def all_of_them():
+        batcher = Batcher(limits, 2)
+        for session in (first, first.further, last):
+            batcher.warm(session, Rows(np.zeros((1, 1, 1, 1), np.float32)))
+        last.sizes.clear()
+        await asyncio.gather(*(ask(batcher, int(count)) for count in rng.integers(1, 40, 200)))
+        assert batcher._rows == 0
+        batcher.close()
+
+    asyncio.run(all_of_them())
+    assert sum(last.sizes) > 500
+    assert (
+        max(last.sizes) <= 16
+    )  # about batch_seconds of the last group, although the first one takes 64 rows at a time

@@ -99,3 +99,16 @@ def test_of_relatives_one_answers_also_where_a_version_of_one_cannot_be_read():
     found = judged(unread(known(path="x", ends="x", other="w"), "path"), {"path": DEFENDED, "ends": DEFENDED})
     assert found.related == {"path"}
     assert found.uncertain == {"other"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ({"modes": ["cascade", "random"]}, "cascade without average"),
+        ({"modes": ["average", "cascade"], "probabilities": 2}, "cascade needs exact probabilities"),
+        ({"modes": ["average", "cascade"], "risk": 0.1}, "risk has no guarantee in cascade"),
+    ],
+)
+def test_a_cascade_is_closed_where_the_number_of_members_would_tell_what_is_hidden(policy, reason):
+    with pytest.raises(ValidationError, match=reason):
+        Policy(**policy)
