@@ -5,8 +5,10 @@ import time
 
 import httpx
 import numpy as np
+import onnx
 import pytest
 
+from models_store.__main__ import main
 from models_store.decisions import abstention, calibrating, conformal
 from models_store.decisions.calibration import load_answers, uniform
 from models_store.graphs.runtime import EnsembleSession
@@ -184,3 +186,22 @@ def test_a_version_that_cannot_keep_the_risk_of_the_policy_is_not_served_and_the
         # Not a number that overflows, but a risk that nothing can guarantee.
         with pytest.raises(RefusedError, match="400: No confidence of animals guarantees a risk of 1e-310"):
             client.predict(new[:1], ensemble="animals", risk=1e-310)
+
+
+def test_foreign_models_are_imported_calibrated_from_an_npz_file_and_then_decide_and_cascade(store, serve, tmp_path):
+    for k in range(3):
+        onnx.save(linear(k, input_name="x", output_name="scores"), tmp_path / f"{k}.onnx")
+    x, y = labelled(2000, temperature=SURE)
+    np.savez(tmp_path / "held-out.npz", x=x, y=y)
+    command = ["--store", str(store.root)]
+    assert main([*command, "import", "foreign", *(str(tmp_path / f"{k}.onnx") for k in range(3))]) == 0
+    assert main([*command, "calibrate", "foreign", "--dataset", f"npz:{tmp_path / 'held-out.npz'}"]) == 0
+    server = serve(store, MODEPATH_POLICIES=json.dumps({"foreign": {"modes": ["average", "cascade"]}}))
+    server.until(200)
+    with Client(server.url) as client:
+        answer = client.predict(new, coverage=0.9, allow_empty=True)
+        covered = [label in one for label, one in zip(labels, answer.prediction_sets or (), strict=True)]
+        assert np.mean(covered) == pytest.approx(0.9, abs=0.05)
+        exact = client.predict(new, mode="cascade", rule="exact")
+        assert exact.labels.tolist() == answer.labels.tolist()
+        assert exact.members_used_by_row.mean() < 3
