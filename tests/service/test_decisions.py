@@ -14,7 +14,7 @@ from models_store.decisions.calibration import load_answers, uniform
 from models_store.graphs.runtime import EnsembleSession
 from service.client import Client, RefusedError
 from tests.models_store.decisions.test_calibrating import labelled
-from tests.onnx_members import bank, publish
+from tests.onnx_members import bank, linear, publish
 
 SURE = 0.1  # temperature of the labels: the members are mostly right
 new, labels = labelled(400, seed=9, temperature=SURE)
