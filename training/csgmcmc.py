@@ -1,7 +1,6 @@
 """Cyclical stochastic gradient MCMC (Zhang et al. 2020): each cycle explores with SGD, then samples with noise.
 
-In each cycle the learning rate falls along a cosine. In the last part of a cycle (--sampling) noise is added to the
-velocity (SGHMC), so that the weights are samples of the posterior.
+The rate falls along a cosine in each cycle. In its last part noise (SGHMC) makes the weights samples of the posterior.
 """
 
 from __future__ import annotations
@@ -35,17 +34,15 @@ class Config(BaseConfig):
     samples: int = 3
     """Number of members collected in each cycle, equally spaced over its sampling stage (see --sampling)."""
     sampling: float = 0.2
-    """Length of the sampling stage at the end of each cycle, as a share of the cycle (1 − β in the paper). Noise is
-    added only in this stage."""
+    """Share of each cycle, at its end, that is its sampling stage (1 − β in the paper). Only there noise is added."""
     posterior_temperature: float = 1.0
     """Temperature of the sampled posterior: 1 samples the posterior itself, smaller values concentrate on its mode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.cycles, self.samples) < 1 or not 0 < self.sampling <= 1 or self.posterior_temperature < 0:
-            raise ConfigError(
-                "--cycles and --samples must be at least 1, --sampling must lie in (0, 1], --posterior-temperature must not be negative."
-            )
+            bounds = "--cycles and --samples must be at least 1, --sampling must lie in (0, 1]"
+            raise ConfigError(f"{bounds}, --posterior-temperature must not be negative.")
 
 
 class Langevin(OneNetwork):

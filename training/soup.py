@@ -14,14 +14,13 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from models_store.decisions.calibration import halves
 from models_store.manifest import Origin
 from models_store.store import Version
 from training import command, pipeline
 from training.config import Config as BaseConfig
 from training.errors import ConfigError
 from training.geometry.vertices import State, combine
-from training.members.activation import Answers, answers
+from training.members.activation import Answers, answers_for_selection
 from training.optimisation.loop import Leg
 from training.optimisation.schedules import plain_rate
 from training.pipeline import Plan, Trained
@@ -35,11 +34,9 @@ class Config(BaseConfig):
     method: ClassVar[str] = "soup"
 
     init: Path | None = None
-    """File with weights to fine-tune (safetensors, or a torch checkpoint). Without --init, training starts from new
-    initial weights."""
+    """File with weights to fine-tune (safetensors, or a torch checkpoint); default: new initial weights."""
     rates: tuple[float, ...] = ()
-    """Learning rates of the trainings: one training of --epochs for each, all from the same weights (default: one, with
-    --lr)."""
+    """Learning rates: one training of --epochs for each, all from the same weights (default: one, with --lr)."""
     last: int = 5
     """Number of epochs at the end of each training after which the weights are candidates for the average."""
 
@@ -81,12 +78,8 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
         if soup.exists():
             return
 
-        # The other half of the validation images calibrates decisions, and must not choose what it calibrates.
-        fitting, _ = halves(len(trained.data.validation))
-
         def judge(state: State) -> Answers | None:
-            found = answers(trained.network, state, trained.data, config.bn_images, trained.device)
-            return found and found.rows(fitting)
+            return answers_for_selection(trained.network, state, trained.data, config.bn_images, trained.device)
 
         states = [load_weights(file) for file in candidates]
         save_state(soup, greedy(states, [judge(state) for state in states], judge))

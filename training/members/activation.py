@@ -31,6 +31,7 @@ from scipy import special
 from torch import nn
 
 from models_store.decisions import temperature
+from models_store.decisions.calibration import halves
 from models_store.errors import StoreError
 from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
@@ -179,6 +180,14 @@ def answers(network: nn.Module, weights: State, data: Data, bn_images: int, devi
     member.settle(network, data, bn_images, device)
     logits = torch_logits(served, images, device)
     return Answers.of(logits[None], labels, np.ones(1)) if np.isfinite(logits).all() else None
+
+
+def answers_for_selection(
+    network: nn.Module, weights: State, data: Data, bn_images: int, device: torch.device
+) -> Answers | None:
+    """The same on the half of the validation images that may choose members; the other half calibrates decisions."""
+    found = answers(network, weights, data, bn_images, device)
+    return found and found.rows(halves(len(data.validation))[0])
 
 
 def keep_decision(run: Run, reason: str | None, *, anyway: bool = False) -> None:
