@@ -85,6 +85,7 @@ def test_no_proxy_is_trusted_but_those_that_are_named(monkeypatch):
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (4, 1), (8, 2), (64, 16)])
 def test_workers_and_threads_fit_the_machine(monkeypatch, cores, workers):
+    monkeypatch.delenv("MODEPATH_THREADS", raising=False)  # set where tests run in parallel
     monkeypatch.setattr("service.operations.settings.available_cores", lambda: cores)
     assert workers_for(cores) == workers
     chosen = Settings()
