@@ -36,6 +36,27 @@ schemathesis.openapi.format("base64-image", image("PNG").map(lambda encoded: bas
 
 @schemathesis.hook
 def filter_case(context, case):
-    # OpenAPI cannot express "no query parameters with a JSON body", so generated valid requests may have some.
-    positive = case.meta is None or case.meta.generation.mode.is_positive
-    return not (positive and case.media_type == "application/json" and case.query)
+    # OpenAPI can express neither "no query parameters with a JSON body" nor which parameters need or exclude each other,
+    # so generated valid requests may break these rules.
+    if not (case.meta is None or case.meta.generation.mode.is_positive):
+        return True
+    if case.media_type == "application/json":
+        return not case.query and (not isinstance(case.body, dict) or is_consistent(case.body))
+    return is_consistent(case.query or {})
+
+
+def is_consistent(fields):
+    """Whether a service of one calibrated ensemble in `average` can answer a request with these fields."""
+    given = {name: value for name, value in fields.items() if value not in (None, "null", False, "false")}
+    number = {name: float(given[name]) for name in ("coverage", "risk", "wrong_cost", "review_cost") if name in given}
+    of_a_set = {"set_method", "per_class", "allow_empty"} & given.keys()
+    by_cost = {"wrong_cost", "review_cost"} & given.keys()
+    return (
+        "rule" not in given
+        and not (of_a_set and "coverage" not in given)
+        and number.get("coverage", 0.5) <= 0.99
+        and number.get("risk", 0.5) >= 0.5
+        and (
+            not by_cost or (len(by_cost) == 2 and "risk" not in given and number["review_cost"] < number["wrong_cost"])
+        )
+    )

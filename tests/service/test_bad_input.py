@@ -12,8 +12,10 @@ from urllib.parse import urlparse
 import numpy as np
 import pytest
 
+from models_store.decisions.calibrating import Labelled, calibrate
 from models_store.uncertainty import softmax
 from service.client import Client
+from tests.models_store.decisions.test_calibrating import labelled
 from tests.onnx_members import SHAPE, linear, linear_logits, publish
 from tests.service import bad_requests
 from tests.service.conftest import ROOT
@@ -77,7 +79,7 @@ def test_every_bad_input_is_refused_and_no_good_answer_is_lost_or_changed(store,
 
 def test_what_schemathesis_makes_of_the_description_is_answered_as_described(store, serve, tmp_path):
     pytest.importorskip("schemathesis", reason="it is part of the dev extra")
-    publish(store, "animals")
+    calibrate(store, publish(store, "animals"), Labelled(*labelled(2000, temperature=0.1), "these"))
     server = serve(store, MODEPATH_WORKERS="2", MODEPATH_MAX_ROWS="4")
     server.until(200)
     report = tmp_path / "report.json"
