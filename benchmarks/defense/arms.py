@@ -86,7 +86,7 @@ def answered(ensemble: Ensemble, mode: Mode, images: NDArray[np.float32]) -> Arr
     """What the policy shows of the answers: (batch, classes)."""
     rows, session = ensemble.rows(mode, images), ensemble.sessions[mode]
     logits = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
-    probs = session.combine(session.probs(logits)).mean_probs
+    probs = session.settle(rows, logits).prediction.mean_probs
     digits = ensemble.policy.digits(mode)
     return probs if digits == "exact" else probs.round(int(digits))
 
