@@ -34,7 +34,7 @@ class Config(BaseConfig):
     samples: int = 3
     """Number of members collected in each cycle, equally spaced over its sampling stage (see --sampling)."""
     sampling: float = 0.2
-    """Share of each cycle, at its end, that is its sampling stage (1 − β in the paper). Only there noise is added."""
+    """Share of each cycle, at its end, that is its sampling stage (1 − β in the paper). Noise is added only there."""
     posterior_temperature: float = 1.0
     """Temperature of the sampled posterior: 1 samples the posterior itself, smaller values concentrate on its mode."""
 

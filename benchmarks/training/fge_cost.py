@@ -1,4 +1,4 @@
-"""What FGE costs beside plain training: the whole command against as many plain epochs of the same loop, in one run.
+"""What FGE costs compared with plain training: the whole command against as many plain epochs of the same loop, in one run.
 
     python -m benchmarks.training.fge_cost [--epochs 10] [--dataset fashion-mnist] [--network preresnet8]
 

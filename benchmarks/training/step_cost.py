@@ -1,4 +1,4 @@
-"""What a step on a path costs beside a plain step of the same network: time and memory, measured in one run.
+"""What a step on a path costs compared with a plain step of the same network: time and memory, measured in one run.
 
     python -m benchmarks.training.step_cost [NETWORK] [BATCH]      (default: preresnet8 128 for time, wrn-28-10 at 2 and 32 and preresnet8 at 128 for memory)
 

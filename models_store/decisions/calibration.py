@@ -97,7 +97,7 @@ class Calibration:
             probs: (batch, classes), in the way of answering that was calibrated.
             coverage: probability that a set contains the true class, in (0, 1).
             method: see conformal.
-            u: (batch,), uniform on [0, 1), independent of the images' contents; see `uniform`.
+            u: (batch,), uniform on [0, 1), see `uniform`.
             per_class: whether the coverage holds for each true class, and not on average over the classes alone.
             allow_empty: False adds the most probable class to sets that would be empty.
 
@@ -126,19 +126,23 @@ class Calibration:
         It holds with a probability of abstention.CONFIDENCE over the choice of the calibration images. None: no
         threshold has this guarantee.
         """
-        if risk not in self._thresholds:
-            if len(self._thresholds) > 1000:
-                self._thresholds.clear()
-            known = ~self.novel(self._answers.uncertainty[NOVELTY])
-            confidence = self._answers.uncertainty["confidence"][known]
-            self._thresholds[risk] = abstention.threshold(confidence, self._answers.wrong[known], risk)
-        return self._thresholds[risk]
+        thresholds = self._thresholds
+        if risk not in thresholds and len(thresholds) > 1000:  # clients choose the risk
+            thresholds = self._thresholds = {}
+        if risk not in thresholds:
+            thresholds[risk] = abstention.threshold(*self._answerable, risk)
+        return thresholds[risk]
 
     @cached_property
     def least_risk(self) -> float | None:
         """The smallest risk, to two digits, that a threshold can guarantee; None if there is none."""
+        return abstention.least_risk(*self._answerable)
+
+    @cached_property
+    def _answerable(self) -> tuple[Floats, NDArray[np.bool_]]:
+        """Confidence, and whether the answer is wrong, of the calibration images that are not novel."""
         known = ~self.novel(self._answers.uncertainty[NOVELTY])
-        return abstention.least_risk(self._answers.uncertainty["confidence"][known], self._answers.wrong[known])
+        return self._answers.uncertainty["confidence"][known], self._answers.wrong[known]
 
     @cached_property
     def _sorted(self) -> dict[str, Floats]:

@@ -159,10 +159,8 @@ class Decisions:
 
     def decide(self, mode: Mode, wanted: Wanted, images: Images, prediction: Prediction) -> Decided:
         """Decide about the rows of a request that passed `check`."""
-        calibration = self.calibration(mode)
-        if calibration is None and wanted.wrong_cost is None:
+        if (calibration := self.calibration(mode)) is None:  # then `check` lets pass only what asks for nothing
             return NOTHING
-        assert calibration is not None, "`check` has refused the request"
         sets = decisions = percentiles = None
         score = getattr(prediction, NOVELTY)
         if wanted.coverage is not None:
