@@ -156,8 +156,10 @@ def _labelled(version: Version, dataset: str | None) -> Labelled:
     if dataset is None and "dataset" not in recorded:
         raise StoreError(f"{version.name} was imported, so its data set is unknown: name one with --dataset.")
     options = config.data_options({**recorded, **({"dataset": dataset} if dataset else {})})
-    images, labels = sources.as_arrays(sources.load(options).validation)
-    return Labelled(images, labels, f"the validation split of {options.dataset}")
+    loaded = sources.load(options)
+    images, labels = sources.as_arrays(loaded.validation)
+    seen = sources.seen_images(loaded, options.dataset)
+    return Labelled(images, labels, f"the validation split of {options.dataset}", seen)
 
 
 def _export(store: Store, args: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ WeightsFile = Annotated[str, Field(pattern=r"^weights/[0-9]{3,6}\.safetensors$")
 VertexFile = Annotated[str, Field(pattern=r"^vertices/[0-9]{3,6}\.safetensors$")]
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
 CALIBRATION_FILE = "calibration.safetensors"
+NOVELTY_FILE = "novelty.safetensors"
 BANK_FILES = ("bank/template.onnx", "bank/vertices.safetensors", "bank/points.safetensors")
 
 
@@ -136,6 +137,16 @@ class Cascade(_Record):
     )
 
 
+class Novelty(_Record):
+    """The detector of images unlike those of the training; `novelty.safetensors` holds its tensors."""
+
+    member: int = Field(ge=0, description="index of the member whose features are used")
+    tensor: str = Field(min_length=1, description="the value of its graph that holds the features")
+    features: int = Field(ge=1, description="number of features")
+    images: int = Field(ge=1, description="number of images that it was fitted on")
+    source: str = Field(description="these images: a split of a data set, or a file. It is never shown to clients")
+
+
 class Calibration(_Record):
     """What `calibration.safetensors` holds, and what it was measured on."""
 
@@ -146,6 +157,9 @@ class Calibration(_Record):
         min_length=1, description="ways of answering that were calibrated: all members, and one network for each image"
     )
     cascade: Cascade | None = Field(default=None, description="null if there is one member")
+    novelty: Novelty | None = Field(
+        default=None, description="null if no member has suitable features: then novelty is the predictive entropy"
+    )
 
 
 class Provenance(_Record):
@@ -201,6 +215,9 @@ class Draft(_Record):
             count = len(self.geometry.vertices)
             if any(not 0 <= index < count for component in self.geometry.components for index in component):
                 raise ValueError(f"a component names a vertex that is not among the {count}")
+        novelty = self.calibration and self.calibration.novelty
+        if novelty and novelty.member >= len(self.members):
+            raise ValueError(f"novelty names member {novelty.member} of {len(self.members)}")
         if self.calibration is not None and (cascade := self.calibration.cascade) is not None:
             count, stages = len(self.members), len(cascade.groups)
             if sorted(cascade.order) != list(range(count)) or sum(cascade.groups) != count or min(cascade.groups) < 1:
@@ -236,6 +253,7 @@ class Manifest(Draft):
             raise ValueError("a calibration needs schema version 2")
         named = [*(self.geometry.vertices if self.geometry else ()), *(BANK_FILES if self.bank else ())]
         named += [CALIBRATION_FILE] if self.calibration else []
+        named += [NOVELTY_FILE] if self.calibration and self.calibration.novelty else []
         for file in named:
             if file not in self.files:
                 raise ValueError(f"{file} has no entry in `files`")

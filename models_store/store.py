@@ -34,6 +34,7 @@ from models_store.errors import (
     StoreReadError,
     StoreWriteError,
 )
+from models_store.graphs.novelty import Detector
 from models_store.graphs.onnx_contract import MAX_MODEL_BYTES, check_member
 from models_store.manifest import MAX_BYTES, SCHEMA_VERSION, Draft, Manifest
 
@@ -283,6 +284,7 @@ class Store:
             check_bank(staged / "bank", draft.input.shape, len(draft.classes), draft.bank.points)
         if draft.calibration is not None:
             load_answers(staged, draft.calibration.ways, draft.calibration.images, len(draft.classes))
+            Detector.load(staged, draft)
         with files.writing(self.root):
             version = numbering.next_number(self.root, name)
             hashes = {path: files.sha256(staged / path, _most_bytes(path)) for path in _files(staged)}
@@ -389,6 +391,7 @@ class Store:
             check_bank(folder / "bank", manifest.input.shape, len(manifest.classes), manifest.bank.points)
         if (calibration := manifest.calibration) is not None:
             load_answers(folder, calibration.ways, calibration.images, len(manifest.classes))
+            Detector.load(folder, manifest)
 
     # Internal
 

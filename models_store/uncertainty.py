@@ -7,6 +7,7 @@ Axis order everywhere: (members, batch, classes). Entropies are in nats.
     expected_entropy     Σ_k weight_k · H(p_k)                     mean uncertainty of a member alone
     mutual_information   predictive_entropy − expected_entropy     what the members disagree on
     disagreement         share (by weight) of members whose top class is not the ensemble's
+    novelty              distance from the training images, see graphs/novelty.py; predictive_entropy where none is computed
 
 Decomposition: Depeweg et al. 2018, "Decomposition of Uncertainty in Bayesian Deep Learning", §2.
 """
@@ -33,6 +34,7 @@ class Prediction:
     expected_entropy: Floats
     mutual_information: Floats
     disagreement: Floats
+    novelty: Floats
 
     def rows(self, start: int, stop: int) -> Prediction:
         """Predictions for rows `start` to `stop` (exclusive) of the batch."""
@@ -48,6 +50,7 @@ class Prediction:
         return Prediction(*(np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Prediction)))
 
 
+_FARTHEST = float(np.finfo(np.float32).max)  # JSON has no infinity
 # Measures that rank predictions by uncertainty: attribute of Prediction -> sign (-1: small values are uncertain).
 UNCERTAINTY_MEASURES = {
     "predictive_entropy": 1,
@@ -70,12 +73,13 @@ def entropy(probs: Floats) -> Floats:
     return -np.sum(probs * np.log(np.where(probs > 0, probs, 1.0)), axis=-1)
 
 
-def combine(probs: Floats, weights: Floats) -> Prediction:
+def combine(probs: Floats, weights: Floats, novelty: NDArray[np.floating] | None = None) -> Prediction:
     """Average the members' probabilities and measure their uncertainty.
 
     Args:
         probs: (members, batch, classes), each row a distribution.
         weights: (members,), positive, summing to 1.
+        novelty: (batch,), computed by a member's graph; None if no member computes it.
     """
     mean_probs = np.einsum("k,kbc->bc", weights, probs)
     label = mean_probs.argmax(axis=-1)
@@ -90,4 +94,8 @@ def combine(probs: Floats, weights: Floats) -> Prediction:
         # Entropy is concave, so this is non-negative except for rounding.
         mutual_information=np.maximum(predictive - expected, 0.0),
         disagreement=weights @ (probs.argmax(axis=-1) != label).astype(np.float64),
+        # A distance that is not a number comes from features too large for float32: nothing is further away.
+        novelty=predictive
+        if novelty is None
+        else np.nan_to_num(novelty.astype(np.float64), nan=_FARTHEST, posinf=_FARTHEST),
     )

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from models_store import decoding
-from models_store.decisions.calibration import NOVELTY, Calibration, by_probability, decide, load_calibrations, uniform
+from models_store.decisions.calibration import Calibration, by_probability, decide, load_calibrations, uniform
 from models_store.decisions.conformal import Method
 from models_store.errors import DecodeError
-from models_store.graphs.runtime import EnsembleSession, in_batches
+from models_store.graphs.runtime import EnsembleSession
 from models_store.manifest import InputSpec, Manifest
 from models_store.store import Store, Version
-from models_store.uncertainty import Prediction, combine, softmax
+from models_store.uncertainty import Prediction
 
 Images = ArrayLike | Sequence[str | Path | bytes]
 
@@ -46,7 +46,7 @@ class Answer:
     """Calibrated probabilities of each member, (members, batch, classes)."""
 
     novelty: NDArray[np.float64] | None = None
-    """Percentile of the predictive entropy among the calibration images, 0 to 100, (batch,); None if not calibrated."""
+    """How unlike the training images: percentile among the calibration images, 0 to 100, (batch,); None if not calibrated."""
     prediction_sets: list[list[int]] | None = None
     """Classes of each image's prediction set, the most probable one first; None unless `coverage` was given."""
     decisions: list[str] | None = None
@@ -96,9 +96,9 @@ class Ensemble:
         """
         rows = self._rows(images)
         manifest = self.manifest
-        weights = np.array([member.weight for member in manifest.members])
-        probs = softmax(in_batches(self._session, rows, batch_size), manifest.temperature)
-        prediction = combine(probs, weights)
+        outputs = self._session.run_in_batches(rows, batch_size)
+        probs = self._session.probs(outputs.logits)
+        prediction = self._session.combine(probs, outputs.novelty)
         answer = _answer(prediction, probs, manifest.classes)
         if (calibration := self._calibration) is None:
             if coverage is not None or risk is not None:
@@ -107,7 +107,7 @@ class Ensemble:
                     f"Calibrate it: python -m models_store calibrate {manifest.name} --dataset SOURCE"
                 )
             return answer
-        answer = replace(answer, novelty=calibration.percentile(NOVELTY, getattr(prediction, NOVELTY)))
+        answer = replace(answer, novelty=calibration.novelty_percentile(prediction.novelty))
         if coverage is not None:
             u = uniform(rows)
             chosen = calibration.sets(

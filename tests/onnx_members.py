@@ -90,14 +90,14 @@ def point_logits(bank, point, images):
     return images.reshape(len(images), -1) @ w + bank.statistics["shift"][point]
 
 
-def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activate=True, bank=None):
-    """Publish an ensemble of linear members, optionally with a bank."""
+def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activate=True, bank=None, member=linear):
+    """Publish an ensemble of linear members, or of those that `member` makes of a seed and a shape; optionally with a bank."""
     with store.staging(name) as staged:
         (staged / "members").mkdir()
         members = []
         for index, seed in enumerate(seeds):
             file = f"members/{index:03d}.onnx"
-            onnx.save(linear(seed, shape), staged / file)
+            onnx.save(member(seed, shape), staged / file)
             members.append(Member(file=file, origin=Origin(cycle=index + 1), weight=1 / len(seeds)))
         draft = Draft(
             method="fge",

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from torch.nn import functional
 
-from models_store.decisions.calibration import NOVELTY
-from models_store.graphs.runtime import EnsembleSession, in_batches
+from models_store.graphs.runtime import EnsembleSession
 from models_store.manifest import ECE_BINS
 from models_store.store import Store, Version
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction, softmax
@@ -76,9 +75,9 @@ def run(config: Config) -> Report:
     found, options = _data_of(config, version)
     session = EnsembleSession(version.folder, version.manifest)
     images, labels = data.as_arrays(found.test, config.limit)
-    logits = in_batches(session, images)
-    probs = softmax(logits, version.manifest.temperature)
-    average = session.combine(probs)
+    outputs = session.run_in_batches(images)
+    logits, probs = outputs.logits, session.probs(outputs.logits)
+    average = session.combine(probs, outputs.novelty)
     numbers: dict[str, Any] = {
         "ensemble": version.name,
         "dataset": options.dataset,
@@ -160,12 +159,12 @@ def _foreign(
     for note in notes:
         logger.info(note)
     foreign = fit_images(foreign, version.manifest.input.shape)
-    outside = session.combine(softmax(in_batches(session, foreign), version.manifest.temperature))
+    outside = session.predict(foreign)
     is_foreign = np.repeat([False, True], [len(average.label), len(foreign)])
     calibration = decisions.of(version)
     return {
         "ood": name,
-        "ood_detected": float(calibration.novel(getattr(outside, NOVELTY)).mean()) if calibration else None,
+        "ood_detected": float(calibration.novel(outside.novelty).mean()) if calibration else None,
         "ood_images": len(foreign),
         "ood_notes": notes,
         "ood_auroc": {

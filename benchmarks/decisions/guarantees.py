@@ -20,8 +20,7 @@ from tabulate import tabulate
 
 from benchmarks.training.corruptions import corrupted
 from models_store.decisions import abstention, conformal
-from models_store.decisions.calibration import NOVELTY
-from models_store.graphs.runtime import EnsembleSession, in_batches
+from models_store.graphs.runtime import EnsembleSession
 from models_store.store import Store
 from models_store.uncertainty import combine, softmax
 from training import data
@@ -36,8 +35,8 @@ def main() -> None:
     version = Store().resolve(sys.argv[1])
     images, labels = data.as_arrays(data.load(data_options(version.manifest.provenance.config)).test)
     session = EnsembleSession(version.folder, version.manifest)
-    logits = in_batches(session, images)
-    average = session.combine(session.probs(logits))
+    outputs = session.run_in_batches(images)
+    logits, average = outputs.logits, session.combine(session.probs(outputs.logits), outputs.novelty)
     alone = np.stack([softmax(z, m.temperature) for z, m in zip(logits, version.manifest.members, strict=True)])
     chosen = np.random.default_rng(0).integers(len(alone), size=len(labels))
     ways = {"average": average.mean_probs, "random": alone[chosen, np.arange(len(labels))]}
@@ -139,14 +138,14 @@ def shift(version, session, images: np.ndarray, labels: np.ndarray, average) -> 
         severity = name.rpartition("-")[2]
         if name != "clean" and int(severity) not in SEVERITIES:
             continue
-        logits = in_batches(session, shifted)
-        answers = session.combine(session.probs(logits))
+        outputs = session.run_in_batches(shifted)
+        logits, answers = outputs.logits, session.combine(session.probs(outputs.logits), outputs.novelty)
         row = [float((answers.label == known).mean())]
         u = np.random.default_rng(2).random(len(known))
         for method in ("lac", "aps"):
             chosen = calibration.sets(answers.mean_probs, 0.9, method, u, per_class=False, allow_empty=True)
             row += [float(chosen[np.arange(len(known)), known].mean()), float(chosen.sum(axis=1).mean())]
-        novel = calibration.novel(getattr(answers, NOVELTY))
+        novel = calibration.novel(answers.novelty)
         given = (answers.confidence > calibration.threshold(0.02).confidence) & ~novel
         row += [
             float(given.mean()),

@@ -85,8 +85,8 @@ def fixed(store: Store, name: str, number: int, noise: float = 0.0) -> Oracle:
 def answered(ensemble: Ensemble, mode: Mode, images: NDArray[np.float32]) -> Array:
     """What the policy shows of the answers: (batch, classes)."""
     rows, session = ensemble.rows(mode, images), ensemble.sessions[mode]
-    logits = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
-    probs = session.settle(rows, logits).prediction.mean_probs
+    outputs = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
+    probs = session.settle(rows, outputs).prediction.mean_probs
     digits = ensemble.policy.digits(mode)
     return probs if digits == "exact" else probs.round(int(digits))
 

@@ -13,14 +13,17 @@ from numpy.typing import NDArray
 
 from models_store import manifest
 from models_store.bank import Bank
-from models_store.decisions import cascade, temperature
+from models_store.decisions import cascade, novelty, temperature
 from models_store.decisions.calibration import SEED, Answers, Way, drawn, halves, save_answers
 from models_store.errors import StoreError
+from models_store.graphs.novelty import Detector
 from models_store.graphs.runtime import EnsembleSession, MemberSession, in_batches
 from models_store.manifest import Draft
 from models_store.scores import score
 from models_store.store import Store, Version
 from models_store.uncertainty import Floats, combine, softmax
+
+Novelty = tuple[Detector, manifest.Novelty]  # a detector and its record
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Labelled:
     images: NDArray[np.float32]  # (images, C, H, W), in [0, 1]
     labels: NDArray[np.int64]  # (images,)
     source: str  # where they come from, for the operator
+    seen: tuple[NDArray[np.float32], NDArray[np.int64], str] | None = None
+    """Images that the members were trained on, their classes and their source: novelty is a distance from them. None: it is
+    a distance from the first half."""
 
 
 def from_npz(file: Path) -> Labelled:
@@ -56,30 +62,39 @@ def from_npz(file: Path) -> Labelled:
 
 def measure(
     staged: Path,
+    file: str,
     given: Labelled,
     logits: NDArray[np.float32],
     weights: Floats,
     average: float,
     alone: Sequence[float],
     bank: Bank | None,
+    kept: Novelty | None = None,
 ) -> manifest.Calibration | None:
     """Measure a version's answers, and write them into its staged folder; None if there are fewer than two images.
 
     Args:
         staged: the folder of the version's files.
+        file: the first member, in this folder.
         given: the whole split. Temperatures were fitted on its first half, see calibration.halves.
         logits: of all members and images, (members, images, classes).
         weights: (members,), summing to 1.
         average: temperature of the average.
         alone: temperature of each member alone.
         bank: the networks of the modes that draw one; None: the members.
+        kept: the detector of novelty of an earlier version of these members; None: fit one.
     """
     labels = given.labels
     if len(labels) < 2:
         return None
     first, second = halves(len(labels))
+    found = kept or _novelty(staged / file, given)
+    far = None
+    if found is not None:
+        found[0].save(staged)
+        far = novelty.scores(found[0], staged / file, given.images[second])
     ways: dict[Way, Answers] = {
-        "average": Answers.of(combine(softmax(logits[:, second], average), weights), labels[second])
+        "average": Answers.of(combine(softmax(logits[:, second], average), weights, far), labels[second])
     }
 
     def of_member(number: int, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -104,6 +119,17 @@ def measure(
         source=given.source,
         ways=list(ways),
         cascade=cascade.fit(logits, labels, weights, average, (first, second), temperature.fit),
+        novelty=found and found[1],
+    )
+
+
+def _novelty(file: Path, given: Labelled) -> Novelty | None:
+    first, _ = halves(len(given.labels))
+    images, labels, source = given.seen or (given.images[first], given.labels[first], given.source)
+    if (detector := novelty.fit(file, 0, images, labels)) is None:
+        return None
+    return detector, manifest.Novelty(
+        member=0, tensor=detector.tensor, features=len(detector.map), images=len(labels), source=source
     )
 
 
@@ -127,10 +153,16 @@ def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool
     alone = [temperature.fit(logits[[k]][:, first], given.labels[first], np.ones(1)) for k in range(len(logits))]
     with store.staging(record.name) as staged:
         for path in record.files:
-            if path != manifest.CALIBRATION_FILE:
+            if path not in (manifest.CALIBRATION_FILE, manifest.NOVELTY_FILE):
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(version.folder / path, staged / path)
         bank = Bank.load(version.folder / "bank") if record.bank else None
+        detector = Detector.load(version.folder, record)
+        kept = (
+            (detector, record.calibration.novelty)
+            if detector and record.calibration and record.calibration.novelty
+            else None
+        )
         draft = Draft.model_validate(
             {
                 **{name: getattr(record, name) for name in Draft.model_fields},
@@ -140,7 +172,9 @@ def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool
                 ],
                 "validation": score(combine(softmax(logits, average), weights).mean_probs, given.labels),
                 "temperature": average,
-                "calibration": measure(staged, given, logits, weights, average, alone, bank),
+                "calibration": measure(
+                    staged, record.members[0].file, given, logits, weights, average, alone, bank, kept
+                ),
                 "provenance": record.provenance.model_copy(update={"run": None}),
             }
         )

@@ -1,8 +1,8 @@
 """The calibration of a version: what its answers were on images that no other choice was made with.
 
 `calibrate` runs the version as it is served, and keeps for each image of the calibration split the scores of its true
-class, the confidence, whether the answer was wrong, and the uncertainty. `Calibration` turns them into prediction sets,
-thresholds for abstention, and percentiles. They are kept for each way of answering: `average`, and `drawn` for the modes
+class, the confidence, whether the answer was wrong, the uncertainty and the novelty. `Calibration` turns them into prediction sets,
+thresholds for abstention, novelty, and percentiles. They are kept for each way of answering: `average`, and `drawn` for the modes
 in which one network is drawn for each image.
 
 All guarantees assume that calibration images and served images are exchangeable: drawn alike, and not seen in training.
@@ -34,7 +34,6 @@ Decision = Literal["predict", "abstain"]
 Reason = Literal["uncertain", "unlike_calibration"]
 SEED = 0  # of the division of the validation split, and of u; stated in the manifest
 FALSE_ALARMS = 0.01  # share of images like the calibration images that are called novel
-NOVELTY = "predictive_entropy"  # the measure that novelty is judged by
 
 
 def halves(images: int, seed: int = SEED) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -52,6 +51,7 @@ class Answers:
     labels: NDArray[np.int64]  # true classes, (images,)
     wrong: NDArray[np.bool_]
     uncertainty: dict[str, Floats]  # by the names of UNCERTAINTY_MEASURES, (images,) each
+    novelty: Floats  # (images,), see uncertainty.Prediction
 
     @classmethod
     def of(cls, prediction: Prediction, labels: NDArray[np.integer], seed: int = SEED) -> Answers:
@@ -63,6 +63,7 @@ class Answers:
             labels=labels.astype(np.int64),
             wrong=prediction.label != labels,
             uncertainty={name: np.asarray(getattr(prediction, name), np.float64) for name in UNCERTAINTY_MEASURES},
+            novelty=np.asarray(prediction.novelty, np.float64),
         )
 
 
@@ -141,7 +142,7 @@ class Calibration:
     @cached_property
     def _answerable(self) -> tuple[Floats, NDArray[np.bool_]]:
         """Confidence, and whether the answer is wrong, of the calibration images that are not novel."""
-        known = ~self.novel(self._answers.uncertainty[NOVELTY])
+        known = ~self.novel(self._answers.novelty)
         return self._answers.uncertainty["confidence"][known], self._answers.wrong[known]
 
     @cached_property
@@ -154,18 +155,26 @@ class Calibration:
         at_most = np.searchsorted(self._sorted[measure], UNCERTAINTY_MEASURES[measure] * values, side="right")
         return 100 * at_most / self.images
 
-    def novel(self, values: Floats) -> NDArray[np.bool_]:
-        """Whether values of the measure NOVELTY are among the most uncertain FALSE_ALARMS of images like those of calibration.
+    @cached_property
+    def _sorted_novelty(self) -> Floats:
+        return np.sort(self._answers.novelty)
 
-        (1 + calibration images at least as uncertain) / (n + 1) is a conformal p-value (Bates et al. 2023).
+    def novelty_percentile(self, values: Floats) -> Floats:
+        """Share of calibration images, in percent, that are at most as novel as these values."""
+        return 100 * np.searchsorted(self._sorted_novelty, values, side="right") / self.images
+
+    def novel(self, values: Floats) -> NDArray[np.bool_]:
+        """Whether values of novelty are among the largest FALSE_ALARMS of images like those of calibration.
+
+        (1 + calibration images at least as novel) / (n + 1) is a conformal p-value (Bates et al. 2023).
         """
-        at_least = self.images - np.searchsorted(self._sorted[NOVELTY], values, side="left")
+        at_least = self.images - np.searchsorted(self._sorted_novelty, values, side="left")
         return (1 + at_least) / (self.images + 1) <= FALSE_ALARMS
 
 
 def decide(prediction: Prediction, limit: float, calibration: Calibration) -> list[tuple[Decision, Reason | None]]:
     """For each row whether to rely on the answer, and if not, why: it is not above a confidence, or the image is novel."""
-    sure, novel = prediction.confidence > limit, calibration.novel(getattr(prediction, NOVELTY))
+    sure, novel = prediction.confidence > limit, calibration.novel(prediction.novelty)
     return [
         ("abstain", "unlike_calibration") if new else ("predict", None) if above else ("abstain", "uncertain")
         for above, new in zip(sure.tolist(), novel.tolist(), strict=True)
@@ -193,6 +202,7 @@ def save_answers(folder: Path, ways: dict[Way, Answers]) -> None:
         tensors |= {f"{way}.score.{method}": values for method, values in answers.scores.items()}
         tensors |= {f"{way}.{name}": values for name, values in answers.uncertainty.items()}
         tensors |= {f"{way}.labels": answers.labels, f"{way}.wrong": answers.wrong.astype(np.uint8)}
+        tensors[f"{way}.novelty"] = answers.novelty
     (folder / CALIBRATION_FILE).write_bytes(save(tensors))
 
 
@@ -210,7 +220,7 @@ def load_answers(folder: Path, ways: Sequence[Way], images: int, classes: int) -
             f"{folder / CALIBRATION_FILE} is not a calibration ({error}): restore it from a copy, or publish again."
         ) from None
     for answers in found.values():
-        arrays = [*answers.scores.values(), *answers.uncertainty.values()]
+        arrays = [*answers.scores.values(), *answers.uncertainty.values(), answers.novelty]
         right = all(one.shape == (images,) and one.dtype == np.float64 and np.isfinite(one).all() for one in arrays)
         labels = answers.labels
         if (
@@ -250,6 +260,7 @@ def _answers(tensors: dict[str, NDArray[np.generic]], way: Way) -> Answers:
         labels=of("labels").astype(np.int64),
         wrong=of("wrong").astype(bool),
         uncertainty={name: of(name) for name in UNCERTAINTY_MEASURES},
+        novelty=of("novelty" if f"{way}.novelty" in tensors else "predictive_entropy"),
     )
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import loky as untyped_loky  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from models_store.errors import MemberError, ProviderError
 from models_store.graphs import merging
+from models_store.graphs.novelty import NOVELTY_NAME, Detector
 from models_store.manifest import INPUT_NAME, OUTPUT_NAME, Manifest
 from models_store.uncertainty import Floats, Prediction, combine, softmax
 
@@ -71,18 +72,29 @@ class MemberSession:
         return self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
 
 
+class Outputs(NamedTuple):
+    """What members compute for a batch."""
+
+    logits: NDArray[np.float32]  # (members, batch, classes)
+    novelty: NDArray[np.float32] | None = None  # (batch,); None unless one of these members computes it
+
+
 class Part:
     """Some members of an ensemble that one thread runs with one call."""
 
     def __init__(self, model: Path | bytes, label: str, providers: ProviderChoice, threads: int):
         """Create a session as MemberSession does; `label` names the model in errors."""
         self._session = _open(model, label, providers, threads)
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        names = [output.name for output in self._session.get_outputs()]
+        self._logits = [name for name in names if not name.endswith(NOVELTY_NAME)]
+        self._novelty = [name for name in names if name.endswith(NOVELTY_NAME)]
         self.providers: list[str] = self._session.get_providers()
 
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(batch, C, H, W) in [0, 1] -> (these members, batch, classes)."""
-        return np.stack(self._session.run(self._outputs, {INPUT_NAME: images}))
+    def run(self, images: NDArray[np.float32]) -> Outputs:
+        """(batch, C, H, W) in [0, 1] -> the outputs of these members."""
+        values = self._session.run([*self._logits, *self._novelty], {INPUT_NAME: images})
+        count = len(self._logits)
+        return Outputs(np.stack(values[:count]), values[count] if self._novelty else None)
 
 
 class EnsembleSession:
@@ -94,17 +106,28 @@ class EnsembleSession:
         self.manifest = manifest
         threads = threads or default_threads()
         files = [folder / member.file for member in manifest.members]
+        detector = Detector.load(folder, manifest)
         # Members run in parallel: 12 small ones on 2 cores process 1318 images/s with one thread per member, and 1109
         # with both threads on each member in turn. Threads within a member get only the cores that are left over.
         self._at_once = min(threads, len(files))
         within = threads // self._at_once
         if self._at_once < len(files) and (models := merging.load_to_merge(files)) is not None:
+            if detector is not None:
+                models[detector.member] = detector.attached(models[detector.member])
             groups = [list(range(first, len(files), self._at_once)) for first in range(self._at_once)]
             joined = [merging.merged([models[i] for i in group]) for group in groups]
             self.parts = [Part(model, f"the members of {folder}", providers, within) for model in joined]
         else:
             groups = [[i] for i in range(len(files))]
-            self.parts = [Part(file, str(file), providers, within) for file in files]
+            self.parts = [
+                Part(
+                    detector.attached_to(file) if detector and detector.member == i else file,
+                    str(file),
+                    providers,
+                    within,
+                )
+                for i, file in enumerate(files)
+            ]
         self._order = np.argsort(np.concatenate(groups))
         self._weights: Floats = np.array([member.weight for member in manifest.members])
 
@@ -113,21 +136,34 @@ class EnsembleSession:
         """Execution providers in actual use."""
         return self.parts[0].providers
 
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(batch, C, H, W) in [0, 1] -> (members, batch, classes)."""
-        collected: list[NDArray[np.float32]] = [images] * len(self.parts)
+    def run(self, images: NDArray[np.float32]) -> Outputs:
+        """(batch, C, H, W) in [0, 1] -> the outputs of all members."""
+        collected = [Outputs(images)] * len(self.parts)
         numbers = iter(range(len(self.parts)))  # shared by the threads: the next free one takes the next part
 
         def work() -> None:
             for number in numbers:
-                collected[number] = self.parts[number].logits(images)
+                collected[number] = self.parts[number].run(images)
 
         _share(work, self._at_once - 1)
         return self.joined(collected)
 
-    def joined(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Join the parts' logits in the order of the members, (members, batch, classes)."""
-        return np.concatenate(logits)[self._order]
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(batch, C, H, W) in [0, 1] -> (members, batch, classes)."""
+        return self.run(images).logits
+
+    def joined(self, parts: Sequence[Outputs]) -> Outputs:
+        """Join the parts' outputs, with the logits in the order of the members."""
+        novelty = next((part.novelty for part in parts if part.novelty is not None), None)
+        return Outputs(np.concatenate([part.logits for part in parts])[self._order], novelty)
+
+    def run_in_batches(self, images: NDArray[np.float32], size: int = 256) -> Outputs:
+        """The outputs of all members for many images, `size` at a time."""
+        parts = [self.run(images[i : i + size]) for i in range(0, len(images), size)]
+        novelty = [part.novelty for part in parts if part.novelty is not None]
+        return Outputs(
+            np.concatenate([part.logits for part in parts], axis=1), np.concatenate(novelty) if novelty else None
+        )
 
     def probs(self, logits: NDArray[np.float32]) -> Floats:
         """Each member's distribution at the ensemble's temperature, with the shape of the logits."""
@@ -137,9 +173,14 @@ class EnsembleSession:
         """(batch, C, H, W) in [0, 1] -> each member's distribution: (members, batch, classes)."""
         return self.probs(self.logits(images))
 
-    def combine(self, member_probs: Floats) -> Prediction:
+    def combine(self, member_probs: Floats, novelty: NDArray[np.float32] | None = None) -> Prediction:
         """Mode `average`: the weighted mean of the members' distributions."""
-        return combine(member_probs, self._weights)
+        return combine(member_probs, self._weights, novelty)
+
+    def predict(self, images: NDArray[np.float32]) -> Prediction:
+        """Answer many images in the mode `average`."""
+        outputs = self.run_in_batches(images)
+        return self.combine(self.probs(outputs.logits), outputs.novelty)
 
 
 class Group:

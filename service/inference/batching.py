@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from models_store.graphs.runtime import Outputs
 from models_store.uncertainty import Floats, Prediction
 from service.http.errors import BrokenEnsembleError, QueueFullError, QueueTimeError, ServiceError
 from service.inference.session import Rows, Session
@@ -128,7 +129,7 @@ class _Batch:
 
     session: Session
     pieces: list[_Piece]
-    results: list[NDArray[np.float32] | None]  # one per task
+    results: list[Outputs | None]  # one per task
     joined: Rows | None = None
     begun: int = 0  # tasks started
     ended: int = 0  # tasks finished
@@ -382,8 +383,8 @@ class Batcher:
                 except Exception as its_own:
                     self._fail(segment.job, its_own)
 
-    def _deliver(self, session: Session, segments: list[_Segment], rows: Rows, logits: NDArray[np.float32]) -> None:
-        settled = session.settle(rows, logits)
+    def _deliver(self, session: Session, segments: list[_Segment], rows: Rows, outputs: Outputs) -> None:
+        settled = session.settle(rows, outputs)
         stays = None if settled.stays is None else settled.stays.tolist()
         waiting: list[_Segment] = []
         done: list[tuple[_Job, _Result]] = []

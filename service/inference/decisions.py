@@ -14,7 +14,6 @@ import numpy as np
 
 from models_store.decisions import abstention
 from models_store.decisions.calibration import (
-    NOVELTY,
     Calibration,
     Decision,
     Reason,
@@ -162,7 +161,6 @@ class Decisions:
         if (calibration := self.calibration(mode)) is None:  # then `check` lets pass only what asks for nothing
             return NOTHING
         sets = decisions = percentiles = None
-        score = getattr(prediction, NOVELTY)
         if wanted.coverage is not None:
             method = wanted.set_method or "lac"
             u = uniform(images) if method != "lac" else np.zeros(len(images))
@@ -182,7 +180,7 @@ class Decisions:
                 name: calibration.percentile(name, getattr(prediction, name)) for name in UNCERTAINTY_MEASURES
             }
         shown = self._policy.digits(mode) == "exact" and (mode != "average" or self._policy.shows_uncertainty)
-        novelty = (score, calibration.percentile(NOVELTY, score)) if shown else None
+        novelty = (prediction.novelty, calibration.novelty_percentile(prediction.novelty)) if shown else None
         return Decided(sets, decisions, novelty, percentiles)
 
     def _limit(self, calibration: Calibration, wanted: Wanted) -> float | None:

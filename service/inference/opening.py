@@ -196,18 +196,18 @@ def _check_answer(ensemble: Ensemble, mode: Mode, images: Images) -> None:
     rows = ensemble.rows(mode, images)
     with np.errstate(all="ignore"):  # the result is checked for NaN below
         try:
-            logits = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
+            outputs = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise MemberError(
                 f"A member of {manifest.name}@{manifest.version} fails on a plain image: {error}"
             ) from None
         expected = (len(manifest.members) if mode == "average" else 1, len(rows), len(manifest.classes))
-        if logits.shape != expected:
+        if outputs.logits.shape != expected:
             raise MemberError(
-                f"{manifest.name}@{manifest.version} answers {len(rows)} images with logits of shape {logits.shape} instead of {expected} "
+                f"{manifest.name}@{manifest.version} answers {len(rows)} images with logits of shape {outputs.logits.shape} instead of {expected} "
                 "(members, batch, classes). Export its members with a free batch axis, and publish them again."
             )
-        settled = session.settle(rows, logits)
+        settled = session.settle(rows, outputs)
         prediction = settled.prediction
     if not np.isfinite(prediction.mean_probs).all():
         raise MemberError(

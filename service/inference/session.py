@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from models_store.graphs.runtime import Outputs
 from models_store.uncertainty import Floats, Prediction
 from service.http.images import Images
 from service.inference.modes.pool import Network
@@ -46,7 +47,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What the logits of a batch lead to: answers, and in a cascade the rows that need more members."""
+    """What the outputs of a batch lead to: answers, and in a cascade the rows that need more members."""
 
     prediction: Prediction  # of the rows that are answered, in order
     member_probs: Floats | None  # (members, answered rows, classes); None in a cascade
@@ -62,14 +63,14 @@ class Session(Protocol):
         """Return the number of tasks for a batch of `rows` rows; threads run them in parallel."""
         ...
 
-    def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
-        """Run one task and return its logits."""
+    def run(self, task: int, rows: Rows) -> Outputs:
+        """Run one task and return its outputs."""
         ...
 
-    def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Join the results of all tasks, in order, to logits (members, batch, classes)."""
+    def joined(self, results: Sequence[Outputs]) -> Outputs:
+        """Join the results of all tasks, in order."""
         ...
 
-    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
-        """Turn the joined logits of these rows into answers."""
+    def settle(self, rows: Rows, outputs: Outputs) -> Settled:
+        """Turn the joined outputs of these rows into answers."""
         ...

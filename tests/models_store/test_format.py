@@ -19,6 +19,7 @@ MODELS = [
     "Geometry",
     "Bank",
     "Calibration",
+    "Novelty",
     "Cascade",
     "Provenance",
 ]

@@ -30,6 +30,7 @@ from training.errors import DataError
 
 SAMPLED = 16  # rows that are read twice, to detect a data set that returns random images
 READ_AT_ONCE = 256
+SEEN_IMAGES, SEEN_OF_EACH_CLASS = 5000, 50  # images that novelty is fitted on: the larger number
 FOLDER = "imagefolder:"
 
 
@@ -208,6 +209,13 @@ def as_arrays(split: Split, limit: int | None = None) -> tuple[np.ndarray[Any, A
         (images.cpu().numpy(), labels.cpu().numpy()) for images, labels in split.batches(in_order(split)[:limit], 1024)
     ]
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def seen_images(data: Data, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], str]:
+    """Random images of the train split without augmentation, their labels, and what they are: see calibrating.Labelled."""
+    count = min(len(data.train), max(SEEN_IMAGES, SEEN_OF_EACH_CLASS * len(data.classes)))
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:count]
+    return (*as_arrays(data.train.take(chosen)), f"{count} images of the train split of {name}")
 
 
 def on_device(data: Data, device: torch.device) -> Data:

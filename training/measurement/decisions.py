@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from tabulate import tabulate
 
 from models_store.decisions import cascade
-from models_store.decisions.calibration import NOVELTY, Calibration, load_calibrations
+from models_store.decisions.calibration import Calibration, load_calibrations
 from models_store.decisions.conformal import METHODS
 from models_store.store import Version
 from models_store.uncertainty import Floats, Prediction, combine, softmax
@@ -46,7 +46,7 @@ def measure(
             if (row := _sets(calibration, average, labels, coverage, method, per_class, classes)) is not None
         ],
         "risks": [_risk(calibration, average, labels, risk) for risk in RISKS],
-        "false_alarms": float(calibration.novel(getattr(average, NOVELTY)).mean()),
+        "false_alarms": float(calibration.novel(average.novelty).mean()),
         "cascades": cascades(version, logits, average),
     }
 
@@ -84,7 +84,7 @@ def _risk(calibration: Calibration, average: Prediction, labels: Labels, risk: f
     threshold = calibration.threshold(risk)
     if threshold is None:
         return {"risk": risk, "answered": None, "wrong": None}
-    answered = (average.confidence > threshold.confidence) & ~calibration.novel(getattr(average, NOVELTY))
+    answered = (average.confidence > threshold.confidence) & ~calibration.novel(average.novelty)
     wrong = (average.label != labels)[answered]
     return {"risk": risk, "answered": float(answered.mean()), "wrong": _share(wrong) if len(wrong) else None}
 

@@ -22,7 +22,7 @@ from models_store.store import Store, Version
 from models_store.uncertainty import combine, softmax
 from training import logger
 from training.config import Config
-from training.data import Data, as_arrays
+from training.data import Data, as_arrays, seen_images
 from training.errors import ExportError
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, coordinates
@@ -133,7 +133,10 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
             bank=_describe(kept_bank) if kept_bank else None,
             calibration=measure(
                 staged,
-                Labelled(images, labels, f"the validation split of {config.dataset}"),
+                records[0].file,
+                Labelled(
+                    images, labels, f"the validation split of {config.dataset}", seen_images(data, config.dataset)
+                ),
                 members.logits,
                 weights,
                 fitted.temperature,

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from models_store.graphs.runtime import EnsembleSession
+from models_store.graphs.runtime import EnsembleSession, Outputs
 from service.inference.session import Rows, Settled
 
 
@@ -21,15 +18,15 @@ class Average:
         """See session.Session."""
         return len(self._session.parts)
 
-    def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
+    def run(self, task: int, rows: Rows) -> Outputs:
         """See session.Session."""
-        return self._session.parts[task].logits(rows.images)
+        return self._session.parts[task].run(rows.images)
 
-    def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def joined(self, results: Sequence[Outputs]) -> Outputs:
         """See session.Session."""
         return self._session.joined(results)
 
-    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
+    def settle(self, rows: Rows, outputs: Outputs) -> Settled:
         """See session.Session."""
-        probs = self._session.probs(logits)
-        return Settled(self._session.combine(probs), probs, len(logits))
+        probs = self._session.probs(outputs.logits)
+        return Settled(self._session.combine(probs, outputs.novelty), probs, len(probs))

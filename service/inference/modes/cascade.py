@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models_store.decisions.cascade import averaged, gap
-from models_store.graphs.runtime import Group, ProviderChoice
+from models_store.graphs.runtime import Group, Outputs, ProviderChoice
 from models_store.manifest import Cascade
 from models_store.store import Version
 from models_store.uncertainty import Floats, Prediction, combine, softmax
@@ -65,18 +65,17 @@ class Stage:
         """See session.Session."""
         return len(self._parts)
 
-    def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
+    def run(self, task: int, rows: Rows) -> Outputs:
         """See session.Session."""
-        return self._parts[task].logits(rows.images)
+        return self._parts[task].run(rows.images)
 
-    def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def joined(self, results: Sequence[Outputs]) -> Outputs:
         """See session.Session."""
-        return results[0] if len(results) == 1 else np.concatenate(results)
+        return results[0] if len(results) == 1 else Outputs(np.concatenate([result.logits for result in results]))
 
-    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
+    def settle(self, rows: Rows, outputs: Outputs) -> Settled:
         """See session.Session."""
-        if rows.carried is not None:
-            logits = np.concatenate([rows.carried, logits])
+        logits = outputs.logits if rows.carried is None else np.concatenate([rows.carried, outputs.logits])
         probs = softmax(logits, self._own)
         label = None
         if self._further is None:

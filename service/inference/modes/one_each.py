@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from models_store.graphs.runtime import Outputs
 from models_store.uncertainty import combine, softmax
 from service.http.images import Images
 from service.inference.modes.pool import Network
@@ -27,21 +28,22 @@ class OneEach:
         """See session.Session. At most one task per thread, because starting one costs as much as a small network."""
         return min(rows, self._threads)
 
-    def run(self, task: int, rows: Rows) -> NDArray[np.float32]:
+    def run(self, task: int, rows: Rows) -> Outputs:
         """See session.Session."""
         own = range(task, len(rows), self.tasks(len(rows)))
-        return np.concatenate([_alone(rows.networks[row], rows.images[row : row + 1]) for row in own])
+        return Outputs(np.concatenate([_alone(rows.networks[row], rows.images[row : row + 1]) for row in own])[None])
 
-    def joined(self, results: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def joined(self, results: Sequence[Outputs]) -> Outputs:
         """See session.Session."""
-        logits = np.empty((1, sum(map(len, results)), results[0].shape[1]), np.float32)
-        for task, result in enumerate(results):
-            logits[0, task :: len(results)] = result
-        return logits
+        parts = [result.logits for result in results]
+        logits = np.empty((1, sum(part.shape[1] for part in parts), parts[0].shape[2]), np.float32)
+        for task, part in enumerate(parts):
+            logits[:, task :: len(parts)] = part
+        return Outputs(logits)
 
-    def settle(self, rows: Rows, logits: NDArray[np.float32]) -> Settled:
+    def settle(self, rows: Rows, outputs: Outputs) -> Settled:
         """See session.Session."""
-        probs = softmax(logits)
+        probs = softmax(outputs.logits)
         return Settled(combine(probs, np.ones(1)), probs, 1)
 
 

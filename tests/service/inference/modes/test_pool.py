@@ -20,9 +20,9 @@ def answers(networks, threads=4):
     """Probabilities, (batch, classes), with each row computed by its own network."""
     each, rows = OneEach(threads), Rows(IMAGES, tuple(networks))
     assert each.tasks(len(rows)) == min(threads, len(rows))
-    logits = each.joined([each.run(task, rows) for task in range(each.tasks(len(rows)))])
-    assert logits.shape == (1, len(rows), CLASSES)
-    return each.settle(rows, logits).prediction.mean_probs
+    outputs = each.joined([each.run(task, rows) for task in range(each.tasks(len(rows)))])
+    assert outputs.logits.shape == (1, len(rows), CLASSES)
+    return each.settle(rows, outputs).prediction.mean_probs
 
 
 def test_each_row_is_answered_by_the_point_it_drew_at_that_points_temperature(store):
