@@ -52,7 +52,7 @@ class Answer:
     decisions: list[str] | None = None
     """"predict" or "abstain" for each image; None unless `risk` was given."""
     reasons: list[str | None] | None = None
-    """Why to abstain: "uncertain", or "unlike_calibration"; None where the decision is "predict"."""
+    """Why to abstain: "uncertain", or "unlike_training"; None where the decision is "predict"."""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -52,9 +52,9 @@ from service.http.schemas import (
     padded,
     respond,
 )
-from service.inference.batching import Answer
 from service.inference.offload import SMALL_PIXELS
 from service.inference.opening import Ensemble
+from service.inference.pieces import Answer
 from service.inference.policy import TOGETHER, Mode
 from service.inference.session import Rows
 from service.operations import metrics

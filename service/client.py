@@ -63,7 +63,7 @@ class Answer:
     prediction_sets: list[list[int]] | None = None  # classes of each row's set, with `coverage`
     decisions: list[str] | None = None  # "predict" or "abstain", with a risk or costs
     members_used_by_row: NDArray[np.intp] | None = None  # (batch,): members that ran for each row, in `cascade`
-    reasons: list[str | None] | None = None  # why to abstain: "uncertain" or "unlike_calibration"
+    reasons: list[str | None] | None = None  # why to abstain: "uncertain" or "unlike_training"
 
 
 class Decisions(TypedDict, total=False):

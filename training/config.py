@@ -76,6 +76,9 @@ class Config:
     """Seed of the random choice of images that are set aside for validation."""
     limit: int | None = None
     """Use only this many training images, chosen at random (default: all)."""
+    hold_out: tuple[str, ...] = later(())
+    """Names of classes that the network must not learn. Their test images are a near foreign set for
+    `python -m training.evaluate`, which measures how many of them are detected."""
     augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
     """Random crops and flips of training images; auto uses those that suit the data set."""
     mean: tuple[float, ...] | None = None

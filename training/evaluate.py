@@ -1,15 +1,13 @@
 """Measure a published ensemble on the test split, through the same sessions that serve it.
 
 Reports the scores of the average, each member and the best single member; pairwise disagreement; the most frequent
-confusions; how well each uncertainty measure detects the ensemble's errors and the images of a foreign data set; what
-the decisions of a calibrated version are worth. Writes
-them as Markdown and JSON, with a reliability diagram and a confusion matrix. With --path: loss and error along a curve
+confusions; how well each uncertainty measure detects the ensemble's errors and foreign images; what the decisions of a
+calibrated version are worth, also on corrupted images. Writes them as Markdown and JSON, with a reliability diagram and a confusion matrix. With --path: loss and error along a curve
 instead, and along the straight segment between its ends.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 from numpy.typing import NDArray
 from tabulate import tabulate
-from torch.nn import functional
 
 from models_store.graphs.runtime import EnsembleSession
 from models_store.manifest import ECE_BINS
@@ -30,7 +26,7 @@ from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction, s
 from training import command, data, logger
 from training.config import data_options
 from training.errors import ConfigError
-from training.measurement import decisions, path_evaluation
+from training.measurement import corruptions, decisions, foreign, path_evaluation, shift
 from training.measurement.figures import answers
 from training.measurement.probing import Subset
 from training.measurement.report import Report
@@ -45,9 +41,13 @@ class Config:
     """Ensemble to measure: NAME or NAME@VERSION."""
     dataset: str | None = None
     """Data set whose test split is used (default: the one that the ensemble was trained on)."""
-    ood: str | None = None
-    """Foreign data set, whose images should get a high uncertainty: its test split, or all images in a folder
-    (imagefolder:PATH, with or without class folders). The images are converted to the ensemble's image shape."""
+    ood: tuple[str, ...] = ()
+    """Foreign data sets, whose images should be detected: the test split of a data set, all images in a folder
+    (imagefolder:PATH, with or without class folders), noise, or textures. They are converted to the ensemble's image
+    shape. Classes that were held out of the training (--hold-out) are always measured."""
+    corruptions: tuple[int, ...] = ()
+    """Severities, 1 to 5, at which the test images are also corrupted: 13 to 15 kinds each, which takes as many
+    evaluations. Needs pip install 'modepath[bench]'. --limit makes it faster."""
     limit: int | None = None
     """Number of test images to use (default: all); the output states it."""
     output: Path | None = None
@@ -72,6 +72,8 @@ def run(config: Config) -> Report:
     version = Store().resolve(config.name)
     if config.path:
         return _along_path(config, version)
+    if unknown := set(config.corruptions) - set(corruptions.SEVERITIES):
+        raise ConfigError(f"--corruptions {max(unknown)}: a severity is a whole number from 1 to 5.")
     found, options = _data_of(config, version)
     session = EnsembleSession(version.folder, version.manifest)
     images, labels = data.as_arrays(found.test, config.limit)
@@ -94,8 +96,10 @@ def run(config: Config) -> Report:
     }
     if (decided := decisions.measure(version, logits, average, labels)) is not None:
         numbers["decisions"] = decided
-    if config.ood is not None:
-        numbers |= _foreign(config, config.ood, version, options, session, average)
+    if outside := foreign.measure(version, session, options, config.ood, config.limit, average):
+        numbers["foreign"] = outside
+    if config.corruptions:
+        numbers["corruptions"] = shift.measure(version, session, images, labels, config.corruptions)
     report = Report(numbers)
     report.figures = {
         "reliability": answers.reliability(average, labels, version.name),
@@ -115,8 +119,8 @@ def run(config: Config) -> Report:
 
 
 def _along_path(config: Config, version: Version) -> Report:
-    if config.dataset or config.ood:
-        raise ConfigError("--path measures on the data of the training; leave --dataset and --ood out.")
+    if config.dataset or config.ood or config.corruptions:
+        raise ConfigError("--path measures on the data of the training; leave --dataset, --ood and --corruptions out.")
     if config.points < 2:
         raise ConfigError(f"--points {config.points}: at least 2 are needed, the two ends.")
     subset = Subset(config.train_images, config.limit, config.bn_images)
@@ -142,38 +146,6 @@ def _data_of(config: Config, version: Version) -> tuple[data.Data, data.DataOpti
         )
     _check_classes(version.name, version.manifest.classes, options.dataset, found.classes)
     return found, options
-
-
-def _foreign(
-    config: Config,
-    name: str,
-    version: Version,
-    options: data.DataOptions,
-    session: EnsembleSession,
-    average: Prediction,
-) -> dict[str, Any]:
-    """AUROC of each measure of uncertainty, as a detector of foreign images among those of the test split."""
-    foreign, notes = data.foreign(
-        dataclasses.replace(options, dataset=name, mean=None, std=None, limit=None), config.limit
-    )
-    for note in notes:
-        logger.info(note)
-    foreign = fit_images(foreign, version.manifest.input.shape)
-    outside = session.predict(foreign)
-    is_foreign = np.repeat([False, True], [len(average.label), len(foreign)])
-    calibration = decisions.of(version)
-    return {
-        "ood": name,
-        "ood_detected": float(calibration.novel(outside.novelty).mean()) if calibration else None,
-        "ood_images": len(foreign),
-        "ood_notes": notes,
-        "ood_auroc": {
-            measure: metrics.auroc(
-                sign * np.concatenate([getattr(average, measure), getattr(outside, measure)]), is_foreign
-            )
-            for measure, sign in UNCERTAINTY_MEASURES.items()
-        },
-    }
 
 
 def _check_classes(name: str, own: Sequence[str], dataset: str, given: Sequence[str]) -> None:
@@ -202,16 +174,6 @@ def pairwise_disagreement(probs: Floats) -> Floats:
 def confusion_counts(labels: NDArray[np.integer], predicted: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
     """Number of rows by true and predicted class, (classes, classes)."""
     return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-
-
-def fit_images(images: NDArray[np.float32], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Foreign images (N, c, h, w) as (N, C, H, W), resized bilinearly. If c ≠ C, their channels' mean is repeated."""
-    tensor = torch.from_numpy(images)
-    if tensor.shape[1] != shape[0]:
-        tensor = tensor.mean(dim=1, keepdim=True).expand(-1, shape[0], -1, -1)
-    if tuple(tensor.shape[2:]) != shape[1:]:
-        tensor = functional.interpolate(tensor, size=shape[1:], mode="bilinear", antialias=True)
-    return tensor.clamp(0, 1).contiguous().numpy()
 
 
 def _scores(
@@ -259,18 +221,14 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines += [f"Pairwise disagreement: mean {above.mean():.4f}, from {above.min():.4f} to {above.max():.4f}.", ""]
     if confused := _most_confused(report):
         lines += [f"Most frequent confusions (true as predicted): {confused}.", ""]
-    detection = [
-        [name.replace("_", " "), _number(value), *([_number(report["ood_auroc"][name])] if "ood" in report else [])]
-        for name, value in report["error_detection_auroc"].items()
-    ]
-    headers = ["AUROC", "own errors", *([f"foreign images ({report['ood']})"] if "ood" in report else [])]
-    lines += [tabulate(detection, headers, tablefmt="github", disable_numparse=True), ""]
-    if "ood" in report:
-        if report["ood_detected"] is not None:
-            lines += [f"Called unlike the calibration images: {report['ood_detected']:.4f} of the foreign images.", ""]
-        lines += [" ".join([f"Foreign images: {report['ood_images']} of {report['ood']}.", *report["ood_notes"]]), ""]
+    detection = [[name.replace("_", " "), _number(value)] for name, value in report["error_detection_auroc"].items()]
+    lines += [tabulate(detection, ["AUROC", "own errors"], tablefmt="github", disable_numparse=True), ""]
+    if "foreign" in report:
+        lines += foreign.as_markdown(report["foreign"])
     if "decisions" in report:
         lines += decisions.as_markdown(report["decisions"])
+    if "corruptions" in report:
+        lines += shift.as_markdown(report["corruptions"])
     return "\n".join(lines)
 
 

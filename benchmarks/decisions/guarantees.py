@@ -5,7 +5,7 @@
 Coverage: 20 random divisions of the test split into halves, one calibrates, the other is covered. The number of covered images is beta-binomial;
 a cell counts the divisions outside of its 99 % interval. `average` is all members, `random` one member for each image.
 Risk: 200 random divisions, 3000 images calibrate; a violation is a share of wrong answers above the risk on the other 7000.
-Corruptions: the version's own calibration, 13 kinds (benchmarks/training/corruptions.py), 1000 images; means over the kinds.
+Corruptions: the version's own calibration, 13 kinds (training/measurement/corruptions.py), 1000 images; means over the kinds.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tabulate import tabulate
 
-from benchmarks.training.corruptions import corrupted
 from models_store.decisions import abstention, conformal
 from models_store.graphs.runtime import EnsembleSession
 from models_store.store import Store
 from models_store.uncertainty import combine, softmax
 from training import data
 from training.config import data_options
-from training.measurement import decisions
+from training.measurement import decisions, shift
 
 RESULTS = Path(__file__).parents[1] / "results"
 COVERAGES, RISKS, SEVERITIES = (0.8, 0.9, 0.95, 0.99), (0.01, 0.02, 0.05, 0.1), (1, 3, 5)
+IMAGES = 1000  # that are corrupted
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         f"`python -m benchmarks.decisions.guarantees {sys.argv[1]}`: {len(alone)} members, {len(labels)} test images, accuracy {(average.label == labels).mean():.4f}.", "",
         "## Coverage over 20 divisions", "", coverage(ways, labels), "",
         "## Risk over 200 divisions", "", risk(average, labels), "",
-        "## Under corruptions", "", shift(version, session, images, labels, average), "",
+        *shift.as_markdown(shift.measure(version, session, images[:IMAGES], labels[:IMAGES], SEVERITIES)),
     ]  # fmt: skip
     (RESULTS / "decisions.md").write_text("\n".join(text))
     figure(average, alone[best(version)], labels).savefig(RESULTS / "decisions.png", dpi=150)
@@ -127,44 +127,6 @@ def risk(average, labels: np.ndarray) -> str:
         f"99 % limit at {1 - abstention.CONFIDENCE:.2f}",
         "no threshold",
     ]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
-def shift(version, session, images: np.ndarray, labels: np.ndarray, average) -> str:
-    calibration = decisions.of(version)
-    sets = {"clean": (images, labels), **corrupted((images, labels))}
-    found: dict[str, list[list[float]]] = {}
-    for name, (shifted, known) in sets.items():
-        severity = name.rpartition("-")[2]
-        if name != "clean" and int(severity) not in SEVERITIES:
-            continue
-        outputs = session.run_in_batches(shifted)
-        logits, answers = outputs.logits, session.combine(session.probs(outputs.logits), outputs.novelty)
-        row = [float((answers.label == known).mean())]
-        u = np.random.default_rng(2).random(len(known))
-        for method in ("lac", "aps"):
-            chosen = calibration.sets(answers.mean_probs, 0.9, method, u, per_class=False, allow_empty=True)
-            row += [float(chosen[np.arange(len(known)), known].mean()), float(chosen.sum(axis=1).mean())]
-        novel = calibration.novel(answers.novelty)
-        given = (answers.confidence > calibration.threshold(0.02).confidence) & ~novel
-        row += [
-            float(given.mean()),
-            float((answers.label != known)[given].mean()) if given.any() else np.nan,
-            float(novel.mean()),
-        ]
-        cascade = next(one for one in decisions.cascades(version, logits, answers) if one["rule"] == "calibrated")
-        row += [cascade["agreement"], cascade["members"]]
-        found.setdefault("clean" if name == "clean" else f"severity {severity}", []).append(row)
-        print(name, row, file=sys.stderr)
-    rows = []
-    for name, of_kinds in found.items():
-        mean, worst = np.nanmean(of_kinds, axis=0), np.array(of_kinds)
-        rows.append(
-            [name, f"{mean[0]:.3f}", f"{mean[1]:.3f} ({worst[:, 1].min():.3f})", f"{mean[2]:.2f}", f"{mean[3]:.3f} ({worst[:, 3].min():.3f})", f"{mean[4]:.2f}",
-             f"{mean[5]:.3f}", f"{mean[6]:.4f} ({np.nanmax(worst[:, 6]):.4f})", f"{mean[7]:.3f}", f"{mean[8]:.4f}", f"{mean[9]:.2f}"]
-        )  # fmt: skip
-    headers = ["images", "accuracy", "lac 0.9: covered (worst kind)", "classes", "aps 0.9: covered (worst kind)", "classes", "risk 0.02: answered",
-               "wrong among them (worst kind)", "unlike calibration", "cascade: agreement", "members"]  # fmt: skip
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 

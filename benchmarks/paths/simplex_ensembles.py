@@ -5,7 +5,7 @@
 
 preresnet8 on 10 000 images of Fashion-MNIST, B = 30 epochs, every other option as the methods have it, seeds 0, 1, 2. A component is a network, a simplex of one
 further vertex (another B), or a Gaussian. Of each simplex 25 networks are averaged, of each Gaussian 10, over the weights of every half epoch of the last
-quarter. Each ensemble has a temperature fitted on validation. Corruptions: see benchmarks/training/corruptions.py.
+quarter. Each ensemble has a temperature fitted on validation. Corruptions: the first 1000 test images, see training/measurement/corruptions.py.
 
 All of it was fixed beforehand, but for the networks of 2B each, which were thought of when the others had been measured. The methods' defaults were chosen on another seed but on
 the same 10 000 training images and the same validation images: a simplex's among seven, SWAG's among three (benchmarks/paths/simplex_choices.py); for plain training nothing was chosen.
@@ -22,13 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.comparison import Arm, measure, spent, table
-from benchmarks.training.corruptions import LEFT_OUT, SEVERITIES, corrupted
+import numpy as np
+
+from benchmarks.training.comparison import Arm, Labelled, measure, spent, table
 from models_store.store import Store, Version
 from training import espro, independent, swag
+from training.measurement import corruptions
+from training.measurement.corruptions import LEFT_OUT, SEVERITIES
 from training.measurement.probing import Kept
 
 SEEDS = (0, 1, 2)
+CORRUPTED = 1000  # test images
 SIMPLEX: dict[str, Any] = {"vertices": 1, "samples": 25, "bank": 0}
 GAUSSIAN: dict[str, Any] = {"runs": 6, "every": 0.5, "samples": 10}
 RESULTS = Path(__file__).parents[1] / "results"
@@ -91,6 +95,12 @@ class Size:
 
 SMALL = Size("simplexes", 30, {"network": "preresnet8", "limit": 10_000})
 LARGE = Size("simplexes-large", 60, {"network": "vgg16-bn", "lr": 0.05, "weight_decay": 5e-4})
+
+
+def corrupted(test: Labelled) -> dict[str, Labelled]:
+    """The corrupted test sets by KIND-SEVERITY."""
+    sets = corruptions.corrupted(test[0][:CORRUPTED])
+    return {f"{kind}-{severity}": (images.astype(np.float64), test[1][:CORRUPTED]) for kind, severity, images in sets}
 
 
 def _of_several(cost: float, budget: int) -> bool:

@@ -31,7 +31,7 @@ from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction
 
 Way = Literal["average", "drawn"]
 Decision = Literal["predict", "abstain"]
-Reason = Literal["uncertain", "unlike_calibration"]
+Reason = Literal["uncertain", "unlike_training"]
 SEED = 0  # of the division of the validation split, and of u; stated in the manifest
 FALSE_ALARMS = 0.01  # share of images like the calibration images that are called novel
 
@@ -176,7 +176,7 @@ def decide(prediction: Prediction, limit: float, calibration: Calibration) -> li
     """For each row whether to rely on the answer, and if not, why: it is not above a confidence, or the image is novel."""
     sure, novel = prediction.confidence > limit, calibration.novel(prediction.novelty)
     return [
-        ("abstain", "unlike_calibration") if new else ("predict", None) if above else ("abstain", "uncertain")
+        ("abstain", "unlike_training") if new else ("predict", None) if above else ("abstain", "uncertain")
         for above, new in zip(sure.tolist(), novel.tolist(), strict=True)
     ]
 

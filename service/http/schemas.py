@@ -14,9 +14,9 @@ from models_store.decisions import abstention
 from models_store.decisions.calibration import Calibration, Decision, Reason
 from models_store.decisions.conformal import Method
 from models_store.manifest import Manifest, Scores
-from service.inference.batching import Answer
 from service.inference.decisions import NOTHING, Decided
 from service.inference.modes.cascade import Rule
+from service.inference.pieces import Answer
 from service.inference.policy import TOGETHER, Mode, Policy
 
 log = logging.getLogger("bentoml.modepath")
@@ -104,12 +104,16 @@ class Uncertainty(TypedDict):
 
 
 class Novelty(TypedDict):
-    """How unusual an image is, measured by its predictive entropy."""
+    """How unlike the training images an image is."""
 
-    score: Annotated[float, Field(description="predictive entropy, nats")]
-    percentile: Annotated[
-        float, Field(description="share of calibration images that are at most as uncertain, in percent")
+    score: Annotated[
+        float,
+        Field(
+            description="squared Mahalanobis distance of the features from the nearest class of the training; predictive entropy in "
+            "nats where the version or the mode has no features"
+        ),
     ]
+    percentile: Annotated[float, Field(description="share of calibration images that are at most as novel, in percent")]
 
 
 class RowPrediction(TypedDict):
@@ -138,9 +142,7 @@ class RowPrediction(TypedDict):
     reason: NotRequired[
         Annotated[
             Reason | None,
-            Field(
-                description="why to abstain: the answer is uncertain, or the image is unlike those of the calibration"
-            ),
+            Field(description="why to abstain: the answer is uncertain, or the image is unlike those of the training"),
         ]
     ]
     point: NotRequired[Annotated[int, Field(description="which network answered; only if the policy shows it")]]
@@ -190,6 +192,10 @@ class CalibrationInfo(BaseModel):
     )
     classes_without_guarantee: list[str] = Field(
         description="classes that have too few calibration images for a coverage of 0.9 of their own (per_class)"
+    )
+    novelty: Literal["features", "predictive_entropy"] = Field(
+        description="what novelty measures in average: the distance of features from those of training images, or the predictive "
+        "entropy. In modes that draw a network it is the predictive entropy"
     )
     cascade_groups: list[int] | None = Field(description="members in each group of a cascade; null without one")
     cascade_disagreement: float | None = Field(
@@ -370,7 +376,8 @@ def describe(
 
 
 def _guarantees(manifest: Manifest, calibration: Calibration) -> CalibrationInfo:
-    cascade = manifest.calibration.cascade if manifest.calibration else None
+    record = manifest.calibration
+    cascade = record.cascade if record else None
     least, most = calibration.least_risk, calibration.most_coverage
     missing = [f"a coverage above {most:.3g}"] if most < 0.95 else []
     missing += ["calling an image novel"] if calibration.images < 99 else []
@@ -381,6 +388,7 @@ def _guarantees(manifest: Manifest, calibration: Calibration) -> CalibrationInfo
         least_risk=least,
         confidence=abstention.CONFIDENCE,
         classes_without_guarantee=[manifest.classes[label] for label in calibration.classes_without_guarantee(0.9)],
+        novelty="features" if record and record.novelty else "predictive_entropy",
         cascade_groups=cascade.groups if cascade else None,
         cascade_disagreement=cascade.disagreement if cascade else None,
         note=f"{calibration.images} calibration images are too few for:  {', '.join(missing)}" if missing else None,

@@ -9,20 +9,18 @@ runs in pieces, and small ones pass between them. The number of rows of a batch 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 from models_store.graphs.runtime import Outputs
-from models_store.uncertainty import Floats, Prediction
-from service.http.errors import BrokenEnsembleError, QueueFullError, QueueTimeError, ServiceError
+from service.http.errors import BrokenEnsembleError, QueueFullError, QueueTimeError
+from service.inference.pieces import Answer, Batch, Job, Piece, Result, Segment, answer_of
 from service.inference.session import Rows, Session
 
 log = logging.getLogger("bentoml.modepath")
@@ -39,117 +37,6 @@ class QueueLimits:
     seconds: float  # time that a request may wait
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The result for one request, and how its time was spent."""
-
-    member_probs: Floats | None  # (members, batch, classes); None in a cascade
-    prediction: Prediction
-    queue_seconds: float
-    members_seconds: float
-    used: NDArray[np.intp] | None = None  # (batch,): members that ran for each row, in a cascade
-
-
-@dataclass(slots=True, eq=False)
-class _Result:
-    """Answers for some rows of a request."""
-
-    rows: NDArray[np.intp]
-    member_probs: Floats | None
-    prediction: Prediction
-    used: int
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request: its rows, how many of them are in batches already, and the results so far."""
-
-    session: Session
-    rows: Rows
-    future: asyncio.Future[Answer]
-    arrived: float = field(default_factory=time.perf_counter)
-    began: float = 0.0
-    taken: int = 0
-    answered: int = 0
-    left: bool = False
-    turn_seconds: float = 0.0  # estimated time of its next piece
-    results: list[_Result] = field(default_factory=lambda: list[_Result]())
-
-    def tell(self, outcome: Answer | ServiceError) -> None:
-        """Deliver the outcome to the waiting request; may be called from any thread."""
-        with contextlib.suppress(RuntimeError):  # the service is shutting down, and its loop is closed
-            self.future.get_loop().call_soon_threadsafe(self._set, outcome)
-
-    def _set(self, outcome: Answer | ServiceError) -> None:
-        if self.future.done():  # the request was cancelled
-            return
-        if isinstance(outcome, Answer):
-            self.future.set_result(outcome)
-        else:
-            self.future.set_exception(outcome)
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """Consecutive rows of a piece that belong to one request."""
-
-    job: _Job
-    numbers: NDArray[np.intp]  # of the rows in the request
-
-
-@dataclass(slots=True, eq=False)
-class _Piece:
-    """Rows that run together: some of one request, or in a cascade those of several requests that need the next group."""
-
-    session: Session
-    rows: Rows
-    segments: list[_Segment]
-    turn_seconds: float = 0.0  # estimated time, while it waits
-
-    def cut(self, count: int) -> tuple[_Piece, _Piece | None]:
-        """Return the first `count` rows, and the rest if there is one."""
-        if count >= len(self.rows):
-            return self, None
-        first: list[_Segment] = []
-        second: list[_Segment] = []
-        left = count
-        for segment in self.segments:
-            size = len(segment.numbers)
-            if left > 0:
-                first.append(_Segment(segment.job, segment.numbers[:left]))
-            if size > left:
-                second.append(_Segment(segment.job, segment.numbers[max(left, 0) :]))
-            left -= size
-        return _Piece(self.session, self.rows[:count], first), _Piece(self.session, self.rows[count:], second)
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """Pieces for one session that run together, and the progress of their tasks."""
-
-    session: Session
-    pieces: list[_Piece]
-    results: list[Outputs | None]  # one per task
-    joined: Rows | None = None
-    begun: int = 0  # tasks started
-    ended: int = 0  # tasks finished
-    seconds: float = 0.0  # total time of all tasks
-    error: Exception | None = None
-
-    def rows(self) -> Rows:
-        """Return all rows. They are joined only when a thread needs them, because then the queue is not locked."""
-        if self.joined is None:
-            self.joined = Rows.joined([piece.rows for piece in self.pieces])
-        return self.joined
-
-    def __len__(self) -> int:
-        return sum(len(piece.rows) for piece in self.pieces)
-
-    def segments(self) -> list[_Segment]:
-        """Return the segments of all pieces, in the order of their rows."""
-        return [segment for piece in self.pieces for segment in piece.segments]
-
-
 class Batcher:
     """The queue of one worker, and the threads that process it."""
 
@@ -158,8 +45,8 @@ class Batcher:
         self._threads = threads
         # Guards the fields below.
         self._changed = threading.Condition()
-        self._waiting: deque[_Job | _Piece] = deque()
-        self._open: _Batch | None = None  # batch that still has tasks to start
+        self._waiting: deque[Job | Piece] = deque()
+        self._open: Batch | None = None  # batch that still has tasks to start
         self._rows = 0  # rows of all requests that are not answered yet
         self._seconds = 0.0  # estimated time that a new request would wait
         self._row_seconds: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
@@ -176,7 +63,7 @@ class Batcher:
             QueueTimeError: the request's turn did not come in time.
             BrokenEnsembleError: a member failed or returned NaN.
         """
-        job = _Job(session, rows, asyncio.get_running_loop().create_future())
+        job = Job(session, rows, asyncio.get_running_loop().create_future())
         with self._changed:
             self._admit(job)
             self._queue(job)
@@ -222,13 +109,13 @@ class Batcher:
         if self._seconds > self._limits.seconds:
             raise self._full()
 
-    def _admit(self, job: _Job) -> None:
+    def _admit(self, job: Job) -> None:
         # If no other request waits, a request of any size is accepted: its own limits were checked when it was decoded.
         if self._rows and (self._rows + len(job.rows) > self._limits.rows or self._seconds > self._limits.seconds):
             raise self._full()
         self._rows += len(job.rows)
 
-    def _withdraw(self, job: _Job) -> None:
+    def _withdraw(self, job: Job) -> None:
         """Remove a request: its waiting rows will not run, and the results of its running rows are discarded."""
         with self._changed:
             self._leave(job)
@@ -236,15 +123,15 @@ class Batcher:
                 self._waiting.remove(job)
                 self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
 
-    def _queue(self, job: _Job | _Piece, *, first: bool = False) -> None:
+    def _queue(self, job: Job | Piece, *, first: bool = False) -> None:
         # Requests run one piece each in turn, so a new request waits for one piece of each request before it.
-        left = len(job.rows) - (job.taken if isinstance(job, _Job) else 0)
+        left = len(job.rows) - (job.taken if isinstance(job, Job) else 0)
         rows = min(left, self._batch_rows(job.session))
         job.turn_seconds = rows * self._row_seconds.get(job.session, 0.0)
         self._seconds += job.turn_seconds
         (self._waiting.appendleft if first else self._waiting.append)(job)
 
-    def _unqueue(self) -> _Job | _Piece:
+    def _unqueue(self) -> Job | Piece:
         job = self._waiting.popleft()
         self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
         return job
@@ -269,7 +156,7 @@ class Batcher:
             finally:
                 self._since.pop(threading.get_ident(), None)
 
-    def _run(self, batch: _Batch, number: int) -> None:
+    def _run(self, batch: Batch, number: int) -> None:
         began = time.perf_counter()
         try:
             batch.results[number] = batch.session.run(number, batch.rows())
@@ -282,7 +169,7 @@ class Batcher:
         if ended:
             self._finish(batch)
 
-    def _next(self) -> tuple[_Batch, int] | None:
+    def _next(self) -> tuple[Batch, int] | None:
         """Wait for a task that no thread has started, and return its batch and number; None after `close`."""
         with self._changed:
             while not self._closed:
@@ -297,16 +184,16 @@ class Batcher:
                 self._changed.wait()
             return None
 
-    def _take(self) -> _Batch | None:
+    def _take(self) -> Batch | None:
         """Build the next batch, or return None if no request waits.
 
         All its pieces are for the session of the first waiting request. In the order of the queue, each request
         contributes as many rows as still fit.
         """
         now = time.perf_counter()
-        pieces: list[_Piece] = []
-        passed: list[_Job | _Piece] = []
-        unfinished: list[_Job] = []
+        pieces: list[Piece] = []
+        passed: list[Job | Piece] = []
+        unfinished: list[Job] = []
         room = 0
         while self._waiting and (not pieces or room > 0):
             job = self._unqueue()
@@ -317,7 +204,7 @@ class Batcher:
             elif job.session is not pieces[0].session:
                 passed.append(job)
                 continue
-            if isinstance(job, _Piece):
+            if isinstance(job, Piece):
                 piece, rest = job.cut(room)
                 if rest is not None:
                     passed.append(rest)
@@ -326,7 +213,7 @@ class Batcher:
                     job.began = now
                 stop = min(job.taken + room, len(job.rows))
                 numbers = np.arange(job.taken, stop)
-                piece = _Piece(job.session, job.rows[job.taken : stop], [_Segment(job, numbers)])
+                piece = Piece(job.session, job.rows[job.taken : stop], [Segment(job, numbers)])
                 job.taken = stop
                 if stop < len(job.rows):
                     unfinished.append(job)
@@ -340,11 +227,11 @@ class Batcher:
             return None
         session = pieces[0].session
         rows = sum(len(piece.rows) for piece in pieces)
-        return _Batch(session, pieces, [None] * session.tasks(rows))
+        return Batch(session, pieces, [None] * session.tasks(rows))
 
-    def _is_over(self, job: _Job | _Piece, now: float) -> bool:
+    def _is_over(self, job: Job | Piece, now: float) -> bool:
         """Return whether nothing is left to run: the client has left, or the request has waited too long for its first turn."""
-        if isinstance(job, _Piece):
+        if isinstance(job, Piece):
             return all(segment.job.left for segment in job.segments)
         if job.future.done():  # the request was cancelled
             self._leave(job)
@@ -359,7 +246,7 @@ class Batcher:
             return True
         return False
 
-    def _finish(self, batch: _Batch) -> None:
+    def _finish(self, batch: Batch) -> None:
         segments = batch.segments()
         try:
             if batch.error is not None:
@@ -383,24 +270,24 @@ class Batcher:
                 except Exception as its_own:
                     self._fail(segment.job, its_own)
 
-    def _deliver(self, session: Session, segments: list[_Segment], rows: Rows, outputs: Outputs) -> None:
+    def _deliver(self, session: Session, segments: list[Segment], rows: Rows, outputs: Outputs) -> None:
         settled = session.settle(rows, outputs)
         stays = None if settled.stays is None else settled.stays.tolist()
-        waiting: list[_Segment] = []
-        done: list[tuple[_Job, _Result]] = []
+        waiting: list[Segment] = []
+        done: list[tuple[Job, Result]] = []
         row = answered = 0  # of all rows, and of the rows that are answered
         for segment in segments:
             job, numbers, stop = segment.job, segment.numbers, row + len(segment.numbers)
             if stays is not None and True in (of_rows := stays[row:stop]):
                 keep = np.array(of_rows)
-                waiting.append(_Segment(job, numbers[keep]))
+                waiting.append(Segment(job, numbers[keep]))
                 numbers = numbers[~keep]
             row, first = stop, answered
             answered += len(numbers)
             if len(numbers):
                 probs = None if settled.member_probs is None else settled.member_probs[:, first:answered]
-                done.append((job, _Result(numbers, probs, settled.prediction.rows(first, answered), settled.used)))
-        ended: list[_Job] = []
+                done.append((job, Result(numbers, probs, settled.prediction.rows(first, answered), settled.used)))
+        ended: list[Job] = []
         with self._changed:
             for job, result in done:
                 job.results.append(result)
@@ -409,12 +296,12 @@ class Batcher:
                     self._leave(job)
                     ended.append(job)
             if waiting and settled.further is not None:
-                self._queue(_Piece(*settled.further, waiting), first=True)  # its requests have had their turn
+                self._queue(Piece(*settled.further, waiting), first=True)  # its requests have had their turn
                 self._changed.notify_all()
         for job in ended:
-            job.tell(_answer(job))
+            job.tell(answer_of(job))
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _fail(self, job: Job, error: Exception) -> None:
         log.error("a member failed", exc_info=error)
         self._withdraw(job)
         job.tell(
@@ -432,26 +319,8 @@ class Batcher:
         fitting = int(self._limits.batch_seconds / known) if known else self._limits.batch_rows
         return max(1, min(fitting, self._limits.batch_rows))
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job) -> None:
         if job.left:  # several of its pieces may fail
             return
         job.left = True
         self._rows -= len(job.rows)
-
-
-def _answer(job: _Job) -> Answer | ServiceError:
-    results = [result for result in job.results if len(result.rows)]
-    member_probs, prediction = results[0].member_probs, results[0].prediction
-    cascaded = member_probs is None
-    used = np.concatenate([np.full(len(result.rows), result.used) for result in results]) if cascaded else None
-    if len(results) > 1:
-        order = np.argsort(np.concatenate([result.rows for result in results]))
-        prediction = Prediction.joined([result.prediction for result in results]).take(order)
-        used = None if used is None else used[order]
-        if not cascaded:
-            member_probs = np.concatenate([r.member_probs for r in results if r.member_probs is not None], axis=1)[
-                :, order
-            ]
-    if not np.isfinite(prediction.mean_probs).all():
-        return BrokenEnsembleError("The ensemble answers one of these images with NaN; it should not be served.")
-    return Answer(member_probs, prediction, job.began - job.arrived, time.perf_counter() - job.began, used)

@@ -19,7 +19,6 @@ from models_store.store import Version
 from service.http.errors import BadRequestError, ForbiddenError
 from service.http.images import Images
 from service.http.schemas import describe, padded, respond
-from service.inference.batching import Answer
 from service.inference.decisions import HOW, Decisions
 from service.inference.modes import pool as pools
 from service.inference.modes.average import Average
@@ -27,6 +26,7 @@ from service.inference.modes.cascade import Rule, Stage, stages
 from service.inference.modes.draws import LEVELS, Draw, Keyed, at_random, quantised
 from service.inference.modes.one_each import OneEach
 from service.inference.modes.pool import Pool
+from service.inference.pieces import Answer
 from service.inference.policy import TOGETHER, Mode, Policy
 from service.inference.session import Rows, Session
 

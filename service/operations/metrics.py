@@ -26,8 +26,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, values  # n
 
 from models_store.manifest import Manifest  # noqa: E402
 from service.http.errors import ServiceError  # noqa: E402
-from service.inference.batching import Answer  # noqa: E402
 from service.inference.decisions import NOTHING, Decided  # noqa: E402
+from service.inference.pieces import Answer  # noqa: E402
 from service.inference.policy import TOGETHER, Mode  # noqa: E402
 from service.operations import metric_files  # noqa: E402
 
@@ -69,7 +69,7 @@ _TIMES = {
 _predictions = Counter("modepath_predictions", "rows answered", [*LABELS, "class"], registry=_own)
 _decisions = Counter(
     "modepath_decisions",
-    "rows by decision: predict, or the reason to abstain (uncertain, unlike_calibration)",
+    "rows by decision: predict, or the reason to abstain (uncertain, unlike_training)",
     [*LABELS, "decision"],
     registry=_own,
 )

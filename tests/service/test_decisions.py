@@ -90,7 +90,7 @@ def test_decisions_are_those_of_the_published_files(calibrated, store, serve):
         for row in range(len(new)):
             given = expected.confidence[row] > limit and not novel[row]
             assert answer.decisions[row] == ("predict" if given else "abstain")
-            assert answer.reasons[row] == (None if given else "unlike_calibration" if novel[row] else "uncertain")
+            assert answer.reasons[row] == (None if given else "unlike_training" if novel[row] else "uncertain")
         assert {"predict", "abstain"} == set(answer.decisions)
         by_cost = client.predict(new, wrong_cost=10, review_cost=4)
         assert [one == "predict" for one in by_cost.decisions or ()] == ((expected.confidence > 0.6) & ~novel).tolist()

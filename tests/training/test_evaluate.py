@@ -1,4 +1,5 @@
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +15,11 @@ from models_store.importing import ImportOptions, import_members
 from models_store.store import Store
 from models_store.uncertainty import combine, softmax
 from tests.onnx_members import linear, linear_logits
-from training import evaluate
-from training.data import DataOptions, as_arrays
+from training import evaluate, fge
+from training.data import DataOptions, as_arrays, generated
 from training.data import load as load_data
 from training.errors import ConfigError
+from training.measurement.foreign import fit_images
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def ensemble(tmp_path):
 
 
 def test_the_report_is_what_the_files_answer(ensemble, tmp_path):
-    report = evaluate.run(evaluate.Config(name="lin", dataset="digits", ood="digits", output=tmp_path / "out"))
+    report = evaluate.run(evaluate.Config(name="lin", dataset="digits", ood=("digits",), output=tmp_path / "out"))
     images, labels = as_arrays(load_data(DataOptions(dataset="digits")).test)
     probs = np.stack([softmax(linear_logits(m, images)) for m in ensemble])
     average = combine(probs, np.full(3, 1 / 3))
@@ -42,7 +44,7 @@ def test_the_report_is_what_the_files_answer(ensemble, tmp_path):
     assert scores["member 1"]["accuracy"] == pytest.approx(accuracy_score(labels, probs[1].argmax(1)))
     found = report["error_detection_auroc"]["predictive_entropy"]
     assert found == pytest.approx(roc_auc_score(average.label != labels, average.predictive_entropy), abs=1e-3)
-    assert report["ood_auroc"]["mutual_information"] == pytest.approx(0.5)  # its own data set is not foreign
+    assert report["foreign"][0]["auroc"]["mutual_information"] == pytest.approx(0.5)  # its own data set is not foreign
     pairs = np.array(report["pairwise_disagreement"])
     assert pairs[0, 1] == pytest.approx((probs[0].argmax(1) != probs[1].argmax(1)).mean())
     assert (np.diag(pairs) == 0).all()
@@ -65,9 +67,9 @@ def test_all_images_of_a_foreign_folder_are_used_with_or_without_class_folders(e
     for index in range(10):
         Image.new("RGB", (30, 20), (index, 9, 200)).save(folder / ("trip" if index < 3 else "") / f"{index}.png")
     (folder / "trip" / "broken.jpg").write_bytes(b"x")
-    config = evaluate.Config(name="lin", dataset="digits", ood=f"imagefolder:{folder}", output=tmp_path / "out")
+    config = evaluate.Config(name="lin", dataset="digits", ood=(f"imagefolder:{folder}",), output=tmp_path / "out")
     report = evaluate.run(config)
-    assert report["ood_images"] == 10
+    assert report["foreign"][0]["images"] == 10
     printed = capsys.readouterr().out
     assert "1 files cannot be read and are left out" in printed
     assert f"Foreign images: 10 of imagefolder:{folder}." in printed
@@ -102,11 +104,11 @@ def test_the_classes_of_the_data_are_those_of_the_ensemble(tmp_path, classes, re
 
 def test_foreign_images_are_made_to_fit():
     colour = np.random.default_rng(0).random((5, 3, 20, 10), dtype=np.float32)
-    grey = evaluate.fit_images(colour, (1, 8, 8))
+    grey = fit_images(colour, (1, 8, 8))
     assert grey.shape == (5, 1, 8, 8)
     assert grey.mean() == pytest.approx(colour.mean(), abs=0.02)
-    assert evaluate.fit_images(grey, (3, 8, 8)).shape == (5, 3, 8, 8)
-    assert np.array_equal(evaluate.fit_images(grey, (1, 8, 8)), grey)
+    assert fit_images(grey, (3, 8, 8)).shape == (5, 3, 8, 8)
+    assert np.array_equal(fit_images(grey, (1, 8, 8)), grey)
 
 
 def test_decisions_of_a_calibrated_version_are_measured(ensemble, tmp_path):
@@ -114,7 +116,7 @@ def test_decisions_of_a_calibrated_version_are_measured(ensemble, tmp_path):
     source = load_data(DataOptions(dataset="digits"))
     images, labels = as_arrays(source.train)
     calibrated = calibrate(Store(), Store().load("lin"), Labelled(images, labels, "these"))
-    report = evaluate.run(evaluate.Config(name="lin", dataset="digits", ood="digits", output=tmp_path / "out"))
+    report = evaluate.run(evaluate.Config(name="lin", dataset="digits", ood=("digits",), output=tmp_path / "out"))
     images, labels = as_arrays(source.test)
     found = report["decisions"]
     assert found["images"] == len(source.train) // 2
@@ -132,6 +134,28 @@ def test_decisions_of_a_calibrated_version_are_measured(ensemble, tmp_path):
     exact = next(one for one in found["cascades"] if one["rule"] == "exact")
     assert exact["agreement"] == 1
     assert found["risks"][0]["answered"] is None  # these members know nothing, so nothing can be guaranteed
-    assert report["ood_detected"] == found["false_alarms"]
+    assert report["foreign"][0]["detected"] == found["false_alarms"]  # the foreign images are those of the test split
     assert "risk-coverage" in report.figures
     assert "## Decisions, calibrated on" in (tmp_path / "out/report.md").read_text()
+
+
+def test_classes_that_were_held_out_of_the_training_are_a_foreign_set(tmp_path):
+    fge.run(fge.Config(name="nine", network="mlp", epochs=6, members=2, hold_out=("9",)))
+    assert Store().load("nine").manifest.classes == [str(digit) for digit in range(9)]
+    report = evaluate.run(evaluate.Config(name="nine", ood=("noise", "textures"), output=tmp_path / "out"))
+    near, noise, textures = report["foreign"]
+    assert near["name"] == "held-out classes: 9"
+    assert near["images"] == int((as_arrays(load_data(DataOptions(dataset="digits")).test)[1] == 9).sum())
+    assert report["images"] + near["images"] == 360
+    assert near["auroc"]["novelty"] > 0.7
+    assert noise["auroc"]["novelty"] > 0.95
+    assert textures["images"] == generated.IMAGES
+    assert "held-out classes: 9" in (tmp_path / "out/report.md").read_text()
+
+
+def test_corruptions_need_their_library_and_known_severities(ensemble, monkeypatch):
+    with pytest.raises(ConfigError, match="from 1 to 5"):
+        evaluate.run(evaluate.Config(name="lin", dataset="digits", corruptions=(6,)))
+    monkeypatch.setitem(sys.modules, "torch_uncertainty.transforms.corruption", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        evaluate.run(evaluate.Config(name="lin", dataset="digits", corruptions=(1,)))

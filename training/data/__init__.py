@@ -6,14 +6,14 @@
     imagefolder:PATH         PATH/train, PATH/val, PATH/test (or less), each with one folder per class
     package.module:factory   the user's own: factory() -> (train, validation, test)
 
-contract.py, streaming.py and classes.py define which forms of splits are accepted, and the requirements on them.
+contract.py, in_memory.py, streaming.py and classes.py define which forms of splits are accepted, and the requirements on them.
 The validation split is used for choices and calibration; the test split is used for reports only.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,46 +21,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
-from training.data import classes, image_folder, sources
+from training.data import classes, held_out, image_folder, sources
 from training.data.augment import Augment
-from training.data.contract import Batch, Contract
+from training.data.contract import Contract
 from training.data.import_string import import_string
-from training.data.streaming import Streamed, scale
+from training.data.in_memory import InMemory
+from training.data.streaming import Streamed
 from training.errors import DataError
 
 SAMPLED = 16  # rows that are read twice, to detect a data set that returns random images
 READ_AT_ONCE = 256
 SEEN_IMAGES, SEEN_OF_EACH_CLASS = 5000, 50  # images that novelty is fitted on: the larger number
 FOLDER = "imagefolder:"
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """A split as two tensors. uint8 images have values 0 … 255, and are scaled to [0, 1] batch by batch."""
-
-    images: torch.Tensor  # (N, C, H, W), uint8 or float32
-    labels: torch.Tensor  # (N,), int64
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of every image."""
-        return tuple(self.images.shape[1:])
-
-    def batches(self, order: torch.Tensor, size: int) -> Iterator[Batch]:
-        """Images float32 (batch, C, H, W) in [0, 1] and labels int64 (batch,), in the given order of rows."""
-        for rows in order.to(self.labels.device).split(size):
-            yield scale(self.images[rows]), self.labels[rows]
-
-    def take(self, rows: torch.Tensor) -> InMemory:
-        """Returns a split with these rows only."""
-        return InMemory(self.images[rows], self.labels[rows])
-
-    def to(self, device: torch.device) -> InMemory:
-        """Returns the split on a device."""
-        return InMemory(self.images.to(device), self.labels.to(device))
 
 
 Split = InMemory | Streamed
@@ -100,6 +72,7 @@ class DataOptions:
     memory_gib: float = 4.0
     workers: int = 0
     image_size: int | None = None
+    hold_out: tuple[str, ...] = ()
 
 
 def load(options: DataOptions) -> Data:
@@ -122,6 +95,13 @@ def load(options: DataOptions) -> Data:
     names = classes.settle(
         options.dataset, found.classes, {name: split.labels for name, split in given.items() if split is not None}
     )
+    if options.hold_out:
+        left = held_out.remaining(options.dataset, names, options.hold_out)
+        train, validation, test = (
+            split and held_out.without(split, f"The {name} split of {options.dataset!r}", names, options.hold_out)
+            for name, split in given.items()
+        )
+        names = left
     validation_cut = validation is None
     if validation is None:
         train, validation = _split_off(train, options)
@@ -169,12 +149,13 @@ def load(options: DataOptions) -> Data:
 def foreign(options: DataOptions, limit: int | None = None) -> tuple[np.ndarray[Any, Any], list[str]]:
     """Images of a data set whose classes do not matter, float32 (N, C, H, W), at most `limit`; and notes for the log.
 
-    Uses the test split, or for a folder of images without splits, every image below it. Unreadable files are left out.
+    Uses the test split, or for a folder of images without splits, every image below it. Unreadable files are left out. With
+    `hold_out`, uses the images of these classes only.
 
     Raises:
         DataError: the data set is unknown, missing or malformed, or has no readable image.
     """
-    if options.dataset.startswith(FOLDER):
+    if options.dataset.startswith(FOLDER) and not options.hold_out:
         path, size = options.dataset.removeprefix(FOLDER), options.image_size or image_folder.SIZE
         files, notes = image_folder.foreign(path, size)
         images: list[torch.Tensor] = []
@@ -195,6 +176,9 @@ def foreign(options: DataOptions, limit: int | None = None) -> tuple[np.ndarray[
     split = _hold(found.parts[2], "test", options, found.classes)
     if split is None:
         raise DataError(f"Data set {options.dataset!r} has no test split.")
+    if options.hold_out:
+        names = classes.settle(options.dataset, found.classes, {"test": split.labels})
+        split = held_out.only(split, f"The test split of {options.dataset!r}", names, options.hold_out)
     return as_arrays(split, limit)[0], list(found.notes)
 
 
@@ -293,7 +277,9 @@ def _map_style(part: Any, what: str) -> tuple[Any, int]:
 
 
 def _expecting(split: Split, number: int) -> Split:
-    return split if isinstance(split, InMemory) else replace(split, contract=replace(split.contract, classes=number))
+    if isinstance(split, InMemory) or split.new_labels is not None:
+        return split
+    return replace(split, contract=replace(split.contract, classes=number))
 
 
 def _split_off(train: Split, options: DataOptions) -> tuple[Split, Split]:

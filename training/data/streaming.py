@@ -8,7 +8,7 @@ memory, or through a pipe if that is too small, as in a container with 64 MB of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Streamed:
     workers: int
     contract: Contract
     labels: torch.Tensor | None = None  # int64 (N,), if they are known without reading the images
+    new_labels: torch.Tensor | None = None  # int64 (classes of the data set,): the labels that are returned instead
 
     def __len__(self) -> int:
         return len(self.dataset)  # pyright: ignore[reportArgumentType]
@@ -57,12 +58,12 @@ class Streamed:
             if isinstance(batch, DataError):
                 raise batch
             images, labels = (torch.as_tensor(part) for part in batch)
-            yield scale(images), labels
+            yield scale(images), labels if self.new_labels is None else self.new_labels[labels]
 
     def take(self, rows: torch.Tensor) -> Streamed:
         """Returns a split with these rows only."""
         labels = None if self.labels is None else self.labels[rows]
-        return Streamed(_Rows(self.dataset, rows.tolist()), self.workers, self.contract, labels)
+        return replace(self, dataset=_Rows(self.dataset, rows.tolist()), labels=labels)
 
     def _fetched(self, loader: DataLoader[Any]) -> Iterator[Any]:
         try:

@@ -46,7 +46,7 @@ def measure(
             if (row := _sets(calibration, average, labels, coverage, method, per_class, classes)) is not None
         ],
         "risks": [_risk(calibration, average, labels, risk) for risk in RISKS],
-        "false_alarms": float(calibration.novel(average.novelty).mean()),
+        "false_alarms": share(calibration.novel(average.novelty)),
         "cascades": cascades(version, logits, average),
     }
 
@@ -73,7 +73,7 @@ def _sets(
     present = [label for label in range(classes) if (labels == label).any()]
     return {
         "coverage": coverage,
-        "covered": _share(covered),
+        "covered": share(covered),
         "classes_in_a_set": float(chosen.sum(axis=1).mean()),
         "empty": float((~chosen.any(axis=1)).mean()),
         "worst_class": min(float(covered[labels == label].mean()) for label in present),
@@ -86,7 +86,7 @@ def _risk(calibration: Calibration, average: Prediction, labels: Labels, risk: f
         return {"risk": risk, "answered": None, "wrong": None}
     answered = (average.confidence > threshold.confidence) & ~calibration.novel(average.novelty)
     wrong = (average.label != labels)[answered]
-    return {"risk": risk, "answered": float(answered.mean()), "wrong": _share(wrong) if len(wrong) else None}
+    return {"risk": risk, "answered": float(answered.mean()), "wrong": share(wrong) if len(wrong) else None}
 
 
 def cascades(version: Version, logits: NDArray[np.float32], average: Prediction) -> list[dict[str, Any]]:
@@ -121,20 +121,21 @@ def cascades(version: Version, logits: NDArray[np.float32], average: Prediction)
     return rows
 
 
-def _share(true: NDArray[np.bool_]) -> list[float]:
+def share(true: NDArray[np.bool_]) -> list[float]:
     """A share with its exact 95 % interval."""
     interval = binomtest(int(true.sum()), len(true)).proportion_ci(0.95)
     return [float(true.mean()), float(interval.low), float(interval.high)]
 
 
+def with_interval(value: Sequence[float] | None) -> str:
+    """A share with its interval, for a table."""
+    return "none" if value is None else f"{value[0]:.4f} ({value[1]:.4f} to {value[2]:.4f})"
+
+
 def as_markdown(found: dict[str, Any]) -> list[str]:
     """The lines of the report that a person reads."""
-
-    def share(value: Sequence[float] | None) -> str:
-        return "none" if value is None else f"{value[0]:.4f} ({value[1]:.4f} to {value[2]:.4f})"
-
     sets = [
-        [row["method"] + (", per class" if row["per_class"] else ""), f"{row['coverage']:g}", share(row["covered"]),
+        [row["method"] + (", per class" if row["per_class"] else ""), f"{row['coverage']:g}", with_interval(row["covered"]),
          f"{row['worst_class']:.4f}", f"{row['classes_in_a_set']:.3f}", f"{row['empty']:.4f}"]
         for row in found["sets"]
     ]  # fmt: skip
@@ -142,7 +143,7 @@ def as_markdown(found: dict[str, Any]) -> list[str]:
         [
             f"{row['risk']:g}",
             "not guaranteed" if row["answered"] is None else f"{row['answered']:.4f}",
-            share(row["wrong"]),
+            with_interval(row["wrong"]),
         ]
         for row in found["risks"]
     ]
@@ -156,7 +157,7 @@ def as_markdown(found: dict[str, Any]) -> list[str]:
         "",
         tabulate(risks, ["risk", "answered", "wrong among them (95 % interval)"], tablefmt="github", disable_numparse=True),
         "",
-        f"Called unlike the calibration images: {found['false_alarms']:.4f} of these images.",
+        f"Called unlike the training images: {with_interval(found['false_alarms'])} of these images, false alarms.",
         "",
     ]  # fmt: skip
     if found["cascades"]:

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from models_store.manifest import Manifest
 from models_store.uncertainty import combine
 from service.http.schemas import EnsembleInfo, PredictResponse, Uncertainty, describe, padded, respond
-from service.inference.batching import Answer
+from service.inference.pieces import Answer
 from service.inference.policy import Policy
 from tests.onnx_members import publish
 

@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from models_store.uncertainty import combine, softmax
 from service.http.errors import ServiceError
-from service.inference.batching import Answer
+from service.inference.pieces import Answer
 from service.operations import metrics
 from tests.onnx_members import publish
 
