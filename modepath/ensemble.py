@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from models_store import decoding
 from models_store.decisions.calibration import Calibration, by_probability, decide, load_calibrations, uniform
 from models_store.decisions.conformal import Method
+from models_store.decisions.leaving import Rule, steps
 from models_store.errors import DecodeError
-from models_store.graphs.runtime import EnsembleSession
+from models_store.graphs.runtime import EnsembleSession, Group
 from models_store.manifest import InputSpec, Manifest
 from models_store.store import Store, Version
-from models_store.uncertainty import Prediction
+from models_store.uncertainty import Prediction, softmax
 
 Images = ArrayLike | Sequence[str | Path | bytes]
 
@@ -43,7 +44,7 @@ class Answer:
     disagreement: NDArray[np.float64]
     """Share of members, by weight, whose most probable class is not the ensemble's, (batch,)."""
     member_probs: NDArray[np.float64]
-    """Calibrated probabilities of each member, (members, batch, classes)."""
+    """Calibrated probabilities of each member, (members, batch, classes). NaN where a cascade did not run the member."""
 
     novelty: NDArray[np.float64] | None = None
     """How unlike the training images: percentile among the calibration images, 0 to 100, (batch,); None if not calibrated."""
@@ -53,6 +54,9 @@ class Answer:
     """"predict" or "abstain" for each image; None unless `risk` was given."""
     reasons: list[str | None] | None = None
     """Why to abstain: "uncertain", or "unlike_training"; None where the decision is "predict"."""
+
+    members_used: NDArray[np.intp] | None = None
+    """Number of members that ran for each image, (batch,); None unless `cascade` was given."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,6 +81,7 @@ class Ensemble:
         per_class: bool = False,
         allow_empty: bool = False,
         risk: float | None = None,
+        cascade: Rule | None = None,
     ) -> Answer:
         """Predict the classes of a batch of images.
 
@@ -88,6 +93,9 @@ class Ensemble:
             per_class: whether the coverage holds for each true class that has enough calibration images.
             allow_empty: whether sets may be empty; otherwise the most probable class is in every set.
             risk: decide for each image whether to answer, such that at most this share of the answers is wrong, in (0, 1).
+            cascade: run the members in groups, and for each image only until it is decided: "calibrated" (the label differs from that of
+                all members for a small share of images, which the calibration bounds) or "exact" (it never differs). It cannot be combined
+                with `coverage` and `risk`, which are calibrated for all members together.
 
         Raises:
             ValueError: the array has the wrong shape or type, or values outside [0, 1]; or the version is not calibrated, or on too
@@ -95,6 +103,12 @@ class Ensemble:
             DecodeError: a file cannot be decoded to an image of the size that the ensemble takes.
         """
         rows = self._rows(images)
+        if cascade is not None:
+            if coverage is not None or risk is not None:
+                raise ValueError(
+                    "coverage and risk are calibrated for all members together; leave them out, or leave cascade out."
+                )
+            return self._cascaded(rows, cascade, batch_size)
         manifest = self.manifest
         outputs = self._session.run_in_batches(rows, batch_size)
         probs = self._session.probs(outputs.logits)
@@ -124,6 +138,38 @@ class Ensemble:
             answer = replace(answer, decisions=[d for d, _ in made], reasons=[r for _, r in made])
         return answer
 
+    def _cascaded(self, rows: NDArray[np.float32], rule: Rule, batch_size: int) -> Answer:
+        manifest = self.manifest
+        if not (plan := steps(manifest, rule)):
+            other = ' Use cascade="exact".' if rule == "calibrated" and steps(manifest, "exact") else ""
+            raise ValueError(
+                f"{self.name} has no {rule} cascade: it has one member, or it is not calibrated, or on too few images.{other} "
+                f"Calibrate it: python -m models_store calibrate {manifest.name} --dataset SOURCE"
+            )
+        probs = np.full((len(manifest.members), len(rows), len(manifest.classes)), np.nan)
+        used = np.zeros(len(rows), np.intp)
+        predictions: list[Prediction] = []
+        numbers: list[NDArray[np.intp]] = []
+        for start in range(0, len(rows), batch_size):
+            left = np.arange(start, min(start + batch_size, len(rows)))
+            logits = np.empty((0, len(left), len(manifest.classes)), np.float32)
+            ran: list[int] = []
+            for group, step in zip(self._groups, plan, strict=True):
+                ran += step.members
+                logits = np.concatenate([logits, *(part.run(rows[left]).logits for part in group.parts)])
+                prediction, stays = step.settle(logits)
+                leaving = left[~stays]
+                predictions.append(prediction)
+                numbers.append(leaving)
+                used[leaving] = step.ran
+                probs[np.array(ran)[:, None], leaving] = softmax(logits[:, ~stays], step.own)
+                left, logits = left[stays], logits[:, stays]
+                if not len(left):
+                    break
+        order = np.argsort(np.concatenate(numbers))
+        answer = _answer(Prediction.joined(predictions).take(order), probs, manifest.classes)
+        return replace(answer, members_used=used)
+
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the probabilities."""
@@ -132,6 +178,10 @@ class Ensemble:
     @cached_property
     def _calibration(self) -> Calibration | None:
         return load_calibrations(self.folder, self.manifest).get("average")
+
+    @cached_property
+    def _groups(self) -> list[Group]:
+        return [Group(self.folder, self.manifest, step.members) for step in steps(self.manifest, "exact")]
 
     @cached_property
     def _session(self) -> EnsembleSession:

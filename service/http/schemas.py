@@ -13,9 +13,9 @@ from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic r
 from models_store.decisions import abstention
 from models_store.decisions.calibration import Calibration, Decision, Reason
 from models_store.decisions.conformal import Method
+from models_store.decisions.leaving import Rule
 from models_store.manifest import Manifest, Scores
 from service.inference.decisions import NOTHING, Decided
-from service.inference.modes.cascade import Rule
 from service.inference.pieces import Answer
 from service.inference.policy import TOGETHER, Mode, Policy
 

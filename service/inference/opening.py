@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import orjson
 
+from models_store.decisions.leaving import Rule
 from models_store.errors import MemberError
 from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default_threads
 from models_store.manifest import Manifest
@@ -22,7 +23,7 @@ from service.http.schemas import describe, padded, respond
 from service.inference.decisions import HOW, Decisions
 from service.inference.modes import pool as pools
 from service.inference.modes.average import Average
-from service.inference.modes.cascade import Rule, Stage, stages
+from service.inference.modes.cascade import Stage, stages
 from service.inference.modes.draws import LEVELS, Draw, Keyed, at_random, quantised
 from service.inference.modes.one_each import OneEach
 from service.inference.modes.pool import Pool

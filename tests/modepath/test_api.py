@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import modepath
+from models_store.decisions.calibrating import Labelled, calibrate
 from models_store.errors import StoreError
 from models_store.uncertainty import combine, softmax
 from tests.conftest import ROOT
+from tests.models_store.decisions.test_calibrating import labelled
 from tests.onnx_members import linear, linear_logits, publish
+from tests.service.test_cascade import reference
 
 SCRIPT = """
 import torch
@@ -138,6 +141,33 @@ def test_images_that_it_cannot_take_are_refused_with_the_reason(store, images, s
     publish(store, "animals")
     with pytest.raises(ValueError, match=said):
         modepath.load("animals", store=store.root).predict(images)
+
+
+@pytest.mark.parametrize("rule", ["calibrated", "exact"])
+def test_a_cascade_answers_as_one_image_after_another(store, rule):
+    x, y = labelled(4000, temperature=0.1)
+    plain = publish(store, "many", seeds=(0, 0, 1, 0, 0, 2, 0, 3), temperature=0.05)
+    version = calibrate(store, plain, Labelled(x, y, "these"))
+    images = np.random.default_rng(1).random((300, 1, 4, 4), np.float32)
+    probs, labels, confidence, used, nearest = reference(version, images, rule)
+    safe = nearest > 1e-5  # rounding may decide others
+    answer = modepath.load("many", store=store.root).predict(images, batch_size=70, cascade=rule)
+    assert answer.probs[safe] == pytest.approx(probs[safe], abs=1e-5)
+    assert answer.labels[safe].tolist() == labels[safe].tolist()
+    assert answer.confidence[safe] == pytest.approx(confidence[safe], abs=1e-5)
+    assert answer.members_used[safe].tolist() == used[safe].tolist()
+    assert rule == "exact" or len(set(used.tolist())) > 1
+    assert (np.isfinite(answer.member_probs[:, :, 0]).sum(axis=0) == answer.members_used).all()
+
+
+def test_a_cascade_that_does_not_exist_or_does_not_fit_is_refused(store):
+    publish(store, "animals")
+    ensemble = modepath.load("animals", store=store.root)
+    images = np.zeros((1, 1, 4, 4), np.float32)
+    with pytest.raises(ValueError, match="models_store calibrate animals"):
+        ensemble.predict(images, cascade="exact")
+    with pytest.raises(ValueError, match="leave cascade out"):
+        ensemble.predict(images, cascade="exact", risk=0.1)
 
 
 def test_all_errors_have_one_root(store):

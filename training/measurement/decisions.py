@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from tabulate import tabulate
 
-from models_store.decisions import cascade
 from models_store.decisions.calibration import Calibration, load_calibrations
 from models_store.decisions.conformal import METHODS
+from models_store.decisions.leaving import RULES, steps
 from models_store.store import Version
 from models_store.uncertainty import Floats, Prediction, combine, softmax
 
@@ -91,33 +91,21 @@ def _risk(calibration: Calibration, average: Prediction, labels: Labels, risk: f
 
 def cascades(version: Version, logits: NDArray[np.float32], average: Prediction) -> list[dict[str, Any]]:
     """Mean number of members, and share of labels that are the full average's, of each rule of the version's cascade."""
-    record = version.manifest.calibration
-    if record is None or (plan := record.cascade) is None:
-        return []
-    own = logits[plan.order]
-    weights = np.array([version.manifest.members[k].weight for k in plan.order])
     rows: list[dict[str, Any]] = []
-    for rule in ("calibrated", "exact"):
-        if rule == "calibrated" and plan.margins is None:
+    for rule in RULES:
+        if not (plan := steps(version.manifest, rule)):
             continue
         label = np.full(len(average.label), -1)
         used = np.zeros(len(label))
-        for number, end in enumerate(np.cumsum(plan.groups)):
-            left = np.flatnonzero(label < 0)
-            part, so_far = own[:end, left], weights[:end]
-            if rule == "calibrated":
-                mean = cascade.averaged(part, so_far, plan.temperatures[number])
-                decided = cascade.gap(mean) >= (plan.margins[number] if plan.margins and end < len(own) else 0)
-            else:
-                mean = cascade.averaged(part, so_far, version.manifest.temperature)
-                decided = (
-                    cascade.gap(mean) * so_far.sum() > weights[end:].sum()
-                    if end < len(own)
-                    else np.full(len(left), True)
-                )
-            label[left[decided]], used[left[decided]] = mean.argmax(axis=1)[decided], end
+        left = np.arange(len(label))
+        ran: list[int] = []
+        for step in plan:
+            ran += step.members
+            prediction, stays = step.settle(logits[ran][:, left])
+            label[left[~stays]], used[left[~stays]] = prediction.label, step.ran
+            left = left[stays]
         agreement = float((label == average.label).mean())
-        rows.append({"rule": rule, "members": float(used.mean()), "of": len(own), "agreement": agreement})
+        rows.append({"rule": rule, "members": float(used.mean()), "of": len(logits), "agreement": agreement})
     return rows
 
 
