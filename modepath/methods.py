@@ -187,6 +187,8 @@ def evaluate(name: str, *, data: Any = None, **options: Any) -> Report:
             classes = Store().resolve(name).manifest.classes
             dataset = objects.data_name({"train": data, "validation": data, "test": data, "classes": classes}, "test")
         importlib.import_module("training.command").show_log()
+        if isinstance(foreign := options.get("ood"), str):
+            options["ood"] = (foreign,)
         return command.run(command.Config(name=name, dataset=dataset, **options))
 
 
