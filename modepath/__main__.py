@@ -50,6 +50,7 @@ def main() -> NoReturn:
     commands.add_parser(
         "store", help="list, show, verify, activate, import and export published ensembles", add_help=False
     )
+    commands.add_parser("feedback", help="export images that were kept for relabelling", add_help=False)
     commands.add_parser(
         "serve", help="serve all active ensembles over HTTP; takes the options of bentoml serve", add_help=False
     )
@@ -77,6 +78,8 @@ def main() -> NoReturn:
     sys.argv = [f"modepath {options.command}", *arguments]
     if options.command == "store":
         sys.exit(importlib.import_module("models_store.__main__").main())
+    if options.command == "feedback":
+        sys.exit(importlib.import_module("service.feedback.export").main())
     method = importlib.import_module(f"training.{options.command}")
     importlib.import_module("training.command").main(method.Config, method.run, method.__doc__)
     sys.exit(0)

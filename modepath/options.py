@@ -28,6 +28,7 @@ class Options(TypedDict, total=False):
     validation: float
     split_seed: int
     limit: int | None
+    hold_out: tuple[str, ...]
     augment: Literal["auto", "none", "crop", "flip", "crop-flip"]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None

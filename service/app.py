@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import time
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models_store.manifest import InputSpec
-from service.http import openapi
+from service.feedback.answers import of_answer
+from service.feedback.database import new_id
+from service.http import feedback, openapi
 from service.http.access_log import AccessLog
 from service.http.bodies import Asked, read_request
 from service.http.connections import LEFT
@@ -33,6 +34,7 @@ from service.http.errors import (
     ForbiddenError,
     MediaTypeError,
     MisdirectedError,
+    NoFeedbackError,
     NoRouteError,
     NotReadyError,
     ServiceError,
@@ -78,6 +80,7 @@ class _Routes:
         """Return all routes."""
         return [
             Route("/predict", self.predict, methods=["POST"]),
+            Route("/feedback", self.feedback, methods=["POST"]),
             Route("/ensembles", self.list_ensembles, methods=["GET"]),
             Route("/ensembles/{name}", self.show_ensemble, methods=["GET"]),
             *([] if self._settings.metrics_port else [Route("/metrics", show_metrics, methods=["GET"])]),
@@ -136,7 +139,7 @@ class _Routes:
             )
             decode_seconds = time.perf_counter() - began
             answer = await worker.batcher.run(ensemble.session(mode, options.rule), rows)
-            request_id = secrets.token_hex(8)
+            request_id = new_id(time.time())
             if (log_fields := request.scope.get("log_fields")) is not None:
                 manifest = ensemble.manifest
                 log_fields |= {
@@ -147,6 +150,26 @@ class _Routes:
             large = len(images) > INLINE_ROWS or numbers > INLINE_NUMBERS
             reply = await worker.offload.run(body, write) if large else write()
         return Response(reply, media_type="application/json")
+
+    async def feedback(self, request: Request) -> Response:
+        """POST /feedback."""
+        worker = self._worker
+        if (recorder := worker.recorder) is None:
+            raise NoFeedbackError(
+                "This service keeps no answers, so it cannot count labels. Its operator can switch feedback on: MODEPATH_FEEDBACK."
+            )
+        _refuse_coded(request)
+        async with worker.intake.body(request) as body:
+            served = {one.manifest.name: one.manifest.classes for one in worker.ensembles.all()}
+            if (default := worker.ensembles.default_name) in served:
+                served[""] = served[default]
+            parse = partial(feedback.parse, bytes(body.data), served)
+            entries, several = await worker.offload.run(body, parse) if len(body.data) > INLINE_BYTES else parse()
+            labels = [entry for entry in entries if not isinstance(entry, feedback.Rejected)]
+            for _ in range(len(entries) - len(labels)):
+                metrics.rejected("malformed")
+            outcomes = await asyncio.to_thread(recorder.report, labels) if labels else []
+            return _json(feedback.response(entries, outcomes, several=several))
 
     def _caller(self, request: Request) -> str:
         """Return the caller that a trusted proxy names, or "" without a proxy.
@@ -194,6 +217,20 @@ class _Routes:
         seconds = time.perf_counter() - began
         each = not policy.hides(mode) or self._settings.metrics_port is not None
         metrics.answered(manifest, mode, answer, decode_seconds, seconds, each=each, decided=decided)
+        labels = manifest.name, str(manifest.version), mode
+        calibration = ensemble.decisions.calibration(mode)
+        if calibration is not None and each:
+            self._worker.drift.add(labels, calibration, rows.images, answer.prediction)
+        if (recorder := self._worker.recorder) is not None:
+            if each:
+                metrics.expect_feedback(labels)
+            recorder.keep(
+                of_answer(
+                    request_id, time.time(), manifest.name, manifest.version, mode, answer.prediction, shown=each,
+                    coverage=options.coverage, sets=decided.sets, decisions=decided.decisions,
+                    images=self._worker.kept_images(calibration, rows.images, answer.prediction),
+                )
+            )  # fmt: skip
         return reply
 
     async def list_ensembles(self, request: Request) -> Response:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -119,6 +119,21 @@ class Client:
         request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None, **decisions})
         return _answer(self._send("POST", "/predict", **request))
 
+    def feedback(self, request_id: str, labels: Mapping[int, int] | Sequence[int] | int) -> dict[str, Any]:
+        """Report the true classes of the images of an earlier answer.
+
+        Args:
+            request_id: of the answer.
+            labels: the class of each image in order; or of some of them, by row; or of the only one.
+
+        Returns:
+            "accepted", the number of labels that were counted, and "rejected", the others with the reason.
+
+        Raises:
+            RefusedError: see predict; also if the service keeps no answers.
+        """
+        return self._send("POST", "/feedback", json=_labels(request_id, labels))
+
     def ensembles(self) -> list[dict[str, Any]]:
         """Return the descriptions of the ensembles that are served."""
         return self._send("GET", "/ensembles")["ensembles"]
@@ -163,6 +178,10 @@ class AsyncClient:
         request = _request(images, {"ensemble": ensemble, "mode": mode, "members": members or None, **decisions})
         return _answer(await self._send("POST", "/predict", **request))
 
+    async def feedback(self, request_id: str, labels: Mapping[int, int] | Sequence[int] | int) -> dict[str, Any]:
+        """See Client.feedback."""
+        return await self._send("POST", "/feedback", json=_labels(request_id, labels))
+
     async def ensembles(self) -> list[dict[str, Any]]:
         """Return the descriptions of the ensembles that are served."""
         return (await self._send("GET", "/ensembles"))["ensembles"]
@@ -184,6 +203,13 @@ class AsyncClient:
             return _read(await self._http.request(method, path, **request))
 
         return await tenacity.AsyncRetrying(**_policy(self._attempts))(once)
+
+
+def _labels(request_id: str, labels: Mapping[int, int] | Sequence[int] | int) -> list[dict[str, Any]]:
+    by_row = (
+        {0: labels} if isinstance(labels, int) else dict(labels if isinstance(labels, Mapping) else enumerate(labels))
+    )
+    return [{"request_id": request_id, "row": int(row), "label": int(label)} for row, label in by_row.items()]
 
 
 def _request(images: Images, options: dict[str, Any]) -> dict[str, Any]:

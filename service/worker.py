@@ -6,6 +6,9 @@ import gc
 import logging
 
 from models_store.store import Store
+from service.feedback.recorder import Limits as FeedbackLimits
+from service.feedback.recorder import Recorder
+from service.feedback.sampler import Sampler
 from service.http.images import Limits
 from service.http.intake import Intake
 from service.inference.batching import Batcher, QueueLimits
@@ -16,6 +19,7 @@ from service.inference.session import Rows, Session
 from service.inference.trial import Trials
 from service.inference.verdicts import Verdicts
 from service.operations import metrics
+from service.operations.drift import DriftMonitor
 from service.operations.settings import Settings
 
 log = logging.getLogger("bentoml.modepath")
@@ -48,6 +52,10 @@ class Worker:
             trial=self.trials, verdicts=shared,
         )  # fmt: skip
         self.offload = Offload(chosen.threads, chosen.queue_pixels)
+        limits = FeedbackLimits(chosen.feedback_days, chosen.feedback_bytes)
+        self.recorder = None if chosen.feedback == "off" else Recorder(chosen.feedback, limits, metrics)
+        self.drift = DriftMonitor(metrics)
+        self.kept_images = Sampler(chosen.feedback_images, uncertain=chosen.feedback_images_of == "uncertain")
 
     def _warm(self, session: Session, row: Rows) -> None:
         self.batcher.warm(session, row)
@@ -61,3 +69,6 @@ class Worker:
         self.ensembles.close()
         self.trials.close()
         self.batcher.close()
+        self.drift.close()
+        if self.recorder is not None:
+            self.recorder.close()

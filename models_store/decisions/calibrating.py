@@ -94,7 +94,9 @@ def measure(
         found[0].save(staged)
         far = novelty.scores(found[0], staged / file, given.images[second])
     ways: dict[Way, Answers] = {
-        "average": Answers.of(combine(softmax(logits[:, second], average), weights, far), labels[second])
+        "average": Answers.of(
+            combine(softmax(logits[:, second], average), weights, far), labels[second], given.images[second]
+        )
     }
 
     def of_member(number: int, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -111,7 +113,7 @@ def measure(
         of_drawn = drawn(len(logits), of_member, rows, SEED)  # pyright: ignore[reportArgumentType]
     else:
         of_drawn = drawn(len(bank), of_point, given.images[second], SEED)
-    ways["drawn"] = Answers.of(combine(softmax(of_drawn)[None], np.ones(1)), labels[second])
+    ways["drawn"] = Answers.of(combine(softmax(of_drawn)[None], np.ones(1)), labels[second], given.images[second])
     save_answers(staged, ways)
     return manifest.Calibration(
         images=len(second),

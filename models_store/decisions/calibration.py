@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save  # pyright: ignore[reportUnknownVariableType]
 
-from models_store.decisions import abstention, conformal
+from models_store.decisions import abstention, conformal, drift
 from models_store.decisions.abstention import Threshold
 from models_store.decisions.conformal import Method
 from models_store.errors import CorruptionError
@@ -52,10 +52,14 @@ class Answers:
     wrong: NDArray[np.bool_]
     uncertainty: dict[str, Floats]  # by the names of UNCERTAINTY_MEASURES, (images,) each
     novelty: Floats  # (images,), see uncertainty.Prediction
+    drift: dict[str, Floats] = field(default_factory=dict[str, Floats])
+    """Values of drift.MEASURES, (images,) each; empty in versions that were calibrated before these were kept."""
 
     @classmethod
-    def of(cls, prediction: Prediction, labels: NDArray[np.integer], seed: int = SEED) -> Answers:
-        """Keep what decisions need of predictions for images with known labels."""
+    def of(
+        cls, prediction: Prediction, labels: NDArray[np.integer], images: NDArray[np.float32], seed: int = SEED
+    ) -> Answers:
+        """Keep what decisions need of predictions for images (batch, C, H, W) with known labels."""
         u = np.random.default_rng(seed).random(len(labels))
         rows = np.arange(len(labels))
         return cls(
@@ -64,6 +68,7 @@ class Answers:
             wrong=prediction.label != labels,
             uncertainty={name: np.asarray(getattr(prediction, name), np.float64) for name in UNCERTAINTY_MEASURES},
             novelty=np.asarray(prediction.novelty, np.float64),
+            drift=drift.statistics(images, prediction),
         )
 
 
@@ -74,6 +79,11 @@ class Calibration:
         self._answers, self._classes = answers, classes
         self._limits: dict[tuple[float, Method, bool], float | Floats] = {}
         self._thresholds: dict[float, Threshold | None] = {}
+
+    @property
+    def drift(self) -> dict[str, Floats]:
+        """Values of drift.MEASURES for the calibration images, (images,) each."""
+        return self._answers.drift
 
     @property
     def images(self) -> int:
@@ -203,6 +213,7 @@ def save_answers(folder: Path, ways: dict[Way, Answers]) -> None:
         tensors |= {f"{way}.{name}": values for name, values in answers.uncertainty.items()}
         tensors |= {f"{way}.labels": answers.labels, f"{way}.wrong": answers.wrong.astype(np.uint8)}
         tensors[f"{way}.novelty"] = answers.novelty
+        tensors |= {f"{way}.{name}": answers.drift[name] for name in drift.MEASURES if name in answers.drift}
     (folder / CALIBRATION_FILE).write_bytes(save(tensors))
 
 
@@ -220,7 +231,7 @@ def load_answers(folder: Path, ways: Sequence[Way], images: int, classes: int) -
             f"{folder / CALIBRATION_FILE} is not a calibration ({error}): restore it from a copy, or publish again."
         ) from None
     for answers in found.values():
-        arrays = [*answers.scores.values(), *answers.uncertainty.values(), answers.novelty]
+        arrays = [*answers.scores.values(), *answers.uncertainty.values(), answers.novelty, *answers.drift.values()]
         right = all(one.shape == (images,) and one.dtype == np.float64 and np.isfinite(one).all() for one in arrays)
         labels = answers.labels
         if (
@@ -261,6 +272,7 @@ def _answers(tensors: dict[str, NDArray[np.generic]], way: Way) -> Answers:
         wrong=of("wrong").astype(bool),
         uncertainty={name: of(name) for name in UNCERTAINTY_MEASURES},
         novelty=of("novelty" if f"{way}.novelty" in tensors else "predictive_entropy"),
+        drift={name: of(name) for name in drift.MEASURES if f"{way}.{name}" in tensors},
     )
 
 

@@ -5,6 +5,7 @@ ServiceError
 ├── ForbiddenError         403  not allowed by the operator's policy
 ├── NoRouteError           404  unknown path, or 405: the path does not have this method
 ├── UnknownEnsembleError   404  no ensemble of that name is served
+├── NoFeedbackError        404  feedback is switched off, or the answer is unknown; 409: it is counted already; 410: it has expired
 ├── SlowBodyError          408  the body arrived too slowly
 ├── TooLargeError          413  the body or the batch is over its limit
 ├── MediaTypeError         415  the media type of the body is not supported
@@ -14,6 +15,7 @@ ServiceError
 ├── BrokenEnsembleError    500  a member failed, or returned NaN
 ├── NotImplementedHereError 501  the transfer coding is not supported
 ├── NotReadyError          503  no ensemble can answer yet
+├── FeedbackError          503  the database of answers cannot be reached
 ├── BusyError              503  the limit on held bytes or open connections is reached
 ├── StoppingError          503  the service is shutting down
 ├── QueueTimeError         503  the request waited too long for its turn
@@ -59,6 +61,18 @@ class UnknownEnsembleError(ServiceError):
 
     status = 404
     reason = "unknown_ensemble"
+
+
+class NoFeedbackError(ServiceError):
+    """Feedback is switched off, or a single label is rejected."""
+
+    status = 404
+    reason = "no_feedback"
+
+    def __init__(self, message: str, status: int = 404):
+        """Refuse with another status: 409 for a label that was counted already, 410 for an answer that has expired."""
+        super().__init__(message)
+        self.status = status
 
 
 class SlowBodyError(ServiceError):
@@ -124,6 +138,14 @@ class NotReadyError(ServiceError):
     status = 503
     reason = "not_ready"
     retry_after = 2
+
+
+class FeedbackError(ServiceError):
+    """The database of answers cannot be reached."""
+
+    status = 503
+    reason = "feedback_database"
+    retry_after = 5
 
 
 class BusyError(ServiceError):

@@ -11,12 +11,14 @@ from pydantic.json_schema import JsonSchemaMode
 
 from models_store.manifest import Manifest
 from service.http.bodies import ENCODED, JSON, NPY
+from service.http.feedback import MOST_LABELS, Feedback, FeedbackResponse
 from service.http.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PredictRequest, PredictResponse, Status
 from service.inference.policy import Mode
 
 _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
     (Options, "validation"), (PredictRequest, "validation"),
     (PredictResponse, "serialization"), (EnsembleInfo, "serialization"), (EnsembleList, "serialization"),
+    (Feedback, "validation"), (FeedbackResponse, "serialization"),
     (ErrorBody, "serialization"), (Status, "serialization"),
 )  # fmt: skip
 REFUSALS = {
@@ -24,6 +26,8 @@ REFUSALS = {
     403: "not allowed by the operator's policy",
     404: "unknown ensemble or path",
     408: "the body arrived too slowly",
+    409: "a label of this image was counted before",
+    410: "the answer is older than the service keeps answers",
     413: "the body, the batch or the answer is too large",
     415: "the media type is not supported",
     421: "the Host header names another host",
@@ -57,15 +61,27 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
                 **{media_type: {"schema": _binary("the bytes of one image file")} for media_type in ENCODED},
             },
         },
-        "responses": _answers("PredictResponse", *REFUSALS),
+        "responses": _answers("PredictResponse", *(status for status in REFUSALS if status not in (409, 410))),
         "parameters": [
             {"name": name, "in": "query", "required": False, "schema": schema}
             for name, schema in schemas["Options"]["properties"].items()
         ],
     }
+    one = {"$ref": "#/components/schemas/Feedback"}
+    feedback = {
+        "summary": "Report true classes of earlier images",
+        "description": "One label or a list. Each image is counted once. Of a list, labels that are rejected are named in the answer, and the "
+        "others are counted.",
+        "requestBody": {
+            "required": True,
+            "content": {JSON: {"schema": {"anyOf": [one, {"type": "array", "items": one, "maxItems": MOST_LABELS}]}}},
+        },
+        "responses": _answers("FeedbackResponse", *(status for status in REFUSALS if status not in (403, 415))),
+    }
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths: dict[str, dict[str, Any]] = {
         "/predict": {"post": predict},
+        "/feedback": {"post": feedback},
         "/ensembles": {"get": _get("The ensembles that are served", "EnsembleList")},
         "/ensembles/{name}": {"get": {**_get("One ensemble", "EnsembleInfo", 404, 503), "parameters": [name]}},
         "/livez": {"get": _get("Whether the process answers", "Status")},

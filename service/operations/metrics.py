@@ -1,4 +1,4 @@
-"""The Prometheus metrics, with the labels {ensemble, mode}. Uncertainties are observed per row, times per request.
+"""The Prometheus metrics, with the labels {ensemble, version, mode}. Uncertainties are observed per row, times per request.
 
 Workers write to files in one folder, which the process that starts them creates. The worker that is scraped sums up all
 files: the metrics are those of all workers, and the counts of a worker that died are kept (see metric_files.py).
@@ -21,10 +21,14 @@ if FOLDER in os.environ:
     # BentoML would use a folder under its home, which is emptied when a second server starts there.
     os.environ[_MULTIPROCESS] = os.environ[FOLDER]
 
+import numpy as np  # noqa: E402
 import prometheus_client  # noqa: E402 - it reads the folder's variable when it is imported
+from numpy.typing import NDArray  # noqa: E402
 from prometheus_client import CollectorRegistry, Counter, Histogram, values  # noqa: E402
 
-from models_store.manifest import Manifest  # noqa: E402
+from models_store.manifest import ECE_BINS, Manifest  # noqa: E402
+from service.feedback import answers  # noqa: E402
+from service.feedback.answers import Kept  # noqa: E402
 from service.http.errors import ServiceError  # noqa: E402
 from service.inference.decisions import NOTHING, Decided  # noqa: E402
 from service.inference.pieces import Answer  # noqa: E402
@@ -39,7 +43,8 @@ RATIO = [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 
 SECONDS = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 MEMBERS = [1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0]
 SIZES = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0, 100.0]
-LABELS = ["ensemble", "mode"]
+LABELS = ["ensemble", "version", "mode"]
+REJECTED = ("duplicate", "unknown", "expired", "row", "label", "malformed")  # reasons of labels that are not counted
 CLIENT_LEFT = "client_left"  # reason of a request that was dropped because its client had disconnected
 _own = CollectorRegistry()
 
@@ -74,9 +79,43 @@ _decisions = Counter(
     registry=_own,
 )
 _set_size = _histogram("prediction_set_classes", "classes in a prediction set", SIZES)
+
+
+def _of_feedback(name: str, what: str, *labels: str) -> Counter:
+    return Counter(f"modepath_feedback_{name}", what, [*LABELS, *labels], registry=_own)
+
+
+_labelled = _of_feedback("rows", "rows whose label was reported, by bin of the confidence (15 of equal width)", "bin")
+_correct = _of_feedback("correct", "rows of them that were answered correctly", "bin")
+_confidence_sum = _of_feedback("confidence", "sum of the confidence of rows whose label was reported", "bin")
+_nll_sum = _of_feedback("nll", "sum of the negative log-likelihood of rows whose label was reported, nats")
+_brier_sum = _of_feedback("brier", "sum of the Brier score of rows whose label was reported")
+_sets = _of_feedback("sets", "prediction sets whose label was reported, by the coverage that was asked for", "coverage")
+_covered = _of_feedback("covered", "prediction sets of them that contain the label", "coverage")
+_decided = _of_feedback("decided", "rows with a decision whose label was reported", "decision")
+_wrong = _of_feedback("wrong", "rows of them whose answer names another class", "decision")
+_rejected = Counter("modepath_feedback_rejected", "labels that were rejected", ["reason"], registry=_own)
+_lost = Counter("modepath_feedback_lost", "answers that could not be kept for feedback", registry=_own)
+_drift = ["measure", "bin"]
+_baseline = Counter(
+    "modepath_drift_baseline_rows",
+    "calibration images by bin of a measure (deciles, or classes)",
+    [*LABELS, *_drift],
+    registry=_own,
+)
+_live = Counter(
+    "modepath_drift_rows", "rows of a sample of the requests by the same bins", [*LABELS, *_drift], registry=_own
+)
+_alarms = Counter(
+    "modepath_drift_alarms",
+    "alarms of the sequential test of a measure; with a probability of at most 0.01 there is any among a million unchanged rows",
+    [*LABELS, "measure"],
+    registry=_own,
+)
 _refused = Counter("modepath_refused", "requests that were refused", ["reason"], registry=_own)
 _dropped = Counter("modepath_log_lines_dropped", "lines that could not be written to the log", registry=_own)
 _archive: metric_files.Archive | None = None
+_expected: set[tuple[str, str, str]] = set()  # for which expect_feedback was called
 _said: set[str] = set()  # topics of problems that were logged and still persist
 log = logging.getLogger("bentoml.modepath")
 
@@ -96,7 +135,7 @@ def answered(
     Without `each`, only the predicted classes are counted: the change of a histogram's sum over one query would reveal
     the exact value of that query.
     """
-    labels = (manifest.name, mode)
+    labels = (manifest.name, str(manifest.version), mode)
     prediction = answer.prediction
     labels_of_rows: list[int] = prediction.label.tolist()
     for label in labels_of_rows:
@@ -128,6 +167,66 @@ def answered(
         _TIMES[stage].labels(*labels).observe(seconds)
 
 
+def drift_baseline(labels: tuple[str, str, str], measure: str, counts: NDArray[np.intp]) -> None:
+    """Count calibration values by bin, once in each worker; only their shares are used."""
+    for number, count in enumerate(counts.tolist()):
+        _baseline.labels(*labels, measure, str(number)).inc(count)
+        _live.labels(*labels, measure, str(number)).inc(0)
+    _alarms.labels(*labels, measure).inc(0)
+
+
+def drift_live(labels: tuple[str, str, str], measure: str, counts: NDArray[np.intp], alarms: int) -> None:
+    """Count values of a sample of the requests by bin, and alarms of the sequential test."""
+    for number, count in enumerate(counts.tolist()):
+        if count:
+            _live.labels(*labels, measure, str(number)).inc(count)
+    if alarms:
+        _alarms.labels(*labels, measure).inc(alarms)
+
+
+def expect_feedback(labels: tuple[str, str, str]) -> None:
+    """Set the counters of labels for these answers to 0, so that the first label is an increase."""
+    if labels in _expected:
+        return
+    _expected.add(labels)
+    for number in range(1, ECE_BINS + 1):
+        for counter in (_labelled, _correct, _confidence_sum):
+            counter.labels(*labels, str(number)).inc(0)
+    for counter in (_nll_sum, _brier_sum):
+        counter.labels(*labels).inc(0)
+
+
+def scored(answer: Kept, row: int, label: int) -> None:
+    """Count a label that was reported for a row of an earlier answer."""
+    result = answers.scored(answer, row, label)
+    labels = (answer.ensemble, str(answer.version), answer.mode)
+    number = "hidden" if result.bin is None else str(result.bin)
+    _labelled.labels(*labels, number).inc()
+    _correct.labels(*labels, number).inc(int(result.correct))
+    if result.confidence is not None and result.nll is not None and result.brier is not None:
+        _confidence_sum.labels(*labels, number).inc(result.confidence)
+        _nll_sum.labels(*labels).inc(result.nll)
+        _brier_sum.labels(*labels).inc(max(result.brier, 0.0))
+    if result.covered is not None and result.coverage is not None:
+        coverage = f"{result.coverage:.2f}"  # rounded, because clients choose it
+        _sets.labels(*labels, coverage).inc()
+        _covered.labels(*labels, coverage).inc(int(result.covered))
+    if result.answered is not None:
+        decision = "predict" if result.answered else "abstain"
+        _decided.labels(*labels, decision).inc()
+        _wrong.labels(*labels, decision).inc(int(not result.correct))
+
+
+def rejected(reason: str) -> None:
+    """Count a label that was rejected."""
+    _rejected.labels(reason).inc()
+
+
+def lost(count: int) -> None:
+    """Count answers that could not be kept for feedback."""
+    _lost.inc(count)
+
+
 def refused(reason: str) -> None:
     """Count one request that was refused."""
     _refused.labels(reason).inc()
@@ -145,6 +244,9 @@ def begin() -> None:
     """
     for reason in (CLIENT_LEFT, *(error.reason for error in (ServiceError, *ServiceError.__subclasses__()))):
         _refused.labels(reason)
+    for outcome in REJECTED:
+        _rejected.labels(outcome)
+    _lost.inc(0)
 
 
 def look() -> bool:

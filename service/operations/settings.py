@@ -9,8 +9,9 @@ import secrets
 import socket
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
+import platformdirs
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -94,6 +95,23 @@ class Settings(BaseSettings):
         default=None,
         gt=0,
         description="rows after which the key of mode `keyed` changes as well; each worker counts its own rows",
+    )
+
+    feedback: str = Field(
+        default_factory=lambda: f"sqlite:///{platformdirs.user_data_path('modepath') / 'feedback.db'}",
+        description="database in which answers are kept until their labels are known, as an SQLAlchemy URL; off: keep none",
+    )
+    feedback_days: float = Field(default=30, gt=0, description="days for which answers and labels are kept")
+    feedback_bytes: int = Field(
+        default=2**30, gt=0, description="bytes of kept answers and images, about; beyond, the oldest are removed"
+    )
+    feedback_images: float = Field(
+        default=0, ge=0, le=1, description="share of the images that are kept with their answers, for relabelling"
+    )
+    feedback_images_of: Literal["all", "uncertain"] = Field(
+        default="all",
+        description="which images feedback_images keeps: a random share of all, or those with the largest predictive entropy among the "
+        "calibration images",
     )
 
     caller_header: str | None = Field(

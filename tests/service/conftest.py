@@ -55,7 +55,7 @@ class Server:
                 stdout=output or log, stderr=output or subprocess.STDOUT,
                 preexec_fn=descriptors and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))),
                 env={
-                    **inherited, "MODEPATH_PORT": str(port), "MODEPATH_POLL_SECONDS": "0.2",
+                    **inherited, "MODEPATH_PORT": str(port), "MODEPATH_POLL_SECONDS": "0.2", "MODEPATH_FEEDBACK": "off",
                     "BENTOML_HOME": str(folder / f"bentoml-{port}"), **environment,
                 },
             )  # fmt: skip

@@ -119,7 +119,7 @@ def test_answers_of_many_clients_are_those_of_a_sequential_cascade(version, stor
     count = next(
         line
         for line in metrics.splitlines()
-        if line.startswith('modepath_members_used_count{ensemble="many",mode="cascade"}')
+        if line.startswith('modepath_members_used_count{ensemble="many",mode="cascade",version="2"}')
     )
     assert float(count.split()[-1]) == sum(len(rows) for _, rows in requests) + 2 * len(images)
 

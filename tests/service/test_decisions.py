@@ -137,8 +137,8 @@ def test_decisions_are_those_of_the_published_files(calibrated, store, serve):
         assert rounded.novelty is None
 
     metrics = httpx.get(server.url + "/metrics").text
-    assert 'modepath_decisions_total{decision="uncertain",ensemble="animals",mode="average"}' in metrics
-    assert 'modepath_prediction_set_classes_count{ensemble="animals",mode="average"}' in metrics
+    assert 'modepath_decisions_total{decision="uncertain",ensemble="animals",mode="average",version="2"}' in metrics
+    assert 'modepath_prediction_set_classes_count{ensemble="animals",mode="average",version="2"}' in metrics
 
 
 def test_modes_that_draw_a_network_are_calibrated_on_their_own_answers(calibrated, store, serve):

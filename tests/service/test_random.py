@@ -206,4 +206,4 @@ def test_on_a_listener_of_their_own_the_metrics_of_a_defended_ensemble_are_whole
         ask(client, server.url, np.repeat(image[None], 7, axis=0))
         assert client.get(server.url + "/metrics").status_code == 404
         exposed = client.get(f"http://127.0.0.1:{port}/metrics").text
-    assert re.search(r'modepath_confidence_ratio_count\{ensemble="path",mode="random"\} 7', exposed)
+    assert re.search(r'modepath_confidence_ratio_count\{ensemble="path",mode="random",version="1"\} 7', exposed)

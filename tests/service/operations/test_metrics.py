@@ -29,7 +29,7 @@ def test_every_row_is_observed_once_and_every_request_timed_once(store):
     for _ in range(2):
         metrics.answered(manifest, "average", Answer(probs, prediction, 0.25, 0.5), 0.125, 1.0)
     found = read()
-    labels = (("ensemble", "one"), ("mode", "average"))
+    labels = (("ensemble", "one"), ("mode", "average"), ("version", "1"))
     for measure in ("predictive_entropy", "expected_entropy", "mutual_information", "disagreement", "confidence"):
         values = getattr(prediction, measure)
         if measure not in ("disagreement", "confidence"):

@@ -1,0 +1,162 @@
+"""Does what arrives still look like the calibration images? A sequential test, and the bins of a stability index.
+
+The test ranks each new value among the calibration values and all values before it. If all of them are exchangeable,
+these ranks are independent and uniform p-values (Vovk et al. 2005, "Algorithmic Learning in a Random World", section 2.6; ties are broken
+at random). Betting against uniformity then multiplies a capital whose expectation does not grow. The Shiryaev-Roberts
+statistic R ← (R + 1) · bet(p) adds a new unit of capital at each value, so that a change is found whenever it comes. Its
+expectation after n values is n, and R is a submartingale, so Doob's inequality bounds false alarms:
+
+    P(R reaches HORIZON / FALSE_ALARMS within HORIZON values) ≤ FALSE_ALARMS
+
+Values that several processes test separately add up: HORIZON counts them all. Each of `count` measures gets the share
+FALSE_ALARMS / count. An alarm starts the test anew, with the calibration values only, so a lasting change is reported again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models_store.uncertainty import Floats, Prediction
+
+MEASURES = ("predictive_entropy", "novelty", "input_mean", "input_std", "predicted")
+FALSE_ALARMS = 0.01  # probability of any false alarm, of all measures of a version together
+HORIZON = 1_000_000  # rows
+PSI_BINS = 10
+_CELLS = 1000  # into which values are rounded, by quantiles of the calibration values
+_P_BINS = 10  # of the density of p-values that the adaptive bet follows
+_MEMORY = 200  # p-values that the adaptive bet remembers, about
+_PRIOR = 2.0  # imagined p-values in each bin
+_POWERS = (0.2, 0.5, 0.8)  # of the bets on small and on large p-values
+
+
+def statistics(images: NDArray[np.float32], prediction: Prediction) -> dict[str, Floats]:
+    """The values of MEASURES for some images (batch, C, H, W), (batch,) each."""
+    flat = images.reshape(len(images), -1)
+    return {
+        "predictive_entropy": prediction.predictive_entropy,
+        "novelty": prediction.novelty,
+        "input_mean": flat.mean(axis=1, dtype=np.float64),
+        "input_std": flat.std(axis=1, dtype=np.float64),
+        "predicted": prediction.label.astype(np.float64),
+    }
+
+
+class SequentialTest:
+    """Tests whether values of one measure are exchangeable with the calibration values. Not thread-safe."""
+
+    def __init__(self, calibration: Floats, count: int = len(MEASURES), seed: int | None = None):
+        """Begin a test.
+
+        Args:
+            calibration: values of the calibration images.
+            count: number of measures that share FALSE_ALARMS.
+            seed: of the random numbers that break ties; None: from the operating system.
+        """
+        self._counts: list[int]
+        self._edges = np.unique(np.quantile(calibration, np.linspace(0, 1, _CELLS + 1), method="lower"))
+        self._start = np.bincount(self._cells(calibration), minlength=len(self._edges) + 1)
+        self._limit = HORIZON * count / FALSE_ALARMS
+        self._random = np.random.default_rng(seed)
+        self.rows = 0  # values that were tested
+        self._restart()
+
+    @property
+    def evidence(self) -> float:
+        """The statistic R, the mean over all bets; an alarm is raised when it reaches the limit."""
+        return sum(self._capital) / len(self._capital)
+
+    def add(self, values: Floats) -> int:
+        """Test values in the order in which they came; return the number of alarms."""
+        alarms = 0
+        for p in self._p_values(values):
+            self._bet(p)
+            self.rows += 1
+            if self.evidence >= self._limit:
+                alarms += 1
+                self._restart()
+        return alarms
+
+    def _p_values(self, values: Floats) -> Iterator[float]:
+        cells: list[int] = self._cells(values).tolist()
+        chances: list[float] = self._random.random(len(cells)).tolist()
+        for cell, chance in zip(cells, chances, strict=True):
+            equal = self._counts[cell] + 1
+            p = (self._total - self._seen.prefix(cell + 1) + chance * equal) / (self._total + 1)
+            self._counts[cell] = equal
+            self._seen.add(cell)
+            self._total += 1
+            yield p
+
+    def _bet(self, p: float) -> None:
+        """Multiply the capital by bets, each of which has expectation 1 for a uniform p."""
+        low, high = max(p, 1e-12), max(1 - p, 1e-12)
+        bin_ = min(int(p * _P_BINS), _P_BINS - 1)
+        # What the adaptive bet learns from p is for the bets that follow.
+        density = (_PRIOR + self._heard[bin_] / self._unit) * _P_BINS / (_P_BINS * _PRIOR + self._all / self._unit)
+        bets = [power * side ** (power - 1) for power in _POWERS for side in (low, high)]
+        self._capital = [(one + 1) * bet for one, bet in zip(self._capital, [*bets, density], strict=True)]
+        self._unit *= 1 + 1 / _MEMORY  # instead of making all that was heard before smaller
+        self._heard[bin_] += self._unit
+        self._all += self._unit
+        if self._unit > 1e100:
+            self._heard, self._all = [one / self._unit for one in self._heard], self._all / self._unit
+            self._unit = 1.0
+
+    def _restart(self) -> None:
+        self._counts = [int(count) for count in self._start]
+        self._seen = _Sums(self._counts)
+        self._total = sum(self._counts)
+        self._capital = [0.0] * (2 * len(_POWERS) + 1)
+        self._heard, self._all, self._unit = [0.0] * _P_BINS, 0.0, 1.0
+
+    def _cells(self, values: Floats) -> NDArray[np.intp]:
+        return np.searchsorted(self._edges, values, side="right")
+
+
+class _Sums:
+    """Sums of the first n counts in logarithmic time (Fenwick 1994)."""
+
+    def __init__(self, counts: Sequence[int]):
+        self._tree = [0, *counts]
+        for i in range(1, len(self._tree)):
+            if (parent := i + (i & -i)) < len(self._tree):
+                self._tree[parent] += self._tree[i]
+
+    def prefix(self, count: int) -> int:
+        """Sum of the first `count` values."""
+        total = 0
+        while count:
+            total += self._tree[count]
+            count &= count - 1
+        return total
+
+    def add(self, index: int) -> None:
+        """Add 1 to a value."""
+        index += 1
+        while index < len(self._tree):
+            self._tree[index] += 1
+            index += index & -index
+
+
+class Bins:
+    """Bins of one measure for the population stability index: deciles of the calibration values, or the predicted classes."""
+
+    def __init__(self, measure: str, calibration: Floats):
+        if measure == "predicted":
+            self._edges = np.arange(0.5, calibration.max(initial=0) + 0.5)
+        else:
+            self._edges = np.unique(np.quantile(calibration, np.linspace(0, 1, PSI_BINS + 1)[1:-1]))
+        self.calibration = self.counts(calibration)  # number of calibration values in each bin
+
+    def counts(self, values: Floats) -> NDArray[np.intp]:
+        """Number of values in each bin."""
+        return np.bincount(np.searchsorted(self._edges, values, side="right"), minlength=len(self._edges) + 1)
+
+
+def stability_index(calibration: NDArray[np.integer], live: NDArray[np.integer]) -> float:
+    """Population stability index Σ (live − calibration) · ln(live / calibration) of shares by bin; at least 1e-4 each."""
+    a, b = (np.maximum(counts / counts.sum(), 1e-4) for counts in (calibration, live))
+    return float(((b - a) * np.log(b / a)).sum())

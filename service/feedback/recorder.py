@@ -1,0 +1,184 @@
+"""Writes answers to the database off the request path, and compares late labels with them.
+
+Answers wait in a bounded queue for a thread. An answer never waits for a disk: if the database is slow or down, answers
+are lost for feedback once the queue is full. They are counted, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+
+from service.feedback.answers import Kept
+from service.feedback.database import Database, Label, Outcome, made_after
+from service.http.errors import FeedbackError
+
+FLUSH_SECONDS = 0.2
+MOST_TOGETHER = 2000  # answers of one transaction
+MOST_WAITING = 20_000  # answers
+MOST_BYTES = 64 * 2**20  # of answers that wait
+PRUNE_SECONDS = 60
+MOST_RETRY_SECONDS = 5.0
+SETTLE_SECONDS = 3.0  # an answer that is younger may still be on its way to the database
+log = logging.getLogger("bentoml.modepath")
+
+
+class Counts(Protocol):
+    """What the recorder reports to the metrics."""
+
+    def lost(self, count: int) -> None:
+        """Count answers that were not stored."""
+        ...
+
+    def scored(self, answer: Kept, row: int, label: int) -> None:
+        """Count a label that was accepted."""
+        ...
+
+    def rejected(self, reason: str) -> None:
+        """Count a label that was rejected."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the database may hold."""
+
+    days: float
+    bytes: int
+
+
+class Recorder:
+    """The feedback of one worker process."""
+
+    def __init__(self, url: str, limits: Limits, counts: Counts):
+        """Start the thread. It opens the database, and tries again for as long as that fails."""
+        self._url, self._limits, self._counts = url, limits, counts
+        self._waiting: queue.SimpleQueue[Kept | None] = queue.SimpleQueue()
+        self._held = 0  # bytes that wait, guarded by the lock
+        self._lock = threading.Lock()
+        self._database: Database | None = None
+        self._failing = False
+        self._thread = threading.Thread(target=self._work, name="feedback", daemon=True)
+        self._thread.start()
+
+    def keep(self, answer: Kept) -> None:
+        """Queue an answer. Returns at once."""
+        size = answer.size
+        with self._lock:
+            full = self._held + size > MOST_BYTES or self._waiting.qsize() >= MOST_WAITING
+            self._held += 0 if full else size
+        if full:
+            self._counts.lost(1)
+        else:
+            self._waiting.put(answer)
+
+    def report(self, labels: Sequence[Label]) -> list[Outcome]:
+        """Store and count labels. Blocks; call it in a thread.
+
+        Raises:
+            FeedbackError: the database cannot be reached.
+        """
+        if (database := self._database) is None:
+            raise FeedbackError(
+                "The database of answers cannot be reached, so labels cannot be stored. The service's log says why. Try again later."
+            )
+        oldest = time.time() - self._limits.days * 86400
+        try:
+            outcomes = database.report(labels, oldest)
+            recent = time.time() - SETTLE_SECONDS
+            early = [
+                i
+                for i, (outcome, _) in enumerate(outcomes)
+                if outcome == "unknown" and made_after(labels[i].request_id, recent)
+            ]
+            if early:  # another worker may be about to store these answers
+                time.sleep(2 * FLUSH_SECONDS)
+                for i, again in zip(early, database.report([labels[i] for i in early], oldest), strict=True):
+                    outcomes[i] = again
+        except SQLAlchemyError as error:
+            self._fails(error)
+            raise FeedbackError(
+                f"The database of answers failed ({type(error).__name__}), so the labels were not stored. Try again later."
+            ) from None
+        for label, (outcome, answer) in zip(labels, outcomes, strict=True):
+            if outcome == "accepted" and answer is not None:
+                self._counts.scored(answer, label.row, label.label)
+            else:
+                self._counts.rejected(outcome)
+        return [outcome for outcome, _ in outcomes]
+
+    def close(self, seconds: float = 2.0) -> None:
+        """Write what waits, for at most `seconds`, and end the thread."""
+        self._waiting.put(None)
+        self._thread.join(seconds)
+
+    def _work(self) -> None:
+        pruned, pause, batch, ending = 0.0, FLUSH_SECONDS, list[Kept](), False
+        while not (ending and not batch):
+            if not ending and len(batch) < MOST_TOGETHER:
+                ending = self._gather(batch, pause)
+            try:
+                if self._database is None:
+                    self._database = Database(self._url)
+                if batch:
+                    self._database.keep(batch)
+                    self._let_go(batch)
+                    batch = []
+                if time.monotonic() - pruned > PRUNE_SECONDS:
+                    self._database.prune(time.time() - self._limits.days * 86400, self._limits.bytes)
+                    pruned = time.monotonic()
+                self._works_again()
+                pause = FLUSH_SECONDS
+            except (DataError, IntegrityError) as error:  # it would refuse these answers again
+                self._fails(error)
+                self._counts.lost(len(batch))
+                self._let_go(batch)
+                batch = []
+            except (SQLAlchemyError, OSError, ImportError) as error:
+                self._fails(error)
+                pause = min(2 * pause, MOST_RETRY_SECONDS)
+                if ending:
+                    self._counts.lost(len(batch))
+                    break
+                time.sleep(pause)
+        if self._database is not None:
+            self._database.close()
+
+    def _gather(self, batch: list[Kept], seconds: float) -> bool:
+        """Add to the batch what comes within some seconds; returns True at the end of the process."""
+        deadline = time.monotonic() + seconds
+        while len(batch) < MOST_TOGETHER:
+            try:
+                found = self._waiting.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return False
+            if found is None:
+                return True
+            batch.append(found)
+            if time.monotonic() > deadline and self._waiting.empty():
+                return False
+        return False
+
+    def _let_go(self, batch: Sequence[Kept]) -> None:
+        with self._lock:
+            self._held -= sum(answer.size for answer in batch)
+
+    def _fails(self, error: Exception) -> None:
+        if not self._failing:
+            self._failing = True
+            log.error(
+                "The database of answers fails: %s. Requests are answered, but feedback about them is lost once %d answers wait.",
+                str(error).splitlines()[0], MOST_WAITING,
+            )  # fmt: skip
+
+    def _works_again(self) -> None:
+        if self._failing:
+            self._failing = False
+            log.info("the database of answers works again")
