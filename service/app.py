@@ -223,7 +223,7 @@ class _Routes:
             self._worker.drift.add(labels, calibration, rows.images, answer.prediction)
         if (recorder := self._worker.recorder) is not None:
             if each:
-                metrics.expect_feedback(labels)
+                metrics.expect_feedback(labels, options.coverage, decided=decided.decisions is not None)
             recorder.keep(
                 of_answer(
                     request_id, time.time(), manifest.name, manifest.version, mode, answer.prediction, shown=each,

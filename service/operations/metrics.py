@@ -115,7 +115,7 @@ _alarms = Counter(
 _refused = Counter("modepath_refused", "requests that were refused", ["reason"], registry=_own)
 _dropped = Counter("modepath_log_lines_dropped", "lines that could not be written to the log", registry=_own)
 _archive: metric_files.Archive | None = None
-_expected: set[tuple[str, str, str]] = set()  # for which expect_feedback was called
+_expected: set[tuple[tuple[str, str, str], str | None, bool]] = set()  # for which expect_feedback was called
 _said: set[str] = set()  # topics of problems that were logged and still persist
 log = logging.getLogger("bentoml.modepath")
 
@@ -184,16 +184,35 @@ def drift_live(labels: tuple[str, str, str], measure: str, counts: NDArray[np.in
         _alarms.labels(*labels, measure).inc(alarms)
 
 
-def expect_feedback(labels: tuple[str, str, str]) -> None:
-    """Set the counters of labels for these answers to 0, so that the first label is an increase."""
-    if labels in _expected:
+def expect_feedback(labels: tuple[str, str, str], coverage: float | None, *, decided: bool) -> None:
+    """Set the counters of labels for such answers to 0, so that the first label is an increase.
+
+    Args:
+        labels: ensemble, version and mode of the answer.
+        coverage: of its prediction sets; None without sets.
+        decided: whether it has decisions.
+    """
+    key = labels, None if coverage is None else _rounded(coverage), decided
+    if key in _expected:
         return
-    _expected.add(labels)
+    _expected.add(key)
     for number in range(1, ECE_BINS + 1):
         for counter in (_labelled, _correct, _confidence_sum):
             counter.labels(*labels, str(number)).inc(0)
     for counter in (_nll_sum, _brier_sum):
         counter.labels(*labels).inc(0)
+    if coverage is not None:
+        for counter in (_sets, _covered):
+            counter.labels(*labels, _rounded(coverage)).inc(0)
+    if decided:
+        for counter in (_decided, _wrong):
+            for decision in ("predict", "abstain"):
+                counter.labels(*labels, decision).inc(0)
+
+
+def _rounded(coverage: float) -> str:
+    """The label of a coverage. Clients choose it, so it is rounded to bound the number of series."""
+    return f"{coverage:.2f}"
 
 
 def scored(answer: Kept, row: int, label: int) -> None:
@@ -208,9 +227,8 @@ def scored(answer: Kept, row: int, label: int) -> None:
         _nll_sum.labels(*labels).inc(result.nll)
         _brier_sum.labels(*labels).inc(max(result.brier, 0.0))
     if result.covered is not None and result.coverage is not None:
-        coverage = f"{result.coverage:.2f}"  # rounded, because clients choose it
-        _sets.labels(*labels, coverage).inc()
-        _covered.labels(*labels, coverage).inc(int(result.covered))
+        _sets.labels(*labels, _rounded(result.coverage)).inc()
+        _covered.labels(*labels, _rounded(result.coverage)).inc(int(result.covered))
     if result.answered is not None:
         decision = "predict" if result.answered else "abstain"
         _decided.labels(*labels, decision).inc()
