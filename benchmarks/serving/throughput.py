@@ -171,9 +171,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(arm: Arm) -> Iterator[tuple[str, psutil.Process]]:
+def running(arm: Arm, log: Path | None = None) -> Iterator[tuple[str, psutil.Process]]:
     port = str(free_port())
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory() as home, (log or Path(os.devnull)).open("w") as out:
         scripts = Path(sys.executable).parent
         process = subprocess.Popen(
             [part.replace("{port}", port) for part in arm.command],
@@ -182,7 +182,7 @@ def running(arm: Arm) -> Iterator[tuple[str, psutil.Process]]:
                 **os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True",
                 **{name: value.replace("{port}", port) for name, value in arm.environment.items()},
             },
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
         try:
             yield f"http://127.0.0.1:{port}/predict", psutil.Process(process.pid)

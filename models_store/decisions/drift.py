@@ -14,8 +14,6 @@ FALSE_ALARMS / count. An alarm starts the test anew, with the calibration values
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +25,7 @@ HORIZON = 1_000_000  # rows
 PSI_BINS = 10
 _CELLS = 1000  # into which values are rounded, by quantiles of the calibration values
 _P_BINS = 10  # of the density of p-values that the adaptive bet follows
+_TOGETHER = 200  # values that are ranked at once
 _MEMORY = 200  # p-values that the adaptive bet remembers, about
 _PRIOR = 2.0  # imagined p-values in each bin
 _POWERS = (0.2, 0.5, 0.8)  # of the bets on small and on large p-values
@@ -55,7 +54,6 @@ class SequentialTest:
             count: number of measures that share FALSE_ALARMS.
             seed: of the random numbers that break ties; None: from the operating system.
         """
-        self._counts: list[int]
         self._edges = np.unique(np.quantile(calibration, np.linspace(0, 1, _CELLS + 1), method="lower"))
         self._start = np.bincount(self._cells(calibration), minlength=len(self._edges) + 1)
         self._limit = HORIZON * count / FALSE_ALARMS
@@ -71,74 +69,60 @@ class SequentialTest:
     def add(self, values: Floats) -> int:
         """Test values in the order in which they came; return the number of alarms."""
         alarms = 0
-        for p in self._p_values(values):
-            self._bet(p)
-            self.rows += 1
-            if self.evidence >= self._limit:
+        while len(values):
+            passed = self._until_alarm(values[:_TOGETHER])
+            if passed is not None:
                 alarms += 1
                 self._restart()
+            values = values[passed or _TOGETHER :]
         return alarms
 
-    def _p_values(self, values: Floats) -> Iterator[float]:
-        cells: list[int] = self._cells(values).tolist()
-        chances: list[float] = self._random.random(len(cells)).tolist()
-        for cell, chance in zip(cells, chances, strict=True):
-            equal = self._counts[cell] + 1
-            p = (self._total - self._seen.prefix(cell + 1) + chance * equal) / (self._total + 1)
-            self._counts[cell] = equal
-            self._seen.add(cell)
-            self._total += 1
-            yield p
+    def _until_alarm(self, values: Floats) -> int | None:
+        """Test values until an alarm; return how many were tested by then, or None without an alarm."""
+        p = self.p_values(values)
+        low, high = np.maximum(p, 1e-12), np.maximum(1 - p, 1e-12)
+        fixed = [power * side ** (power - 1) for power in _POWERS for side in (low, high)]
+        bins = np.minimum((p * _P_BINS).astype(int), _P_BINS - 1).tolist()
+        capital = self._capital
+        for number, (bin_, *bets) in enumerate(zip(bins, *(bet.tolist() for bet in fixed), strict=True)):
+            bets.append(self._adaptive(bin_))
+            capital = [(one + 1) * bet for one, bet in zip(capital, bets, strict=True)]
+            self.rows += 1
+            if sum(capital) >= self._limit * len(capital):
+                return number + 1
+        self._capital = capital
+        return None
 
-    def _bet(self, p: float) -> None:
-        """Multiply the capital by bets, each of which has expectation 1 for a uniform p."""
-        low, high = max(p, 1e-12), max(1 - p, 1e-12)
-        bin_ = min(int(p * _P_BINS), _P_BINS - 1)
-        # What the adaptive bet learns from p is for the bets that follow.
+    def p_values(self, values: Floats) -> Floats:
+        """Rank new values among the calibration values and all values before them, and remember them: (values,)."""
+        cells = self._cells(values)
+        at_most = np.cumsum(self._counts)
+        above, equal = at_most[-1] - at_most[cells], self._counts[cells]
+        earlier = np.tri(len(cells), k=-1, dtype=bool)  # among the new values themselves
+        above = above + (earlier & (cells > cells[:, None])).sum(axis=1)
+        equal = equal + (earlier & (cells == cells[:, None])).sum(axis=1)
+        total = at_most[-1] + np.arange(len(cells))
+        self._counts = self._counts + np.bincount(cells, minlength=len(self._counts))
+        return (above + self._random.random(len(cells)) * (equal + 1)) / (total + 1)
+
+    def _adaptive(self, bin_: int) -> float:
+        """The bet that follows the density of recent p-values; it learns from this one for the bets that follow."""
         density = (_PRIOR + self._heard[bin_] / self._unit) * _P_BINS / (_P_BINS * _PRIOR + self._all / self._unit)
-        bets = [power * side ** (power - 1) for power in _POWERS for side in (low, high)]
-        self._capital = [(one + 1) * bet for one, bet in zip(self._capital, [*bets, density], strict=True)]
         self._unit *= 1 + 1 / _MEMORY  # instead of making all that was heard before smaller
         self._heard[bin_] += self._unit
         self._all += self._unit
         if self._unit > 1e100:
             self._heard, self._all = [one / self._unit for one in self._heard], self._all / self._unit
             self._unit = 1.0
+        return density
 
     def _restart(self) -> None:
-        self._counts = [int(count) for count in self._start]
-        self._seen = _Sums(self._counts)
-        self._total = sum(self._counts)
+        self._counts = self._start
         self._capital = [0.0] * (2 * len(_POWERS) + 1)
         self._heard, self._all, self._unit = [0.0] * _P_BINS, 0.0, 1.0
 
     def _cells(self, values: Floats) -> NDArray[np.intp]:
         return np.searchsorted(self._edges, values, side="right")
-
-
-class _Sums:
-    """Sums of the first n counts in logarithmic time (Fenwick 1994)."""
-
-    def __init__(self, counts: Sequence[int]):
-        self._tree = [0, *counts]
-        for i in range(1, len(self._tree)):
-            if (parent := i + (i & -i)) < len(self._tree):
-                self._tree[parent] += self._tree[i]
-
-    def prefix(self, count: int) -> int:
-        """Sum of the first `count` values."""
-        total = 0
-        while count:
-            total += self._tree[count]
-            count &= count - 1
-        return total
-
-    def add(self, index: int) -> None:
-        """Add 1 to a value."""
-        index += 1
-        while index < len(self._tree):
-            self._tree[index] += 1
-            index += index & -index
 
 
 class Bins:

@@ -7,9 +7,9 @@ are lost for feedback once the queue is full. They are counted, and the log says
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +20,7 @@ from service.feedback.answers import Kept
 from service.feedback.database import Database, Label, Outcome, made_after
 from service.http.errors import FeedbackError
 
-FLUSH_SECONDS = 0.2
+FLUSH_SECONDS = 1.0
 MOST_TOGETHER = 2000  # answers of one transaction
 MOST_WAITING = 20_000  # answers
 MOST_BYTES = 64 * 2**20  # of answers that wait
@@ -60,8 +60,11 @@ class Recorder:
     def __init__(self, url: str, limits: Limits, counts: Counts):
         """Start the thread. It opens the database, and tries again for as long as that fails."""
         self._url, self._limits, self._counts = url, limits, counts
-        self._waiting: queue.SimpleQueue[Kept | None] = queue.SimpleQueue()
+        # The thread looks at the queue every FLUSH_SECONDS. Waking it for each answer would delay the event loop, which needs
+        # the interpreter's lock at that moment to send the answer.
+        self._waiting: deque[Kept] = deque()
         self._held = 0  # bytes that wait, guarded by the lock
+        self._closed = threading.Event()
         self._lock = threading.Lock()
         self._database: Database | None = None
         self._failing = False
@@ -72,12 +75,12 @@ class Recorder:
         """Queue an answer. Returns at once."""
         size = answer.size
         with self._lock:
-            full = self._held + size > MOST_BYTES or self._waiting.qsize() >= MOST_WAITING
+            full = self._held + size > MOST_BYTES or len(self._waiting) >= MOST_WAITING
             self._held += 0 if full else size
         if full:
             self._counts.lost(1)
         else:
-            self._waiting.put(answer)
+            self._waiting.append(answer)
 
     def report(self, labels: Sequence[Label]) -> list[Outcome]:
         """Store and count labels. Blocks; call it in a thread.
@@ -116,14 +119,15 @@ class Recorder:
 
     def close(self, seconds: float = 2.0) -> None:
         """Write what waits, for at most `seconds`, and end the thread."""
-        self._waiting.put(None)
+        self._closed.set()
         self._thread.join(seconds)
 
     def _work(self) -> None:
-        pruned, pause, batch, ending = 0.0, FLUSH_SECONDS, list[Kept](), False
-        while not (ending and not batch):
-            if not ending and len(batch) < MOST_TOGETHER:
-                ending = self._gather(batch, pause)
+        pruned, pause, batch = 0.0, FLUSH_SECONDS, list[Kept]()
+        while True:
+            ending = self._closed.wait(pause)
+            while self._waiting and len(batch) < MOST_TOGETHER:
+                batch.append(self._waiting.popleft())
             try:
                 if self._database is None:
                     self._database = Database(self._url)
@@ -145,26 +149,12 @@ class Recorder:
                 self._fails(error)
                 pause = min(2 * pause, MOST_RETRY_SECONDS)
                 if ending:
-                    self._counts.lost(len(batch))
                     break
-                time.sleep(pause)
+            if ending and not self._waiting and not batch:
+                break
+        self._counts.lost(len(batch) + len(self._waiting))
         if self._database is not None:
             self._database.close()
-
-    def _gather(self, batch: list[Kept], seconds: float) -> bool:
-        """Add to the batch what comes within some seconds; returns True at the end of the process."""
-        deadline = time.monotonic() + seconds
-        while len(batch) < MOST_TOGETHER:
-            try:
-                found = self._waiting.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                return False
-            if found is None:
-                return True
-            batch.append(found)
-            if time.monotonic() > deadline and self._waiting.empty():
-                return False
-        return False
 
     def _let_go(self, batch: Sequence[Kept]) -> None:
         with self._lock:

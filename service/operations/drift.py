@@ -21,7 +21,7 @@ from models_store.decisions.calibration import Calibration
 from models_store.decisions.drift import Bins, SequentialTest
 from models_store.uncertainty import Prediction
 
-ROWS = 100  # of each worker and second
+ROWS = 50  # of each worker and second
 SECONDS = 1.0
 log = logging.getLogger("bentoml.modepath")
 Labels = tuple[str, str, str]  # ensemble, version, mode
