@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models_store.manifest import InputSpec
 from service.feedback.answers import of_answer
 from service.feedback.database import new_id
-from service.http import feedback, openapi
+from service.http import feedback, openapi, pages
 from service.http.access_log import AccessLog
 from service.http.bodies import Asked, read_request
 from service.http.connections import LEFT
@@ -87,6 +87,11 @@ class _Routes:
             Route("/livez", livez, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
             Route("/docs.json", self.docs, methods=["GET"]),
+            Route("/docs", pages.docs, methods=["GET"]),
+            Route("/docs/{name}", pages.docs_part, methods=["GET"]),
+            Route("/ui", pages.page, methods=["GET"]),
+            Route("/ui/{name}", pages.part, methods=["GET"]),
+            Route("/", pages.root, methods=["GET"]),
         ]
 
     async def no_route(self, request: Request, error: Exception) -> Response:
