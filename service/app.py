@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -145,16 +146,19 @@ class _Routes:
             decode_seconds = time.perf_counter() - began
             answer = await worker.batcher.run(ensemble.session(mode, options.rule), rows)
             request_id = new_id(time.time())
+            given_id = _given_id(request)
             if (log_fields := request.scope.get("log_fields")) is not None:
                 manifest = ensemble.manifest
                 log_fields |= {
                     "request_id": request_id, "ensemble": manifest.name, "version": manifest.version, "rows": len(images),
+                    **({"given_request_id": given_id} if given_id else {}),
                 }  # fmt: skip
             write = partial(self._reply, ensemble, mode, options, request_id, rows, answer, decode_seconds)
             numbers = answer.prediction.mean_probs.size if answer.member_probs is None else answer.member_probs.size
             large = len(images) > INLINE_ROWS or numbers > INLINE_NUMBERS
             reply = await worker.offload.run(body, write) if large else write()
-        return Response(reply, media_type="application/json")
+        headers = {"X-Request-ID": given_id} if given_id else None
+        return Response(reply, media_type="application/json", headers=headers)
 
     async def feedback(self, request: Request) -> Response:
         """POST /feedback."""
@@ -285,6 +289,12 @@ async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> 
 
     found = await worker.offload.run(body, opened) if asked.encoded or len(body.data) > INLINE_BYTES else opened()
     return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
+
+
+def _given_id(request: Request) -> str | None:
+    """The X-Request-ID of a client or proxy, so that their logs and ours can be joined; None if it is not a plain id."""
+    given = request.headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else None
 
 
 def _refuse_coded(request: Request) -> None:

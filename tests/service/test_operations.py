@@ -346,3 +346,18 @@ def test_what_keeps_the_service_from_starting_is_said_in_one_line(animals, serve
         assert server.process.wait(60) == 1
     [line] = server.log.read_text().splitlines()
     assert said.replace("TAKEN", port) in line
+
+
+def test_a_request_id_of_the_client_comes_back_and_stands_in_the_log_if_it_is_plain(animals, serve):
+    server = serve(animals, MODEPATH_ACCESS_LOG="true")
+    server.until(200)
+    inputs = {"inputs": np.zeros((1, *SHAPE)).tolist()}
+    answers = [
+        httpx.post(server.url + "/predict", json=inputs, headers={"X-Request-ID": given})
+        for given in ("trace-1.a:b", 'a"b', "x" * 129)
+    ]
+    assert [answer.headers.get("x-request-id") for answer in answers] == ["trace-1.a:b", None, None]
+    server.stop()
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if '"/predict"' in line]
+    assert [line.get("given_request_id") for line in lines] == ["trace-1.a:b", None, None]
+    assert [line["request_id"] for line in lines] == [answer.json()["request_id"] for answer in answers]

@@ -1,0 +1,70 @@
+"""Screenshots of the page for docs/ui.md: each view, light and dark, on a desktop and on a phone.
+
+python -m benchmarks.serving.screenshots NAME FOLDER      a published, calibrated ensemble; needs Debian's chromium
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from benchmarks.serving.throughput import Arm, running, until_ready
+from models_store.store import Store
+from service.client import Client
+from training import data
+from training.config import data_options
+
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+ASKED = 600
+
+
+def main() -> None:
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    version = Store().resolve(name)
+    images, labels = data.as_arrays(data.load(data_options(version.manifest.provenance.config)).test, ASKED)
+    with tempfile.TemporaryDirectory() as place, sync_playwright() as browsers:
+        own = Store(Path(place) / "store")
+        own.adopt(version)
+        file = Path(place) / "picture.png"
+        levels = np.rint(images[1] * 255).astype(np.uint8)
+        Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)).save(file)
+        policies = {version.manifest.name: {"modes": ["average", "cascade"]}}
+        arm = Arm(
+            "modepath", ["bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}"],
+            {"MODEPATH_PORT": "{port}", "MODELS_STORE": str(own.root), "MODEPATH_FEEDBACK": f"sqlite:///{place}/feedback.db", "MODEPATH_POLICIES": json.dumps(policies)},
+        )  # fmt: skip
+        browser = browsers.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        with running(arm) as (url, _):
+            until_ready(url)
+            base = url.removesuffix("/predict")
+            with Client(base) as client:
+                for start in range(0, ASKED, 60):
+                    answer = client.predict(images[start : start + 60])
+                    client.feedback(answer.request_id, labels[start : start + 60].tolist())
+            for scheme in ("light", "dark"):
+                for size, (width, height) in SIZES.items():
+                    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+                    page.goto(base + "/ui")
+                    page.wait_for_selector("#ensemble option", state="attached")
+                    page.set_input_files("#file", file)
+                    page.wait_for_selector(".label")
+                    for view, wait in (("ask", 500), ("ensembles", 500), ("watch", 5000)):
+                        page.evaluate(f"location.hash = '#{view}'")
+                        page.wait_for_timeout(wait)
+                        _save(page, folder / f"ui-{view}-{scheme}-{size}.png", whole=size == "phone")
+                    page.close()
+
+
+def _save(page: Page, file: Path, *, whole: bool) -> None:
+    page.screenshot(path=file, full_page=whole)
+    Image.open(file).quantize(128).save(file, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
