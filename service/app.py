@@ -168,17 +168,21 @@ class _Routes:
                 "This service keeps no answers, so it cannot count labels. Its operator can switch feedback on: MODEPATH_FEEDBACK."
             )
         _refuse_coded(request)
-        async with worker.intake.body(request) as body:
-            served = {one.manifest.name: one.manifest.classes for one in worker.ensembles.all()}
-            if (default := worker.ensembles.default_name) in served:
-                served[""] = served[default]
-            parse = partial(feedback.parse, bytes(body.data), served)
-            entries, several = await worker.offload.run(body, parse) if len(body.data) > INLINE_BYTES else parse()
-            labels = [entry for entry in entries if not isinstance(entry, feedback.Rejected)]
-            for _ in range(len(entries) - len(labels)):
-                metrics.rejected("malformed")
-            outcomes = await asyncio.to_thread(recorder.report, labels) if labels else []
-            return _json(feedback.response(entries, outcomes, several=several))
+        try:
+            async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
+                parse = partial(feedback.parse, bytes(body.data))
+                entries, several = await worker.offload.run(body, parse) if len(body.data) > INLINE_BYTES else parse()
+                labels = [entry for entry in entries if not isinstance(entry, feedback.Rejected)]
+                for _ in range(len(entries) - len(labels)):
+                    metrics.rejected("malformed")
+                served = [ensemble.manifest for ensemble in worker.ensembles.all()]
+                classes = {(one.name, one.version): one.classes for one in served}
+                outcomes = await recorder.report(labels, classes) if labels else []
+        except TimeoutError:
+            raise DeadlineError(
+                f"Not stored within {self._settings.timeout:g} seconds (MODEPATH_TIMEOUT): is the database of answers slow? Try again later."
+            ) from None
+        return _json(feedback.response(entries, outcomes, several=several))
 
     def _caller(self, request: Request) -> str:
         """Return the caller that a trusted proxy names, or "" without a proxy.
@@ -231,11 +235,11 @@ class _Routes:
         if calibration is not None and each:
             self._worker.drift.add(labels, calibration, rows.images, answer.prediction)
         if (recorder := self._worker.recorder) is not None:
-            if each:
+            if not policy.hides(mode):
                 metrics.expect_feedback(labels, options.coverage, decided=decided.decisions is not None)
             recorder.keep(
                 of_answer(
-                    request_id, time.time(), manifest.name, manifest.version, mode, answer.prediction, shown=each,
+                    request_id, time.time(), manifest.name, manifest.version, mode, answer.prediction, shown=not policy.hides(mode),
                     coverage=options.coverage, sets=decided.sets, decisions=decided.decisions,
                     images=self._worker.kept_images(calibration, rows.images, answer.prediction),
                 )

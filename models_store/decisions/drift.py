@@ -23,7 +23,8 @@ MEASURES = ("predictive_entropy", "novelty", "input_mean", "input_std", "predict
 FALSE_ALARMS = 0.01  # probability of any false alarm, of all measures of a version together
 HORIZON = 1_000_000  # rows
 PSI_BINS = 10
-_CELLS = 1000  # into which values are rounded, by quantiles of the calibration values
+_CELLS = 1000  # between order statistics of the calibration values; ranks within a cell are not kept
+_NOISE = 1e-9
 _P_BINS = 10  # of the density of p-values that the adaptive bet follows
 _TOGETHER = 200  # values that are ranked at once
 _MEMORY = 200  # p-values that the adaptive bet remembers, about
@@ -54,10 +55,14 @@ class SequentialTest:
             count: number of measures that share FALSE_ALARMS.
             seed: of the random numbers that break ties; None: from the operating system.
         """
-        self._edges = np.unique(np.quantile(calibration, np.linspace(0, 1, _CELLS + 1), method="lower"))
-        self._start = np.bincount(self._cells(calibration), minlength=len(self._edges) + 1)
-        self._limit = HORIZON * count / FALSE_ALARMS
         self._random = np.random.default_rng(seed)
+        ordered = np.sort(self._untied(calibration))
+        size = len(ordered)
+        edges = np.unique(np.linspace(1, size, min(size, _CELLS)).astype(int))  # ranks, from 1
+        self._edges = ordered[edges - 1]
+        # n values leave n + 1 gaps, and the next value falls into each of them with the same probability.
+        self._start = np.diff([0, *edges.tolist(), size + 1])
+        self._limit = HORIZON * count / FALSE_ALARMS
         self.rows = 0  # values that were tested
         self._restart()
 
@@ -94,16 +99,24 @@ class SequentialTest:
         return None
 
     def p_values(self, values: Floats) -> Floats:
-        """Rank new values among the calibration values and all values before them, and remember them: (values,)."""
-        cells = self._cells(values)
-        at_most = np.cumsum(self._counts)
-        above, equal = at_most[-1] - at_most[cells], self._counts[cells]
+        """Rank new values among the calibration values and all values before them, and remember them: (values,).
+
+        The gaps between earlier values are counted by cell: a new value falls into a cell with the probability
+        gaps in the cell / all gaps, and splits the gap that it falls into. Within a cell its place is drawn at random.
+        """
+        cells = np.searchsorted(self._edges, self._untied(values), side="right")
+        up_to = np.cumsum(self._gaps)
+        above, equal = up_to[-1] - up_to[cells], self._gaps[cells]
         earlier = np.tri(len(cells), k=-1, dtype=bool)  # among the new values themselves
         above = above + (earlier & (cells > cells[:, None])).sum(axis=1)
         equal = equal + (earlier & (cells == cells[:, None])).sum(axis=1)
-        total = at_most[-1] + np.arange(len(cells))
-        self._counts = self._counts + np.bincount(cells, minlength=len(self._counts))
-        return (above + self._random.random(len(cells)) * (equal + 1)) / (total + 1)
+        total = up_to[-1] + np.arange(len(cells))
+        self._gaps = self._gaps + np.bincount(cells, minlength=len(self._gaps))
+        return (above + self._random.random(len(cells)) * equal) / total
+
+    def _untied(self, values: Floats) -> Floats:
+        """Values with a little noise, so that no two are equal: any change that treats all values alike keeps them exchangeable."""
+        return values + self._random.random(len(values)) * _NOISE
 
     def _adaptive(self, bin_: int) -> float:
         """The bet that follows the density of recent p-values; it learns from this one for the bets that follow."""
@@ -117,19 +130,19 @@ class SequentialTest:
         return density
 
     def _restart(self) -> None:
-        self._counts = self._start
+        self._gaps = self._start
         self._capital = [0.0] * (2 * len(_POWERS) + 1)
         self._heard, self._all, self._unit = [0.0] * _P_BINS, 0.0, 1.0
 
-    def _cells(self, values: Floats) -> NDArray[np.intp]:
-        return np.searchsorted(self._edges, values, side="right")
-
 
 class Bins:
-    """Bins of one measure for the population stability index: deciles of the calibration values, or the predicted classes."""
+    """Bins of one measure for the population stability index: deciles of the calibration values, or the predicted classes.
+
+    Of more than PSI_BINS classes neighbours share a bin: the index of unchanged data grows with the number of bins.
+    """
 
     def __init__(self, measure: str, calibration: Floats):
-        if measure == "predicted":
+        if measure == "predicted" and calibration.max(initial=0) < PSI_BINS:
             self._edges = np.arange(0.5, calibration.max(initial=0) + 0.5)
         else:
             self._edges = np.unique(np.quantile(calibration, np.linspace(0, 1, PSI_BINS + 1)[1:-1]))

@@ -44,9 +44,14 @@ class Kept:
 
     @property
     def size(self) -> int:
-        """Bytes that the record takes, about."""
+        """Bytes that the record takes without its images, about."""
         arrays = (self.labels, self.confidence, self.probs, self.answered)
-        return OVERHEAD + sum(0 if one is None else one.nbytes for one in arrays) + sum(i.nbytes for _, i in self.kept_images)  # fmt: skip
+        return OVERHEAD + sum(0 if one is None else one.nbytes for one in arrays)
+
+    @property
+    def held(self) -> int:
+        """Bytes that it takes in memory, about."""
+        return self.size + sum(image.nbytes for _, image in self.kept_images)
 
     def record(self) -> dict[str, Any]:
         """The values of a row of the table `answers`."""
@@ -110,6 +115,21 @@ class Scored:
     coverage: float | None  # of the prediction set
     covered: bool | None
     answered: bool | None  # whether the decision was "predict"
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What is counted for one label."""
+
+    ensemble: str
+    version: int
+    mode: str
+    result: Scored
+
+    @classmethod
+    def of(cls, answer: Kept, row: int, label: int) -> Counted:
+        """Compare a row of an answer with its label."""
+        return cls(answer.ensemble, answer.version, answer.mode, scored(answer, row, label))
 
 
 def scored(answer: Kept, row: int, label: int) -> Scored:

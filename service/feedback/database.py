@@ -10,23 +10,23 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy
-from sqlalchemy import Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, event, select
+from sqlalchemy import BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, event, select
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
-from service.feedback.answers import Kept
+from service.feedback.answers import Counted, Kept
 
 _meta = MetaData()
 _answers = Table(
     "answers",
     _meta,
-    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("request_id", String(32), nullable=False, unique=True),
     Column("time", Float, nullable=False),
     Column("size", Integer, nullable=False),  # bytes, about
@@ -61,8 +61,11 @@ _images = Table(
     Column("file", LargeBinary, nullable=False),  # PNG
     Index("images_by_time", "time"),
 )
-Outcome = Literal["accepted", "duplicate", "unknown", "expired", "row", "label"]
+Outcome = Literal["accepted", "duplicate", "unknown", "expired", "row", "label", "name"]
+Classes = Mapping[tuple[str, int], Sequence[str]]
 BUSY_SECONDS = 5.0
+MOST_BYTES = 16 * 2**20  # of answers that are in memory at once
+CONNECT_SECONDS, STATEMENT_SECONDS = 5, 10  # limits for PostgreSQL
 AT_ONCE = 200  # request ids of one query; databases limit the number of parameters
 
 
@@ -72,7 +75,7 @@ class Label:
 
     request_id: str
     row: int
-    label: int
+    label: int | str  # index of the class, or its name
 
 
 class Database:
@@ -89,6 +92,9 @@ class Database:
         if local and address.database:
             Path(address.database).parent.mkdir(parents=True, exist_ok=True)
         more: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if local else {"pool_pre_ping": True}
+        if address.get_backend_name() == "postgresql":
+            limit = f"-c statement_timeout={1000 * STATEMENT_SECONDS}"
+            more["connect_args"] = {"connect_timeout": CONNECT_SECONDS, "options": limit}
         self._engine = sqlalchemy.create_engine(address, **more)
         if local:
             event.listen(self._engine, "connect", _use_wal)
@@ -105,52 +111,87 @@ class Database:
             if images := [image for answer in answers for image in answer.images()]:
                 connection.execute(_images.insert(), images)
 
-    def report(self, labels: Sequence[Label], oldest: float) -> list[tuple[Outcome, Kept | None]]:
+    def report(self, labels: Sequence[Label], classes: Classes, oldest: float) -> list[tuple[Outcome, Counted | None]]:
         """Store labels, each (request_id, row) once.
 
         Args:
             labels: what clients report.
+            classes: (ensemble, version) -> its class names, for labels that are names.
             oldest: answers from before this time are expired, if they are not stored any more.
 
         Returns:
-            For each label what became of it, and the answer that it belongs to if it was accepted.
+            For each label what became of it, and what to count if it was accepted.
         """
+        outcomes: list[tuple[Outcome, Counted | None]] = [("unknown", None)] * len(labels)
+        by_id: dict[str, list[int]] = {}
+        for index, label in enumerate(labels):
+            if _time_of(label.request_id) is not None:  # others were not made here
+                by_id.setdefault(label.request_id, []).append(index)
+        ids = sorted(by_id)
+        for start in range(0, len(ids), AT_ONCE):
+            for some in self._small_enough(ids[start : start + AT_ONCE]):
+                chosen = [index for request_id in some for index in by_id[request_id]]
+                for index, outcome in zip(
+                    chosen, self._report_retrying([labels[index] for index in chosen], classes, oldest), strict=True
+                ):
+                    outcomes[index] = outcome
+        return outcomes
+
+    def _small_enough(self, ids: Sequence[str]) -> Iterator[list[str]]:
+        """Divide the ids so that the answers of each part take at most MOST_BYTES in memory."""
+        query = select(_answers.c.request_id, _answers.c.size).where(_answers.c.request_id.in_(ids))
+        with self._engine.connect() as connection:
+            sizes = {row[0]: int(row[1]) for row in connection.execute(query)}
+        part: list[str] = []
+        total = 0
+        for request_id in ids:
+            size = sizes.get(request_id, 0)
+            if part and total + size > MOST_BYTES:
+                yield part
+                part, total = [], 0
+            part.append(request_id)
+            total += size
+        yield part
+
+    def _report_retrying(
+        self, labels: Sequence[Label], classes: Classes, oldest: float
+    ) -> list[tuple[Outcome, Counted | None]]:
         while True:
             try:
                 with self._engine.begin() as connection:
-                    return self._report(connection, labels, oldest)
+                    return self._report(connection, labels, classes, oldest)
             except IntegrityError:  # another worker has just stored one of them: now it is a duplicate
                 continue
 
     def _report(
-        self, connection: sqlalchemy.Connection, labels: Sequence[Label], oldest: float
-    ) -> list[tuple[Outcome, Kept | None]]:
+        self, connection: sqlalchemy.Connection, labels: Sequence[Label], classes: Classes, oldest: float
+    ) -> list[tuple[Outcome, Counted | None]]:
         ids = sorted({label.request_id for label in labels})
-        answers: dict[str, Kept] = {}
-        counted: set[tuple[str, int]] = set()
-        for start in range(0, len(ids), AT_ONCE):
-            some = ids[start : start + AT_ONCE]
-            for row in connection.execute(select(_answers).where(_answers.c.request_id.in_(some))).mappings():
-                answers[row["request_id"]] = Kept.of_record(row)
-            query = select(_feedback.c.request_id, _feedback.c.row).where(_feedback.c.request_id.in_(some))
-            counted |= {(row[0], row[1]) for row in connection.execute(query)}
-        outcomes: list[tuple[Outcome, Kept | None]] = []
+        found = connection.execute(select(_answers).where(_answers.c.request_id.in_(ids))).mappings()
+        answers = {row["request_id"]: Kept.of_record(row) for row in found}
+        query = select(_feedback.c.request_id, _feedback.c.row).where(_feedback.c.request_id.in_(ids))
+        counted = {(row[0], row[1]) for row in connection.execute(query)}
+        outcomes: list[tuple[Outcome, Counted | None]] = []
         new: list[dict[str, Any]] = []
         now = time.time()
         for one in labels:
             answer = answers.get(one.request_id)
             if answer is None:
                 outcomes.append(("expired" if made_before(one.request_id, oldest) else "unknown", None))
-            elif not 0 <= one.row < answer.rows:
-                outcomes.append(("row", answer))
-            elif not 0 <= one.label < answer.classes:
-                outcomes.append(("label", answer))
+                continue
+            number = _number(one.label, classes.get((answer.ensemble, answer.version), ()))
+            if not 0 <= one.row < answer.rows:
+                outcomes.append(("row", None))
+            elif number is None:
+                outcomes.append(("name", None))
+            elif not 0 <= number < answer.classes:
+                outcomes.append(("label", None))
             elif (one.request_id, one.row) in counted:
                 outcomes.append(("duplicate", None))
             else:
                 counted.add((one.request_id, one.row))
-                new.append({"request_id": one.request_id, "row": one.row, "label": one.label, "time": now})
-                outcomes.append(("accepted", answer))
+                new.append({"request_id": one.request_id, "row": one.row, "label": number, "time": now})
+                outcomes.append(("accepted", Counted.of(answer, one.row, number)))
         if new:
             connection.execute(_feedback.insert(), new)
         return outcomes
@@ -206,14 +247,20 @@ def new_id(when: float) -> str:
     return f"{int(when):08x}{secrets.token_hex(8)}"
 
 
+def _number(label: int | str, names: Sequence[str]) -> int | None:
+    if isinstance(label, int):
+        return label
+    return names.index(label) if label in names else None
+
+
 def made_before(request_id: str, when: float) -> bool:
     """True if this is an id of an answer from before this time."""
     return (made := _time_of(request_id)) is not None and made < when
 
 
 def made_after(request_id: str, when: float) -> bool:
-    """True if this is an id of an answer from after this time."""
-    return (made := _time_of(request_id)) is not None and made >= int(when)
+    """True if this is an id of an answer from between this time and now."""
+    return (made := _time_of(request_id)) is not None and int(when) <= made <= time.time() + 1
 
 
 def _time_of(request_id: str) -> int | None:

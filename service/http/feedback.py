@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 import orjson
@@ -13,7 +13,7 @@ from service.http.errors import BadRequestError, NoFeedbackError, TooLargeError
 
 MOST_LABELS = 10_000  # of one request
 EXAMPLE = '{"request_id": "…", "row": 0, "label": 3}'
-Reason = Literal["duplicate", "unknown", "expired", "row", "label", "malformed"]
+Reason = Literal["duplicate", "unknown", "expired", "row", "label", "name", "malformed"]
 
 
 class Feedback(BaseModel):
@@ -23,8 +23,9 @@ class Feedback(BaseModel):
 
     request_id: Annotated[str, Field(min_length=1, max_length=64, description="the `request_id` of the answer")]
     row: Annotated[int, Field(ge=0, lt=2**31, description="which image of that request, from 0")] = 0
-    label: int | str = Field(description="index of the true class, or its name while its ensemble is served")
-    ensemble: str | None = Field(default=None, description="ensemble of the answer; needed if `label` is a name")
+    label: int | str = Field(
+        description="index of the true class, or its name while the version that answered is served"
+    )
 
 
 class Rejected(BaseModel):
@@ -43,22 +44,30 @@ class FeedbackResponse(BaseModel):
 
 
 _one: TypeAdapter[Feedback] = TypeAdapter(Feedback)
-_STATUS: dict[str, int] = {"duplicate": 409, "unknown": 404, "expired": 410, "row": 400, "label": 400, "malformed": 400}
+_STATUS: dict[str, int] = {
+    "duplicate": 409,
+    "unknown": 404,
+    "expired": 410,
+    "row": 400,
+    "label": 400,
+    "name": 400,
+    "malformed": 400,
+}
 _WHY: dict[Outcome, str] = {
     "duplicate": "A label for this row was counted before. The first one stays.",
     "unknown": "No answer of this service has this request_id. Send the `request_id` of the answer of POST /predict.",
     "expired": "This answer is older than the service keeps answers (MODEPATH_FEEDBACK_DAYS).",
     "row": "The request had fewer images. Rows are numbered from 0.",
     "label": "The ensemble has fewer classes. Labels are numbered from 0.",
+    "name": "This is not the name of a class, or the version that gave the answer is not served any more. Send the index of the class.",
 }
 
 
-def parse(body: bytes, names: Mapping[str, Sequence[str]]) -> tuple[list[Label | Rejected], bool]:
+def parse(body: bytes) -> tuple[list[Label | Rejected], bool]:
     """Read a label or a list of labels.
 
     Args:
         body: the body as received.
-        names: the classes of each served ensemble, by its name; and of the default one under "".
 
     Returns:
         A label, or the reason why it is malformed, for each entry; and whether the body was a list.
@@ -78,28 +87,17 @@ def parse(body: bytes, names: Mapping[str, Sequence[str]]) -> tuple[list[Label |
     entries: list[Any] = cast("list[Any]", record) if several else [cast("Any", record)]
     if len(entries) > MOST_LABELS:
         raise TooLargeError(f"{len(entries)} labels; send at most {MOST_LABELS} at a time.")
-    return [_read(index, entry, names) for index, entry in enumerate(entries)], several
+    return [_read(index, entry) for index, entry in enumerate(entries)], several
 
 
-def _read(index: int, entry: Any, names: Mapping[str, Sequence[str]]) -> Label | Rejected:
+def _read(index: int, entry: Any) -> Label | Rejected:
     try:
         found = _one.validate_python(entry)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])[:80] or "the entry"
         return Rejected(index=index, reason="malformed", error=f"{place}: {first['msg']}. Send {EXAMPLE}.")
-    label = found.label
-    if isinstance(label, str):
-        known = names.get(found.ensemble or "")
-        if known is None or label not in known:
-            return Rejected(
-                index=index,
-                reason="malformed",
-                error=f"label: {label[:80]!r} is not a class of {'the default ensemble' if found.ensemble is None else repr(found.ensemble[:80])} "
-                "as it is served now. Name the ensemble of the answer, or send the index of the class.",
-            )
-        label = list(known).index(label)
-    return Label(found.request_id, found.row, label)
+    return Label(found.request_id, found.row, found.label)
 
 
 def response(entries: Sequence[Label | Rejected], outcomes: Sequence[Outcome], *, several: bool) -> FeedbackResponse:

@@ -56,7 +56,8 @@ class DriftMonitor:
         """Start the thread."""
         self._counts = counts
         self._lock = threading.Lock()
-        self._watched: WeakKeyDictionary[Calibration, _Watched] = WeakKeyDictionary()
+        # Several modes may share a calibration; each is tested by itself.
+        self._watched: WeakKeyDictionary[Calibration, dict[Labels, _Watched]] = WeakKeyDictionary()
         self._room = ROWS
         self._closed = threading.Event()
         threading.Thread(target=self._work, name="drift", daemon=True).start()
@@ -70,8 +71,9 @@ class DriftMonitor:
         with self._lock:
             count = min(self._room, len(images))
             self._room -= count
-            if (watched := self._watched.get(calibration)) is None:
-                watched = self._watched[calibration] = _Watched(labels, {}, {})
+            of_modes = self._watched.setdefault(calibration, {})
+            if (watched := of_modes.get(labels)) is None:
+                watched = of_modes[labels] = _Watched(labels, {}, {})
             watched.rows.append((images[:count], prediction.rows(0, count)))
 
     def close(self) -> None:
@@ -82,7 +84,12 @@ class DriftMonitor:
         while not self._closed.wait(SECONDS):
             with self._lock:
                 self._room = ROWS
-                work = [(calibration, one, one.rows) for calibration, one in self._watched.items() if one.rows]
+                work = [
+                    (calibration, one, one.rows)
+                    for calibration, of_modes in self._watched.items()
+                    for one in of_modes.values()
+                    if one.rows
+                ]
                 for _, one, _ in work:
                     one.rows = []
             for calibration, one, rows in work:

@@ -27,8 +27,7 @@ from numpy.typing import NDArray  # noqa: E402
 from prometheus_client import CollectorRegistry, Counter, Histogram, values  # noqa: E402
 
 from models_store.manifest import ECE_BINS, Manifest  # noqa: E402
-from service.feedback import answers  # noqa: E402
-from service.feedback.answers import Kept  # noqa: E402
+from service.feedback.answers import Counted  # noqa: E402
 from service.http.errors import ServiceError  # noqa: E402
 from service.inference.decisions import NOTHING, Decided  # noqa: E402
 from service.inference.pieces import Answer  # noqa: E402
@@ -44,7 +43,15 @@ SECONDS = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 MEMBERS = [1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0]
 SIZES = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0, 100.0]
 LABELS = ["ensemble", "version", "mode"]
-REJECTED = ("duplicate", "unknown", "expired", "row", "label", "malformed")  # reasons of labels that are not counted
+REJECTED = (
+    "duplicate",
+    "unknown",
+    "expired",
+    "row",
+    "label",
+    "name",
+    "malformed",
+)  # reasons of labels that are not counted
 CLIENT_LEFT = "client_left"  # reason of a request that was dropped because its client had disconnected
 _own = CollectorRegistry()
 
@@ -215,10 +222,9 @@ def _rounded(coverage: float) -> str:
     return f"{coverage:.2f}"
 
 
-def scored(answer: Kept, row: int, label: int) -> None:
+def scored(one: Counted) -> None:
     """Count a label that was reported for a row of an earlier answer."""
-    result = answers.scored(answer, row, label)
-    labels = (answer.ensemble, str(answer.version), answer.mode)
+    result, labels = one.result, (one.ensemble, str(one.version), one.mode)
     number = "hidden" if result.bin is None else str(result.bin)
     _labelled.labels(*labels, number).inc()
     _correct.labels(*labels, number).inc(int(result.correct))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 import platformdirs
+import sqlalchemy
+import sqlalchemy.exc
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -176,6 +178,18 @@ class Settings(BaseSettings):
             return Store(store).root
         except StoreError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("feedback")
+    @classmethod
+    def _database(cls, url: str) -> str:
+        if url != "off":
+            try:
+                sqlalchemy.make_url(url)
+            except (sqlalchemy.exc.ArgumentError, ValueError):
+                raise ValueError(
+                    "it is neither the URL of a database, as sqlite:////data/feedback.db, nor off"
+                ) from None
+        return url
 
     @field_validator("host", "metrics_host")
     @classmethod

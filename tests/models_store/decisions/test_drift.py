@@ -29,12 +29,23 @@ def test_p_values_of_exchangeable_values_are_independent_and_uniform(draw):
 def test_a_p_value_is_the_rank_among_calibration_and_earlier_values():
     values = rng.normal(size=50)
     calibration = rng.normal(size=100)
-    # Of values between the same two calibration values the order is not kept; they count as equal.
+    # Of values between the same two calibration values the order is not kept.
     ranks = np.searchsorted(np.sort(calibration), np.concatenate([calibration, values]), side="right")
     for index, p in enumerate(p_values(calibration, values)):
         before, own = ranks[: 100 + index], ranks[100 + index]
         above, equal = (before > own).sum(), (before == own).sum()
-        assert above / (len(before) + 1) <= p <= (above + equal + 1) / (len(before) + 1)
+        assert (above - 1) / (len(before) + 1) <= p <= (above + equal + 1) / (len(before) + 1)
+
+
+@pytest.mark.parametrize("size", [1, 20, 3000])
+def test_extreme_p_values_are_as_frequent_as_all_others(size):
+    """The first value after n calibration values lies above or below all of them with probability 1 / (n + 1) each."""
+    repetitions = 4000 if size < 1000 else 2000
+    found = np.array([p_values(np.random.default_rng(s).normal(size=size), np.random.default_rng(10**6 + s).normal(size=1), s)[0] for s in range(repetitions)])  # fmt: skip
+    assert stats.kstest(found, "uniform").pvalue > 1e-3
+    edge = 1 / (size + 1)
+    for extreme in ((found < edge).sum(), (found > 1 - edge).sum()):
+        assert stats.binomtest(int(extreme), repetitions, edge).pvalue > 1e-3
 
 
 def test_without_a_change_the_evidence_grows_as_the_number_of_values(monkeypatch):
@@ -86,6 +97,8 @@ def test_bins_are_deciles_or_classes_and_the_index_is_zero_for_equal_shares():
     shares = shifted / shifted.sum()
     expected = sum((s - 0.1) * math.log(s / 0.1) for s in shares)
     assert drift.stability_index(bins.calibration, shifted) == pytest.approx(expected, rel=1e-2)
+    many = Bins("predicted", rng.integers(0, 1000, 3000).astype(float))
+    assert len(many.calibration) == 10
     classes = Bins("predicted", np.array([0.0, 1, 1, 2]))
     assert classes.calibration.tolist() == [1, 2, 1]
     assert classes.counts(np.array([2.0, 2, 0])).tolist() == [1, 0, 2]

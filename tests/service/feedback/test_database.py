@@ -13,10 +13,11 @@ import pytest
 import sqlalchemy
 
 from models_store.uncertainty import combine
-from service.feedback.answers import of_answer
+from service.feedback.answers import Counted, of_answer, scored
 from service.feedback.database import Database, Label, made_after, made_before, new_id
 
 rng = np.random.default_rng(0)
+NAMES = ["cat", "dog", "bird", "fish"]
 
 
 def answer(when=None, rows=3, classes=4, **more):
@@ -94,29 +95,34 @@ def opened():
 
 
 def outcomes(database, *labels, oldest=0.0):
-    return [outcome for outcome, _ in database.report([Label(*label) for label in labels], oldest)]
+    return [
+        outcome for outcome, _ in database.report([Label(*label) for label in labels], {("pets", 1): NAMES}, oldest)
+    ]
 
 
 def test_each_label_is_counted_once_and_others_are_rejected_with_the_reason(url, opened):
     database = opened(url)
     first, second = answer(), answer(rows=1)
     database.keep([first, second])
-    found = database.report([Label(first.request_id, 2, 3)], 0.0)
-    assert found[0][0] == "accepted"
-    assert np.array_equal(found[0][1].probs, first.probs)
+    found = database.report([Label(first.request_id, 2, 3)], {}, 0.0)
+    assert found == [("accepted", Counted("pets", 1, "average", scored(first, 2, 3)))]
     assert outcomes(
         database,
         (first.request_id, 2, 3),  # counted before
         (first.request_id, 2, 1),  # also with another label
-        (first.request_id, 0, 0),
+        (first.request_id, 0, "cat"),
         (first.request_id, 0, 0),  # twice in one list
+        (first.request_id, 1, "horse"),
         (second.request_id, 1, 0),
         (second.request_id, 0, 4),
         (new_id(time.time()), 0, 0),
         ("not one of ours", 0, 0),
+        ("a\0b", 0, 0),
         (new_id(1000), 0, 0),
         oldest=2000,
-    ) == ["duplicate", "duplicate", "accepted", "duplicate", "row", "label", "unknown", "unknown", "expired"]
+    ) == [
+        "duplicate", "duplicate", "accepted", "duplicate", "name", "row", "label", "unknown", "unknown", "unknown", "expired",
+    ]  # fmt: skip
     again = opened(url)  # as after a restart
     assert outcomes(again, (first.request_id, 0, 0), (second.request_id, 0, 0)) == ["duplicate", "accepted"]
 
@@ -149,6 +155,10 @@ def test_what_is_too_old_or_too_much_is_removed_the_oldest_first(url, opened):
     kept = [outcomes(database, (one.request_id, 1, 0))[0] for one in answers]
     assert 10 <= kept.count("accepted") <= 26
     assert kept == sorted(kept, reverse=True)  # unknown ones, then the newest
+    large = [answer(now, images=((0, np.zeros((3, 200, 200), np.float32)),)) for _ in range(10)]
+    database.keep(large)
+    database.prune(0, 10 * large[0].size + 100_000)  # an image takes what its file takes
+    assert len({found[0] for found in database.images()} & {one.request_id for one in large}) == 10
     database.prune(now + 1, 0)
     assert list(database.images()) == []
 
@@ -176,9 +186,21 @@ def test_a_driver_that_is_not_installed_and_a_folder_that_cannot_be_made_are_err
         Database(f"sqlite:///{tmp_path}/file/feedback.db")
 
 
+def test_many_large_answers_are_read_a_few_at_a_time(url, opened, monkeypatch):
+    monkeypatch.setattr("service.feedback.database.MOST_BYTES", 3000)
+    database = opened(url)
+    answers = [answer(rows=20, classes=9) for _ in range(30)]
+    database.keep(answers)
+    parts = list(database._small_enough(sorted(one.request_id for one in answers)))
+    assert sum(map(len, parts)) == 30
+    assert 1 < max(map(len, parts)) <= 3000 // answers[0].size + 1
+    assert outcomes(database, *((one.request_id, row, 0) for one in answers for row in range(20))) == ["accepted"] * 600
+
+
 def test_ids_tell_their_time():
     assert made_before(new_id(1000), 2000)
     assert not made_before(new_id(3000), 2000)
-    assert made_after(new_id(3000), 2000)
+    assert made_after(new_id(time.time()), 2000)
+    assert not made_after(new_id(time.time() + 1000), 2000)
     assert not made_before("abc", 2000)
     assert len({new_id(5) for _ in range(1000)}) == 1000
