@@ -29,7 +29,7 @@ MOST_BYTES = 64 * 2**20  # of answers that wait
 PRUNE_SECONDS = 60
 MOST_RETRY_SECONDS = 5.0
 REPORT_THREADS, MOST_REPORTS = 2, 16  # reports that run, and that may wait or run
-SETTLE_SECONDS = 3.0  # an answer that is younger may still be on its way to the database
+SETTLE_SECONDS = 10.0  # an answer that is younger may still be on its way to the database
 log = logging.getLogger("bentoml.modepath")
 
 
