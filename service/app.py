@@ -154,9 +154,18 @@ class _Routes:
                     **({"given_request_id": given_id} if given_id else {}),
                 }  # fmt: skip
             write = partial(self._reply, ensemble, mode, options, request_id, rows, answer, decode_seconds)
+            written = time.perf_counter()
             numbers = answer.prediction.mean_probs.size if answer.member_probs is None else answer.member_probs.size
             large = len(images) > INLINE_ROWS or numbers > INLINE_NUMBERS
             reply = await worker.offload.run(body, write) if large else write()
+            if worker.tracer is not None:
+                attributes = {
+                    "modepath.ensemble": ensemble.manifest.name, "modepath.version": ensemble.manifest.version, "modepath.mode": mode,
+                    "modepath.rows": len(images), "modepath.request_id": request_id,
+                }  # fmt: skip
+                worker.tracer.predicted(
+                    request.headers, attributes, decode_seconds, answer, time.perf_counter() - written
+                )
         headers = {"X-Request-ID": given_id} if given_id else None
         return Response(reply, media_type="application/json", headers=headers)
 

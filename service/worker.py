@@ -21,6 +21,7 @@ from service.inference.verdicts import Verdicts
 from service.operations import metrics
 from service.operations.drift import DriftMonitor
 from service.operations.settings import Settings
+from service.operations.tracing import tracer
 
 log = logging.getLogger("bentoml.modepath")
 
@@ -55,6 +56,7 @@ class Worker:
         limits = FeedbackLimits(chosen.feedback_days, chosen.feedback_bytes)
         self.recorder = None if chosen.feedback == "off" else Recorder(chosen.feedback, limits, metrics)
         self.drift = DriftMonitor(metrics)
+        self.tracer = tracer(chosen.otlp_endpoint)
         self.kept_images = Sampler(chosen.feedback_images, uncertain=chosen.feedback_images_of == "uncertain")
 
     def _warm(self, session: Session, row: Rows) -> None:
@@ -70,5 +72,7 @@ class Worker:
         self.trials.close()
         self.batcher.close()
         self.drift.close()
+        if self.tracer is not None:
+            self.tracer.close()
         if self.recorder is not None:
             self.recorder.close()

@@ -68,6 +68,11 @@ class Settings(BaseSettings):
     )
     metrics_host: str = Field(default="127.0.0.1", description="address of the separate listener for /metrics")
     access_log: bool = Field(default=False, description="write one JSON line per request to standard output")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("MODEPATH_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        description="base URL of an OpenTelemetry collector (OTLP over HTTP), to which traces of predictions are sent",
+    )
     trusted_proxies: str = Field(
         default="",
         validation_alias=AliasChoices("MODEPATH_TRUSTED_PROXIES", "FORWARDED_ALLOW_IPS"),

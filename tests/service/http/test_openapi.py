@@ -22,7 +22,9 @@ def document(served=(), **options):
 def test_it_names_every_route_and_method():
     documented = {(path, method.upper()) for path, methods in document()["paths"].items() for method in methods}
     pages = {"/", "/ui", "/ui/{name}", "/docs", "/docs/{name}"}  # for people
-    routes = {(route.path, method) for route in ROUTES for method in route.methods - {"HEAD"} if route.path not in pages}
+    routes = {
+        (route.path, method) for route in ROUTES for method in route.methods - {"HEAD"} if route.path not in pages
+    }
     assert documented == routes
     assert "/metrics" not in document(has_metrics=False)["paths"]
 
