@@ -35,7 +35,7 @@ def collector():
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, format, *args):
+        def log_message(self, format, *args):  # noqa: A002 - the name is http.server's
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
