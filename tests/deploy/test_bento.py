@@ -97,9 +97,27 @@ def test_what_deploys_names_files_and_settings_that_exist():
     known = {f"MODEPATH_{name.upper()}" for name in Settings.model_fields}
     assert set(service["environment"]) <= known
     assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
-    for volume in compose["services"]["prometheus"]["volumes"]:
-        assert (ROOT / "deploy" / volume.split(":")[0]).is_file()
-    scrape = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text())["scrape_configs"][0]
+    for name in ("prometheus", "grafana"):
+        for volume in compose["services"][name]["volumes"]:
+            assert (ROOT / "deploy" / volume.split(":")[0]).is_file()
+    mounted = {volume.split(":")[1].rsplit("/", 1)[1] for volume in compose["services"]["prometheus"]["volumes"]}
+    prometheus = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text())
+    assert set(prometheus["rule_files"]) | {"prometheus.yml"} == mounted
+    # Grafana reads the Prometheus of this file, at the port that its image listens on, and finds the dashboard.
+    [source] = yaml.safe_load((ROOT / "deploy/grafana/datasource.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:" + compose["services"]["prometheus"]["ports"][0].rsplit(":", 1)[1]
+    [provider] = yaml.safe_load((ROOT / "deploy/grafana/provider.yml").read_text())["providers"]
+    assert any(
+        volume.split(":")[1].startswith(provider["options"]["path"])
+        for volume in compose["services"]["grafana"]["volumes"]
+    )
+    # The volume of the feedback database is declared, and its folder belongs to the user of the image.
+    place = service["environment"]["MODEPATH_FEEDBACK"].removeprefix("sqlite:///")
+    [volume] = service["volumes"]
+    assert place.startswith(volume.split(":")[1] + "/")
+    assert volume.split(":")[0] in compose["volumes"]
+    assert f"install -d -o 10001 {volume.split(':')[1]}" in (ROOT / "deploy/Containerfile").read_text()
+    scrape = prometheus["scrape_configs"][0]
     assert scrape["static_configs"][0]["targets"] == [f"modepath:{service['environment']['MODEPATH_METRICS_PORT']}"]
     for rules in yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())["groups"]:
         assert rules["rules"]
