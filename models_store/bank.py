@@ -108,6 +108,28 @@ class Bank:
         return None
 
 
+@dataclass(frozen=True)
+class Points:
+    """Where the points of a bank lie, and how good each is alone on the validation split."""
+
+    coefficients: NDArray[np.float64]  # (points, vertices)
+    accuracy: NDArray[np.float64]  # (points,)
+    nll: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, bank: Bank) -> Points:
+        """Return the points of a bank without its weights."""
+        return cls(bank.coefficients, bank.accuracy, bank.nll)
+
+    def positions(self) -> NDArray[np.float64]:
+        """The parameter t of each point of a curve, in [0, 1]: (points,).
+
+        Σ k · coefficient_k / (vertices − 1) is t for Bezier curves (the mean of the Bernstein weights) and for polygonal chains.
+        """
+        vertices = self.coefficients.shape[1]
+        return self.coefficients @ np.linspace(0, 1, vertices) if vertices > 1 else np.zeros(len(self.coefficients))
+
+
 def check_bank(folder: Path, input_shape: tuple[int, int, int], classes: int, points: int) -> None:
     """Check a bank's files against FORMAT.md.
 

@@ -9,6 +9,7 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,6 +52,7 @@ from service.http.schemas import (
     Options,
     PoolInfo,
     Status,
+    along_path,
     describe,
     padded,
     respond,
@@ -84,6 +86,7 @@ class _Routes:
             Route("/feedback", self.feedback, methods=["POST"]),
             Route("/ensembles", self.list_ensembles, methods=["GET"]),
             Route("/ensembles/{name}", self.show_ensemble, methods=["GET"]),
+            Route("/ensembles/{name}/path", self.path, methods=["POST"]),
             *([] if self._settings.metrics_port else [Route("/metrics", show_metrics, methods=["GET"])]),
             Route("/livez", livez, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
@@ -255,6 +258,27 @@ class _Routes:
             )  # fmt: skip
         return reply
 
+    async def path(self, request: Request) -> Response:
+        """POST /ensembles/{name}/path: the answer of every network of a curve to one image."""
+        worker, ensemble = self._worker, self._worker.ensembles.get(request.path_params["name"])
+        content_type, manifest = request.headers.get("content-type", ""), ensemble.manifest
+        _refuse_coded(request)
+        try:
+            async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
+                worker.batcher.refuse_if_full()
+                asked = read_request(content_type, [], body.data, [manifest.input.shape], 1)
+                images = await _images(worker, body, asked, manifest.input)
+                if len(images) != 1:
+                    raise TooLargeError(f"{len(images)} images; a path is shown for one image at a time.")
+                rows = ensemble.along_path(images)
+                answer = await worker.batcher.run(ensemble.session("random", None), rows)
+                assert ensemble.path is not None, "otherwise it has no rows"
+                return _json(along_path(manifest, ensemble.path, answer.prediction.mean_probs))
+        except TimeoutError:
+            raise DeadlineError(
+                f"Not answered within {self._settings.timeout:g} seconds (MODEPATH_TIMEOUT): the curve has many networks."
+            ) from None
+
     async def list_ensembles(self, request: Request) -> Response:
         """GET /ensembles."""
         return _json(EnsembleList(ensembles=[self._info(ensemble) for ensemble in self._worker.ensembles.all()]))
@@ -289,7 +313,9 @@ class _Routes:
         is_default = manifest.name == self._worker.ensembles.default_name
         calibrations = map(ensemble.decisions.calibration, ensemble.policy.modes)
         calibration = next((found for found in calibrations if found is not None), None)
-        return describe(manifest, ensemble.providers, ensemble.policy, shown, calibration, is_default=is_default)
+        return describe(
+            manifest, ensemble.providers, ensemble.policy, shown, calibration, is_default=is_default, path=ensemble.path is not None
+        )  # fmt: skip
 
 
 async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> Images:
@@ -340,7 +366,7 @@ async def livez(request: Request) -> Response:
     return _json(Status(status="alive"))
 
 
-def _json(content: BaseModel | dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _json(content: BaseModel | Mapping[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
     record = content.model_dump(mode="json") if isinstance(content, BaseModel) else content
     return Response(orjson.dumps(record), status, headers, "application/json")
 

@@ -90,7 +90,18 @@ def point_logits(bank, point, images):
     return images.reshape(len(images), -1) @ w + bank.statistics["shift"][point]
 
 
-def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activate=True, bank=None, member=linear):
+def publish(
+    store,
+    name,
+    seeds=(0, 1, 2),
+    *,
+    temperature=1.0,
+    shape=SHAPE,
+    activate=True,
+    bank=None,
+    member=linear,
+    shape_of_path="simplex",
+):
     """Publish an ensemble of linear members, or of those that `member` makes of a seed and a shape; optionally with a bank."""
     with store.staging(name) as staged:
         (staged / "members").mkdir()
@@ -105,7 +116,7 @@ def publish(store, name, seeds=(0, 1, 2), *, temperature=1.0, shape=SHAPE, activ
             classes=["cat", "dog", "bird"],
             members=members,
             temperature=temperature,
-            geometry=bank and Geometry(shape="simplex", vertices=["vertices/000.safetensors"], components=[[0]]),
+            geometry=bank and Geometry(shape=shape_of_path, vertices=["vertices/000.safetensors"], components=[[0]]),
             bank=bank and manifest.Bank(points=len(bank), accuracy_mean=1, accuracy_min=1),
         )
         if bank:

@@ -12,12 +12,21 @@ from pydantic.json_schema import JsonSchemaMode
 from models_store.manifest import Manifest
 from service.http.bodies import ENCODED, JSON, NPY
 from service.http.feedback import MOST_LABELS, Feedback, FeedbackResponse
-from service.http.schemas import EnsembleInfo, EnsembleList, ErrorBody, Options, PredictRequest, PredictResponse, Status
+from service.http.schemas import (
+    EnsembleInfo,
+    EnsembleList,
+    ErrorBody,
+    Options,
+    PathResponse,
+    PredictRequest,
+    PredictResponse,
+    Status,
+)
 from service.inference.policy import Mode
 
 _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
     (Options, "validation"), (PredictRequest, "validation"),
-    (PredictResponse, "serialization"), (EnsembleInfo, "serialization"), (EnsembleList, "serialization"),
+    (PredictResponse, "serialization"), (EnsembleInfo, "serialization"), (EnsembleList, "serialization"), (PathResponse, "serialization"),
     (Feedback, "validation"), (FeedbackResponse, "serialization"),
     (ErrorBody, "serialization"), (Status, "serialization"),
 )  # fmt: skip
@@ -78,12 +87,18 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
         },
         "responses": _answers("FeedbackResponse", *(status for status in REFUSALS if status not in (403, 415))),
     }
+    path = {
+        "summary": "Ask every network of a curve about one image",
+        "description": "For ensembles with `path: true`: a curve with a bank, whose policy shows the points. The body is one image as for /predict.",
+        "responses": _answers("PathResponse", *(status for status in REFUSALS if status not in (409, 410))),
+    }
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths: dict[str, dict[str, Any]] = {
         "/predict": {"post": predict},
         "/feedback": {"post": feedback},
         "/ensembles": {"get": _get("The ensembles that are served", "EnsembleList")},
         "/ensembles/{name}": {"get": {**_get("One ensemble", "EnsembleInfo", 404, 503), "parameters": [name]}},
+        "/ensembles/{name}/path": {"post": {**predict, **path, "parameters": [name]}},
         "/livez": {"get": _get("Whether the process answers", "Status")},
         "/readyz": {"get": _get("Whether a request would be answered", "Status", 503)},
         "/docs.json": {"get": _get("This document", None)},

@@ -10,11 +10,13 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 - pydantic reads typing's own only from Python 3.12 on
 
+from models_store.bank import Points
 from models_store.decisions import abstention
 from models_store.decisions.calibration import Calibration, Decision, Reason
 from models_store.decisions.conformal import Method
 from models_store.decisions.leaving import Rule
 from models_store.manifest import Manifest, Scores
+from models_store.uncertainty import Floats
 from service.inference.decisions import NOTHING, Decided
 from service.inference.pieces import Answer
 from service.inference.policy import TOGETHER, Mode, Policy
@@ -204,6 +206,27 @@ class CalibrationInfo(BaseModel):
     note: str | None = Field(description="what the number of calibration images does not allow")
 
 
+class PathPoint(TypedDict):
+    """One network of the curve, and its answer."""
+
+    point: Annotated[int, Field(description="number of the network")]
+    t: Annotated[float, Field(description="parameter of the curve, 0 to 1")]
+    accuracy: Annotated[float, Field(description="of this network alone, on the validation split")]
+    nll: Annotated[
+        float, Field(description="negative log-likelihood of this network alone, on the validation split, nats")
+    ]
+    probs: list[float]
+
+
+class PathResponse(TypedDict):
+    """The answer to POST /ensembles/{name}/path."""
+
+    ensemble: str
+    version: int
+    shape: Annotated[str, Field(description="segment, polychain or bezier")]
+    points: list[PathPoint]
+
+
 class EnsembleInfo(BaseModel):
     """What a client may know about an ensemble: a whitelist.
 
@@ -222,6 +245,9 @@ class EnsembleInfo(BaseModel):
     modes: list[Mode]
     pool: PoolInfo | None
     calibration: CalibrationInfo | None = Field(description="null if the version is not calibrated, or defended")
+    path: bool = Field(
+        default=False, description="whether POST /ensembles/{name}/path shows the answer of every network of its curve"
+    )
     default: bool
 
 
@@ -326,6 +352,21 @@ def _add_decisions(rows: list[RowPrediction], decided: Decided) -> None:
             row["decision"], row["reason"] = decision, reason
 
 
+def along_path(manifest: Manifest, points: Points, probs: Floats) -> PathResponse:
+    """Build the answer of every point of a curve; `probs` is (points, classes)."""
+    assert manifest.geometry is not None, "a curve has a geometry"
+    columns = points.positions(), points.accuracy, points.nll, probs
+    return {
+        "ensemble": manifest.name,
+        "version": manifest.version,
+        "shape": manifest.geometry.shape,
+        "points": [
+            {"point": number, "t": t, "accuracy": accuracy, "nll": nll, "probs": row}
+            for number, (t, accuracy, nll, row) in enumerate(zip(*(column.tolist() for column in columns), strict=True))
+        ],
+    }
+
+
 def padded(reply: bytes, manifest: Manifest, policy: Policy, mode: Mode, rows: int) -> bytes:
     """Pad a reply with blanks, so that its length does not depend on its content.
 
@@ -356,6 +397,7 @@ def describe(
     calibration: Calibration | None = None,
     *,
     is_default: bool,
+    path: bool = False,
 ) -> EnsembleInfo:
     """Return the description of an ensemble that `/ensembles` shows."""
     return EnsembleInfo(
@@ -371,6 +413,7 @@ def describe(
         modes=list(policy.modes),
         pool=pool,
         calibration=_guarantees(manifest, calibration) if calibration and not policy.defended else None,
+        path=path,
         default=is_default,
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import orjson
 
+from models_store.bank import Bank, Points
 from models_store.decisions.leaving import Rule
 from models_store.errors import MemberError
 from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default_threads
@@ -31,6 +32,7 @@ from service.inference.pieces import Answer
 from service.inference.policy import TOGETHER, Mode, Policy
 from service.inference.session import Rows, Session
 
+CURVES = ("segment", "polychain", "bezier")  # shapes with one parameter
 Warm = Callable[[Session, Rows], object]
 log = logging.getLogger("bentoml.modepath")
 
@@ -58,6 +60,7 @@ class Ensemble:
     draws: dict[Mode, Draw]
     decisions: Decisions
     cascades: dict[Rule, Stage]  # first stages; empty if the mode is closed, or the version has no cascade
+    path: Points | None = None  # the points of its curve, if the policy shows which one answers; all are open
 
     def mode(self, asked: Mode | None) -> Mode:
         """Return the mode of a request: `asked`, or the first open mode if it is None.
@@ -93,6 +96,20 @@ class Ensemble:
                 "Ask for the rule 'exact', or calibrate on more images."
             )
         return stage
+
+    def along_path(self, image: Images) -> Rows:
+        """Return the input that asks every point of the curve about one image (1, C, H, W), in the order of the points.
+
+        Raises:
+            ForbiddenError: the version has no curve, or the policy does not show its points.
+        """
+        if self.path is None or self.pool is None:
+            raise ForbiddenError(
+                f"The points of {self.manifest.name} are not shown. They are if it was trained with a curve and a bank, and the policy opens "
+                '"modes": ["average", "random"] with "probabilities": "exact" and "point": true.'
+            )
+        networks = sorted((self.pool[slot] for slot in range(len(self.pool))), key=lambda network: network.number)
+        return Rows(np.broadcast_to(image, (len(networks), *image.shape[1:])), tuple(networks))
 
     def rows(self, mode: Mode, images: Images, caller: str = "") -> Rows:
         """Return the input for a request; in `random` and `keyed` a network is drawn for each image.
@@ -156,6 +173,7 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         draws,
         Decisions.of(version, recipe.policy, draws_all=pool is None or len(pool) == pool.source.count),
         cascades,
+        _path(version, recipe.policy, pool),
     )
     _check_listing(ensemble)
     shape = version.manifest.input.shape
@@ -170,6 +188,17 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
             _check_answer(ensemble, mode, images)
         warm(sessions[mode], ensemble.rows(mode, black))
     return ensemble
+
+
+def _path(version: Version, policy: Policy, pool: Pool | None) -> Points | None:
+    """The points of a curve whose answers clients may see."""
+    geometry = version.manifest.geometry
+    shown = not policy.defended and policy.point and "random" in policy.modes and policy.digits("random") == "exact"
+    if not shown or geometry is None or version.manifest.bank is None or pool is None or len(pool) < pool.source.count:
+        return None
+    if geometry.shape not in CURVES or len(geometry.components) > 1:
+        return None
+    return Points.of(Bank.load(version.folder / "bank"))
 
 
 def _draw(mode: Mode, keyed: Keyed | None) -> Draw:

@@ -14,6 +14,7 @@ const by = (id) => document.getElementById(id);
 let ensembles = [];
 let source = null; // {blob, bitmap} of a file; null if the pad was drawn on
 let drawn = false;
+let place = null; // of the slider along a curve, kept between answers
 let asked = 0; // number of the newest question; answers to older ones are not shown
 
 const chosen = () => ensembles.find((one) => one.name === by("ensemble").value);
@@ -96,6 +97,12 @@ async function send(one, options) {
   return read(await fetch("/predict", { method: "POST", headers: { "Content-Type": "application/json" }, body }));
 }
 
+async function along(one) {
+  const address = `/ensembles/${encodeURIComponent(one.name)}/path`;
+  const body = JSON.stringify({ inputs: [pixels(one.input_shape)] });
+  return read(await fetch(address, { method: "POST", headers: { "Content-Type": "application/json" }, body }));
+}
+
 async function read(response) {
   const body = await response.json();
   if (!response.ok) throw Object.assign(new Error(body.error), { status: response.status });
@@ -123,8 +130,9 @@ async function question() {
       if (error.status !== 403) throw error;
       body = await send(one, { mode: options.mode }); // the operator shows less
     }
+    const path = one.path ? await along(one).catch(() => null) : null;
     const cascade = one.modes.includes("cascade") ? await send(one, { mode: "cascade" }).catch(() => null) : null;
-    if (own === asked) render(one, body, cascade);
+    if (own === asked) render(one, body, cascade, path);
   } catch (error) {
     if (own === asked) refuse(error.status ? error.message : "The service does not answer. Try again when it is back.");
   }
@@ -134,7 +142,7 @@ function refuse(message) {
   fill(by("answer"), [element("p", { class: "error", role: "alert" }, message)]);
 }
 
-function render(one, body, cascade) {
+function render(one, body, cascade, path) {
   const row = body.predictions[0];
   const shown = [element("p", { class: "label" }, row.confidence === undefined ? row.class_name : `${row.class_name}, ${percent(row.confidence)}`)];
   if (row.decision) {
@@ -151,12 +159,13 @@ function render(one, body, cascade) {
     shown.push(element("p", {}, `Novelty: further from the images of the training than ${number(row.novelty.percentile, 1)} % of the calibration images.`));
   }
   if (row.members) shown.push(...members(one, row));
+  if (path) shown.push(...curve(one, path));
   if (cascade) shown.push(element("p", {}, `A cascade stopped after ${cascade.predictions[0].members_used} of ${one.members} members.`));
   shown.push(element("p", { class: "quiet" }, `${body.ensemble}@${body.version}, mode ${body.mode}, request ${body.request_id}`));
   fill(by("answer"), shown);
 }
 
-function distribution(one, row) {
+function distribution(one, row, title = "Average of the members") {
   const order = row.probs.map((_, label) => label).sort((a, b) => row.probs[b] - row.probs[a]);
   const inside = new Set(row.prediction_set ?? []);
   const lines = order.slice(0, SHOWN_CLASSES).map((label) => {
@@ -169,7 +178,7 @@ function distribution(one, row) {
     ]);
   });
   const rest = order.length > SHOWN_CLASSES ? [element("p", { class: "quiet" }, `and ${order.length - SHOWN_CLASSES} less probable classes`)] : [];
-  return [element("h3", {}, "Average of the members"), element("table", { class: "classes" }, lines), ...rest];
+  return [element("h3", {}, title), element("table", { class: "classes" }, lines), ...rest];
 }
 
 function measures(row) {
@@ -195,6 +204,35 @@ function members(one, row) {
   const names = classes.map((label) => one.classes[label]).join(", ");
   const rest = row.members.length > SHOWN_MEMBERS ? ` The first ${SHOWN_MEMBERS} of ${row.members.length}.` : "";
   return [element("h3", {}, "Members"), element("p", { class: "quiet" }, `Bars from left to right: ${names}.${rest}`), element("ul", { class: "members" }, items)];
+}
+
+// The answer along a curve while t is dragged, above the error of each of its networks.
+function curve(one, path) {
+  const points = [...path.points].sort((a, b) => a.t - b.t);
+  const [width, height, left] = [360, 110, 44];
+  const errors = points.map((point) => 1 - point.accuracy);
+  const most = Math.max(0.01, ...errors) * 1.1;
+  const x = (t) => left + t * (width - left - 4);
+  const y = (error) => 4 + height * (1 - error / most);
+  const mark = element("path", { class: "mark", d: "" });
+  const line = points.map((point, i) => `${i ? "L" : "M"}${x(point.t)} ${y(errors[i])}`).join(" ");
+  const said = `Error on validation along the curve: from ${percent(Math.min(...errors))} to ${percent(Math.max(...errors))}`;
+  const chart = element("svg", { viewBox: `0 0 ${width} ${height + 26}`, class: "curve", role: "img", "aria-label": said }, [
+    element("text", { x: 0, y: 14 }, percent(most)), element("text", { x: 0, y: height + 4 }, "0 %"), element("path", { class: "line", d: line }), mark,
+    element("text", { x: left, y: height + 22 }, "t = 0"), element("text", { x: width, y: height + 22, "text-anchor": "end" }, "t = 1"),
+  ]);
+  const answer = element("div", { class: "point" });
+  const slider = element("input", { type: "range", id: "t", min: 0, max: points.length - 1, value: place ?? Math.floor(points.length / 2), step: 1 });
+  const move = () => {
+    place = Number(slider.value);
+    const point = points[place];
+    mark.setAttribute("d", `M${x(point.t)} 4 V${height + 4}`);
+    const row = { probs: point.probs };
+    fill(answer, [element("p", {}, `t = ${number(point.t)}: this network alone has an error of ${percent(1 - point.accuracy)} and an NLL of ${number(point.nll)} nats on validation.`), ...distribution(one, row, "Answer of this network")]);
+  };
+  slider.addEventListener("input", move);
+  move();
+  return [element("h3", {}, "Along the curve"), element("p", {}, [element("label", { for: "t" }, `Network on the ${path.shape} curve, from one end to the other`), slider]), chart, answer];
 }
 
 function example() {

@@ -20,7 +20,10 @@ if CHROMIUM is None:
     pytest.skip("Chromium is not installed (apt install chromium)", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="the dev extra is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the dev extra is not installed")
-POLICIES = {"animals": {"modes": ["average", "cascade"]}, "path": {"modes": ["random"]}}
+SHOWN = {"modes": ["average", "random"], "probabilities": "exact", "point": True}
+POLICIES = {"animals": {"modes": ["average", "cascade"]}, "path": {"modes": ["random"]}, "curve": SHOWN}
+T = np.linspace(0, 1, 6)
+LINE = {"coefficients": np.stack([(1 - T) ** 2, 2 * T * (1 - T), T**2], axis=1)}  # of a Bezier curve
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,7 @@ def begun(folder):
     x, y = labelled(2000, temperature=0.1)
     calibrating.calibrate(store, publish(store, "animals"), calibrating.Labelled(x, y, "these"))
     publish(store, "path", seeds=(5, 6), bank=bank(points=4, seed=9))
+    publish(store, "curve", seeds=(11, 12), bank=bank(points=6, seed=4, **LINE), shape_of_path="bezier")
     options = {"MODEPATH_POLICIES": json.dumps(POLICIES), "MODEPATH_DEFAULT": "animals"}
     found = Server(store, folder, MODEPATH_FEEDBACK=f"sqlite:///{folder}/feedback.db", **options)
     found.until(200)
@@ -166,6 +170,21 @@ def test_of_a_defended_ensemble_it_shows_what_the_api_shows(opened):
     assert "Uncertainty" not in shown
     assert one.page.locator(".members").count() == 0
     assert not one.page.is_visible("#deciding")
+
+
+def test_the_answer_along_a_curve_follows_the_slider(server, opened):
+    one = opened()
+    one.page.select_option("#ensemble", "curve")
+    one.page.click("#example")
+    one.until("Along the curve")
+    for position, t in ((0, "0.000"), (5, "1.000")):
+        one.page.evaluate(
+            f"(t) => {{ t.value = {position}; t.dispatchEvent(new Event('input')); }}", one.page.query_selector("#t")
+        )
+        assert f"t = {t}: this network alone has an error of" in one.answer()
+        shown = one.page.inner_text(".point .classes tr:first-child")
+        assert shown.endswith("%")
+    assert one.page.locator(".curve .line").count() == 1
 
 
 def test_it_says_that_the_service_went_away_and_recovers(store, serve, browser, tmp_path):

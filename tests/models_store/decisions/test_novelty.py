@@ -6,7 +6,6 @@ import pytest
 from onnx import helper
 from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
-from sklearn.covariance import ledoit_wolf
 
 from models_store.decisions import calibrating, novelty
 from models_store.errors import CorruptionError
@@ -17,6 +16,7 @@ from models_store.uncertainty import softmax
 from tests.models_store.decisions.test_calibrating import labelled
 from tests.onnx_members import SHAPE, linear, publish
 
+ledoit_wolf = pytest.importorskip("sklearn.covariance", reason="the training extra is not installed").ledoit_wolf
 images = np.random.default_rng(0).random((40, *SHAPE), np.float32)
 labels = np.arange(40) % 3
 
