@@ -232,7 +232,7 @@ function curve(one, path) {
   };
   slider.addEventListener("input", move);
   move();
-  return [element("h3", {}, "Along the curve"), element("p", {}, [element("label", { for: "t" }, `Network on the ${path.shape} curve, from one end to the other`), slider]), chart, answer];
+  return [element("h3", {}, "Along the curve"), element("p", {}, [element("label", { for: "t" }, `Network on the ${path.shape} curve, from one end to the other`), slider]), element("p", { class: "quiet" }, "Error of each network on validation:"), chart, answer];
 }
 
 function example() {
