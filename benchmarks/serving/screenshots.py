@@ -1,6 +1,8 @@
 """Screenshots of the page for docs/ui.md: each view, light and dark, on a desktop and on a phone.
 
 python -m benchmarks.serving.screenshots NAME FOLDER      a published, calibrated ensemble; needs Debian's chromium
+
+Of a curve with a bank: only the view along it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def main() -> None:
         file = Path(place) / "picture.png"
         levels = np.rint(images[1] * 255).astype(np.uint8)
         Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)).save(file)
-        policies = {version.manifest.name: {"modes": ["average", "cascade"]}}
+        shown = {"modes": ["average", "random"], "probabilities": "exact", "point": True}
+        policies = {version.manifest.name: shown if version.manifest.bank else {"modes": ["average", "cascade"]}}
         arm = Arm(
             "modepath", ["bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}"],
             {"MODEPATH_PORT": "{port}", "MODELS_STORE": str(own.root), "MODEPATH_FEEDBACK": f"sqlite:///{place}/feedback.db", "MODEPATH_POLICIES": json.dumps(policies)},
@@ -44,9 +47,18 @@ def main() -> None:
             until_ready(url)
             base = url.removesuffix("/predict")
             with Client(base) as client:
-                for start in range(0, ASKED, 60):
+                for start in range(0, len(images), 60):
                     answer = client.predict(images[start : start + 60])
                     client.feedback(answer.request_id, labels[start : start + 60].tolist())
+            if version.manifest.bank:
+                page = browser.new_page(viewport={"width": 1280, "height": 900})
+                page.goto(base + "/ui")
+                page.wait_for_selector("#ensemble option", state="attached")
+                page.set_input_files("#file", file)
+                page.wait_for_selector(".curve")
+                page.wait_for_timeout(500)
+                _save(page, folder / "ui-path.png", whole=True)
+                return
             for scheme in ("light", "dark"):
                 for size, (width, height) in SIZES.items():
                     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
