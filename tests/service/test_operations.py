@@ -24,7 +24,7 @@ from tests.service.conftest import workers_of
 
 BODY = json.dumps({"inputs": np.zeros((1, *SHAPE)).tolist()}).encode()
 HEADERS = {"Content-Type": "application/json"}
-LABELS = frozenset({("ensemble", "animals"), ("mode", "average")})
+LABELS = frozenset({("ensemble", "animals"), ("mode", "average"), ("version", "1")})
 ANSWERED = ("modepath_queue_seconds_count", LABELS)
 INCOMPLETE = ("modepath_metrics_incomplete", frozenset())
 

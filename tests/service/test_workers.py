@@ -36,7 +36,7 @@ def ask(url, batches, threads=8, attempts=1, **options):
 
 
 def check_metrics(found, ensemble, prediction, requests, members):
-    labels = frozenset({("ensemble", ensemble), ("mode", "average")})
+    labels = frozenset({("ensemble", ensemble), ("mode", "average"), ("version", "1")})
     rows = len(prediction.label)
     for measure in ("predictive_entropy", "expected_entropy", "mutual_information", "disagreement", "confidence"):
         values = getattr(prediction, measure) / (1 if measure in ("disagreement", "confidence") else np.log(3))
@@ -91,7 +91,12 @@ def test_metrics_can_have_a_listener_of_their_own(store, serve):
     server.until(200)
     ask(server.url, [rng.random((1, *SHAPE))] * 10)
     found = metrics_of(f"http://127.0.0.1:{port}")
-    assert found["modepath_queue_seconds_count", frozenset({("ensemble", "animals"), ("mode", "average")})] == 10
+    assert (
+        found[
+            "modepath_queue_seconds_count", frozenset({("ensemble", "animals"), ("mode", "average"), ("version", "1")})
+        ]
+        == 10
+    )
     assert httpx.get(server.url + "/metrics").status_code == 404
     assert "/metrics" not in httpx.get(server.url + "/docs.json").json()["paths"]
 
@@ -172,7 +177,7 @@ def test_the_death_of_a_worker_costs_its_own_connections_only(store, serve):
     else:
         raise AssertionError("the worker was not replaced")
     server.until(200)
-    labels = frozenset({("ensemble", "animals"), ("mode", "average")})
+    labels = frozenset({("ensemble", "animals"), ("mode", "average"), ("version", "1")})
     # The dead worker may have answered a request whose response was lost, so that it was sent again.
     assert 400 <= metrics_of(server.url)["modepath_queue_seconds_count", labels] <= 408
 
