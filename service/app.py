@@ -262,6 +262,7 @@ class _Routes:
         """POST /ensembles/{name}/path: the answer of every network of a curve to one image."""
         worker, ensemble = self._worker, self._worker.ensembles.get(request.path_params["name"])
         content_type, manifest = request.headers.get("content-type", ""), ensemble.manifest
+        ensemble.check_path()
         _refuse_coded(request)
         try:
             async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:

@@ -18,7 +18,7 @@ from models_store.errors import MemberError
 from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default_threads
 from models_store.manifest import Manifest
 from models_store.store import Version
-from service.http.errors import BadRequestError, ForbiddenError
+from service.http.errors import BadRequestError, ForbiddenError, NoRouteError
 from service.http.images import Images
 from service.http.schemas import describe, padded, respond
 from service.inference.decisions import HOW, Decisions
@@ -97,17 +97,21 @@ class Ensemble:
             )
         return stage
 
-    def along_path(self, image: Images) -> Rows:
-        """Return the input that asks every point of the curve about one image (1, C, H, W), in the order of the points.
+    def check_path(self) -> None:
+        """Refuse to show the networks of a curve.
 
         Raises:
-            ForbiddenError: the version has no curve, or the policy does not show its points.
+            NoRouteError: the version has no curve, or the policy does not show its points.
         """
-        if self.path is None or self.pool is None:
-            raise ForbiddenError(
+        if self.path is None:
+            raise NoRouteError(
                 f"The points of {self.manifest.name} are not shown. They are if it was trained with a curve and a bank, and the policy opens "
                 '"modes": ["average", "random"] with "probabilities": "exact" and "point": true.'
             )
+
+    def along_path(self, image: Images) -> Rows:
+        """Return the input that asks every point of the curve about one image (1, C, H, W), in the order of the points."""
+        assert self.pool is not None, "a curve that is shown is open"
         networks = sorted((self.pool[slot] for slot in range(len(self.pool))), key=lambda network: network.number)
         return Rows(np.broadcast_to(image, (len(networks), *image.shape[1:])), tuple(networks))
 
