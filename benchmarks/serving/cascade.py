@@ -9,7 +9,6 @@ turn. Both modes are measured in each round, on the same server; ratios are with
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks.serving.throughput import Arm, cpu_seconds, running, until_ready, wrk
+from benchmarks.serving.throughput import Arm, cpu_seconds, npy_script, running, until_ready, wrk
 from models_store.decisions.calibrating import from_npz
 from models_store.store import Store
 from service.client import Client
@@ -102,7 +101,10 @@ def _measured(
         until_ready(url)
         with Client(url.removesuffix("/predict"), timeout=120) as client:
             agreement = _agreement(client, images, labels)
-        scripts = {mode: _script(Path(folder), mode, images) for mode in MODES}
+        scripts = {
+            mode: npy_script(Path(folder), mode, images, "?" + "&".join(f"{k}={v}" for k, v in options.items()), BODIES)
+            for mode, options in MODES.items()
+        }
         for _ in range(args.rounds):
             for connections in args.connections:
                 for mode in MODES:
@@ -136,31 +138,6 @@ def _agreement(client: Client, images: np.ndarray, labels: np.ndarray) -> dict[s
             f"{(named[mode] == labels).mean():.4f}",
         ]
     return found
-
-
-def _script(folder: Path, mode: str, images: np.ndarray) -> Path:
-    for index in range(min(BODIES, len(images))):
-        array = io.BytesIO()
-        np.save(array, images[index : index + 1])
-        (folder / f"{index}.npy").write_bytes(array.getvalue())
-    count = min(BODIES, len(images))
-    query = "&".join(f"{name}={value}" for name, value in MODES[mode].items())
-    script = folder / f"{mode}.lua"
-    script.write_text(
-        f"""bodies = {{}}
-for index = 0, {count - 1} do
-  local file = io.open("{folder}/" .. index .. ".npy", "rb")
-  bodies[index] = file:read("*a")
-  file:close()
-end
-next_body = 0
-request = function()
-  next_body = (next_body + 1) % {count}
-  return wrk.format("POST", "/predict?{query}", {{["Content-Type"] = "application/x-npy"}}, bodies[next_body])
-end
-"""
-    )
-    return script
 
 
 if __name__ == "__main__":

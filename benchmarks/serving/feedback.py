@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks.serving.throughput import Arm, running, until_ready, wrk
+from benchmarks.serving.throughput import Arm, npy_script, running, until_ready, wrk
 from models_store.manifest import CALIBRATION_FILE, NOVELTY_FILE, Draft
 from models_store.store import Store, Version
 from training import data
@@ -80,7 +80,7 @@ def cost(version, images: np.ndarray, args: argparse.Namespace) -> dict:
         stores = Store(folder / "plain"), Store(folder / "calibrated")
         stores[1].adopt(version)
         _publish_plain(stores[0], version)
-        script = _script(folder, images)
+        script = npy_script(folder, "predict", images)
         arms = [
             _arm(args.name, {"MODELS_STORE": str(stores[0].root), "MODEPATH_FEEDBACK": "off"}),
             _arm(
@@ -234,29 +234,6 @@ def _arm(name: str | None, environment: dict[str, str]) -> Arm:
         ["bentoml", "serve", "--host", "127.0.0.1", "--port", "{port}"],
         {"MODEPATH_PORT": "{port}", **default, **environment},
     )
-
-
-def _script(folder: Path, images: np.ndarray) -> Path:
-    for index in range(100):
-        array = io.BytesIO()
-        np.save(array, images[index : index + 1])
-        (folder / f"{index}.npy").write_bytes(array.getvalue())
-    script = folder / "predict.lua"
-    script.write_text(
-        f"""bodies = {{}}
-for index = 0, 99 do
-  local file = io.open("{folder}/" .. index .. ".npy", "rb")
-  bodies[index] = file:read("*a")
-  file:close()
-end
-next_body = 0
-request = function()
-  next_body = (next_body + 1) % 100
-  return wrk.format("POST", "/predict", {{["Content-Type"] = "application/x-npy"}}, bodies[next_body])
-end
-"""
-    )
-    return script
 
 
 if __name__ == "__main__":

@@ -163,6 +163,29 @@ def write_bodies(folder: Path, image: np.ndarray | None = None) -> dict[str, tup
     return {form: (scripts[form], image) for form in texts}
 
 
+def npy_script(folder: Path, name: str, images: np.ndarray, query: str = "", most: int = 500) -> Path:
+    """A script for wrk that posts the images in turn, one in each request, as npy; the bodies are written into the folder."""
+    count = min(most, len(images))
+    for index in range(count):
+        np.save(folder / f"{index}.npy", images[index : index + 1])
+    script = folder / f"{name}.lua"
+    script.write_text(
+        f"""bodies = {{}}
+for index = 0, {count - 1} do
+  local file = io.open("{folder}/" .. index .. ".npy", "rb")
+  bodies[index] = file:read("*a")
+  file:close()
+end
+next_body = 0
+request = function()
+  next_body = (next_body + 1) % {count}
+  return wrk.format("POST", "/predict{query}", {{["Content-Type"] = "application/x-npy"}}, bodies[next_body])
+end
+"""
+    )
+    return script
+
+
 def free_port() -> int:
     """On which nobody listens."""
     with socket.socket() as free:

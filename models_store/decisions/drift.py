@@ -9,7 +9,7 @@ expectation after n values is n, and R is a submartingale, so Doob's inequality 
     P(R reaches HORIZON / FALSE_ALARMS within HORIZON values) ≤ FALSE_ALARMS
 
 Values that several processes test separately add up: HORIZON counts them all. Each of `count` measures gets the share
-FALSE_ALARMS / count. An alarm starts the test anew, with the calibration values only, so a lasting change is reported again.
+FALSE_ALARMS / count. After an alarm the test starts again with the calibration values only, so a lasting change is reported again.
 """
 
 from __future__ import annotations

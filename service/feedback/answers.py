@@ -15,7 +15,7 @@ from PIL import Image
 from models_store.manifest import ECE_BINS
 from models_store.uncertainty import Prediction
 
-OVERHEAD = 200  # bytes of a record beside its arrays, about
+OVERHEAD = 200  # approximate bytes of a record without its arrays
 LEAST_PROBABILITY = 1e-12  # as in models_store.scores
 
 

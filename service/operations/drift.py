@@ -113,7 +113,7 @@ class DriftMonitor:
             alarms = test.add(values)
             if alarms:
                 log.warning(
-                    "%s@%s, %s: %s is no longer distributed as on the calibration images (%d rows seen by this worker's test)",
+                    "%s@%s, %s: the distribution of %s has changed since calibration (%d rows tested by this worker)",
                     *one.labels, measure.replace("_", " "), test.rows,
                 )  # fmt: skip
             self._counts.drift_live(one.labels, measure, one.bins[measure].counts(values), alarms)

@@ -1,4 +1,4 @@
-"""How well foreign images are told from those of the test split, by each measure of uncertainty and by novelty."""
+"""How well foreign images are distinguished from those of the test split, by each measure of uncertainty and by novelty."""
 
 from __future__ import annotations
 
