@@ -13,6 +13,8 @@ from typing import Any
 from models_store.decisions.calibrating import Labelled, calibrate, from_npz
 from models_store.errors import EnsembleNotFoundError, ModepathError, StoreError
 from models_store.importing import ImportOptions, import_members
+from models_store.reports.card import card
+from models_store.reports.differences import differences, table
 from models_store.store import Store, Version
 
 
@@ -108,6 +110,24 @@ def _activate(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
+def _deactivate(store: Store, args: argparse.Namespace) -> int:
+    store.deactivate(args.name)
+    print(f"{args.name} is not served any more; its versions stay published")
+    return 0
+
+
+def _diff(store: Store, args: argparse.Namespace) -> int:
+    before, after = store.resolve(args.first).manifest, store.resolve(args.second).manifest
+    for line in table(differences(before, after), (f"{before.name}@{before.version}", f"{after.name}@{after.version}")):
+        print(line)
+    return 0
+
+
+def _card(store: Store, args: argparse.Namespace) -> int:
+    print(card(store.resolve(args.name).manifest), end="")
+    return 0
+
+
 def _import(store: Store, args: argparse.Namespace) -> int:
     classes = args.classes.split(",") if args.classes else None
     options = ImportOptions(
@@ -195,6 +215,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME")
     command.add_argument("version", metavar="VERSION", type=int)
     command.set_defaults(run=_activate)
+
+    command = commands.add_parser("deactivate", help="serve no version of this ensemble; its versions stay published")
+    command.add_argument("name", metavar="NAME")
+    command.set_defaults(run=_deactivate)
+
+    command = commands.add_parser(
+        "diff", help="what differs between two versions: training, members, scores, calibration"
+    )
+    command.add_argument("first", metavar="NAME[@VERSION]")
+    command.add_argument("second", metavar="NAME[@VERSION]")
+    command.set_defaults(run=_diff)
+
+    command = commands.add_parser("card", help="a model card in Markdown, written from the manifest")
+    command.add_argument("name", metavar="NAME[@VERSION]")
+    command.set_defaults(run=_card)
 
     command = commands.add_parser("import", help="publish ONNX classifiers from other tools as an ensemble")
     command.add_argument("name", metavar="NAME")

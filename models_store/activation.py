@@ -101,10 +101,17 @@ class Activations:
         """Serve this version from now on. Requires the lock; call `settle` next."""
         files.replace(self._root / name / _ACTIVE, f"{version}\n")
 
+    def remove(self, name: str) -> None:
+        """Serve no version of `name` from now on. Requires the lock; call `settle` next."""
+        (self._root / name / _ACTIVE).unlink(missing_ok=True)
+
     def settle(self, name: str, names: Collection[str]) -> None:
-        """Make the activation durable, and record that `name` was activated last. `names` are all published names."""
+        """Make a change durable, and record that `name` was activated last, if it is active. `names` are all published
+        names.
+        """
         files.sync(self._root / name)
-        order = [other for other in self.order(names) if other != name] + [name]
+        active = self.token(name) is not None
+        order = [other for other in self.order(names) if other != name] + [name] * active
         if order != self._recorded():
             files.replace(self._root / _ORDER, "".join(f"{one}\n" for one in order))
             files.sync(self._root)

@@ -336,6 +336,21 @@ class Store:
         self.load(name, version)
         self._activate(name, version)
 
+    def deactivate(self, name: str) -> None:
+        """Serve no version of `name` from now on. Its versions stay published.
+
+        Raises:
+            EnsembleNotFoundError: no version of `name` is active.
+            StoreWriteError: the store cannot be written.
+        """
+        self.active(name)
+        with files.writing(self.root):
+            self._records()
+            with self._activations.lock():
+                names = self.names()
+                self._activations.remove(name)
+                self._activations.settle(name, names)
+
     def finish_activation(self, name: str, version: int) -> bool:
         """Activate a version whose publisher was stopped before it could. A version activated since then stays active.
 

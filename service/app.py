@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models_store.manifest import InputSpec
+from models_store.store import Store
 from service.feedback.answers import of_answer
 from service.feedback.database import new_id
 from service.http import feedback, openapi, pages
@@ -57,6 +58,7 @@ from service.http.schemas import (
     padded,
     respond,
 )
+from service.http.versions import Versions
 from service.inference.offload import SMALL_PIXELS
 from service.inference.opening import Ensemble
 from service.inference.pieces import Answer
@@ -78,6 +80,7 @@ class _Routes:
 
     def __init__(self, chosen: Settings, worker: Worker):
         self._settings, self._worker = chosen, worker
+        self._versions = Versions(Store(chosen.store))
 
     def all(self) -> list[Route]:
         """Return all routes."""
@@ -86,6 +89,7 @@ class _Routes:
             Route("/feedback", self.feedback, methods=["POST"]),
             Route("/ensembles", self.list_ensembles, methods=["GET"]),
             Route("/ensembles/{name}", self.show_ensemble, methods=["GET"]),
+            Route("/ensembles/{name}/versions", self.versions, methods=["GET"]),
             Route("/ensembles/{name}/path", self.path, methods=["POST"]),
             *([] if self._settings.metrics_port else [Route("/metrics", show_metrics, methods=["GET"])]),
             Route("/livez", livez, methods=["GET"]),
@@ -287,6 +291,10 @@ class _Routes:
     async def show_ensemble(self, request: Request) -> Response:
         """GET /ensembles/{name}."""
         return _json(self._info(self._worker.ensembles.get(request.path_params["name"])))
+
+    async def versions(self, request: Request) -> Response:
+        """GET /ensembles/{name}/versions."""
+        return _json(await self._versions.of(self._worker.ensembles.get(request.path_params["name"])))
 
     async def readyz(self, request: Request) -> Response:
         """GET /readyz: 200 if a request would be answered, else 503 with the reason."""

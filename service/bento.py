@@ -57,7 +57,7 @@ class Modepath:
     def __init__(self) -> None:
         global _app
         chosen = settings()
-        log_writer.take_over()
+        log_writer.take_over(chosen.log_format)
         log_writer.count_with(metrics.dropped)
         bentoml_internals.end_gently(chosen.grace_seconds, log_writer.drain)
         self._worker = worker = Worker(chosen)
@@ -77,7 +77,7 @@ class Modepath:
     def prepare() -> None:  # pyright: ignore[reportSelfClsParameterName] - the decorator makes it static
         """Set up what all workers share. Called once, in the process that starts the workers."""
         chosen = settings()
-        log_writer.take_over()
+        log_writer.take_over(chosen.log_format)
         verdicts.prepare()
         share_key()
         watch = Watch(Board.make(), math.ceil(chosen.hang_seconds))

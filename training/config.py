@@ -13,6 +13,7 @@ from training.data import DataOptions
 from training.errors import ConfigError
 
 T = TypeVar("T")
+LogKind = Literal["none", "csv", "tensorboard", "mlflow", "wandb"]
 
 
 def later(default: T) -> T:
@@ -114,8 +115,10 @@ class Config:
     compile: bool = False
     """Compile the network with torch.compile (on a CPU this needs a C++ compiler)."""
 
-    log: Literal["none", "csv", "tensorboard"] = "none"
-    """Also write the learning rate, training loss and validation scores of each epoch to a file in the run's folder."""
+    log: LogKind = "none"
+    """Also write the learning rate, training loss and validation scores of each epoch: csv and tensorboard to the run's
+    folder, mlflow and wandb to these trackers, which read their own environment variables (MLFLOW_TRACKING_URI,
+    WANDB_MODE, …) and must be installed."""
     fresh: bool = False
     """Delete an earlier run with the same options, and train from the beginning."""
     activate: bool = True

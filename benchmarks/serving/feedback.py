@@ -3,14 +3,15 @@
     python -m benchmarks.serving.feedback NAME cost        a published, calibrated ensemble; wrk; writes results/feedback.md
     python -m benchmarks.serving.feedback NAME faults      needs PostgreSQL (Debian's package) and root, for a small file system
 
-Cost: one image per request, npy; two servers, which take turns: with MODEPATH_FEEDBACK=off and a copy of the version without a calibration (nothing is
-kept, nothing is tested), and with both. Ratio of rates within a pair; median and range.
+Cost: one image per request, npy; three servers, which take turns: a copy of the version without its calibration and MODEPATH_FEEDBACK=off (nothing is
+kept, nothing is tested); the version with MODEPATH_FEEDBACK=off (novelty and drift tests); the version with feedback. Ratios of rates within a round; median and range.
 Faults: four clients ask without a pause. PostgreSQL is stopped for 30 s (SIGSTOP: it hangs; then SIGQUIT: it is gone). SQLite's file system of 8 MiB fills up.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -37,6 +38,7 @@ from training.config import data_options
 RESULT = Path(__file__).parents[1] / "results/feedback.md"
 CONNECTIONS = (1, 8, 64)
 STOPPED_SECONDS = 30
+ARMS = ("requests/s, plain", "calibrated", "with feedback")
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def report(kept: dict) -> str:
     if "cost" in kept:
         lines += [
             f"`python -m benchmarks.serving.feedback NAME cost`: {kept['cost']['what']}", "",
-            tabulate(kept["cost"]["rows"], ["connections", "requests/s without", "with", "ratio: median (range)"], tablefmt="github", disable_numparse=True), "",
+            tabulate(kept["cost"]["rows"], ["connections", *ARMS, "feedback / calibrated", "feedback / plain"], tablefmt="github", disable_numparse=True), "",
         ]  # fmt: skip
     if "faults" in kept:
         headers = ["fault", "seconds", "requests", "failed", "p99, ms", "answers lost for feedback", "log says"]
@@ -73,7 +75,7 @@ def report(kept: dict) -> str:
 
 
 def cost(version, images: np.ndarray, args: argparse.Namespace) -> dict:
-    """Rates of two servers that take turns."""
+    """Rates of three servers that take turns."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         # Stores of their own, because looking at other ensembles takes time too.
@@ -81,29 +83,27 @@ def cost(version, images: np.ndarray, args: argparse.Namespace) -> dict:
         stores[1].adopt(version)
         _publish_plain(stores[0], version)
         script = npy_script(folder, "predict", images)
-        arms = [
-            _arm(args.name, {"MODELS_STORE": str(stores[0].root), "MODEPATH_FEEDBACK": "off"}),
-            _arm(
-                args.name, {"MODELS_STORE": str(stores[1].root), "MODEPATH_FEEDBACK": f"sqlite:///{folder}/feedback.db"}
-            ),
-        ]
-        rates: dict[int, list[list[float]]] = {connections: [[], []] for connections in CONNECTIONS}
-        with running(arms[0]) as (first, _), running(arms[1]) as (second, _):
-            urls = [first, second]
+        places = [(stores[0], "off"), (stores[1], "off"), (stores[1], f"sqlite:///{folder}/feedback.db")]
+        arms = [_arm(args.name, {"MODELS_STORE": str(store.root), "MODEPATH_FEEDBACK": kept}) for store, kept in places]
+        rates: dict[int, list[list[float]]] = {connections: [[] for _ in arms] for connections in CONNECTIONS}
+        with contextlib.ExitStack() as started:
+            urls = [started.enter_context(running(arm))[0] for arm in arms]
             for url in urls:
                 until_ready(url)
                 wrk(url, script, 8, 2)
             for number in range(args.rounds):
                 for connections in CONNECTIONS:
-                    for arm in (0, 1) if number % 2 else (1, 0):
+                    for arm in np.roll(np.arange(len(arms)), number).tolist():
                         rates[connections][arm].append(wrk(urls[arm], script, connections, args.seconds)["rate"])
             time.sleep(2)
-            metrics = httpx.get(second.removesuffix("/predict") + "/metrics").text
+            metrics = httpx.get(urls[-1].removesuffix("/predict") + "/metrics").text
             lost = [line for line in metrics.splitlines() if line.startswith("modepath_feedback_lost_total")]
     rows = []
-    for connections, (without, with_) in rates.items():
-        ratios = np.array(with_) / np.array(without)
-        rows.append([str(connections), f"{np.median(without):.0f}", f"{np.median(with_):.0f}", f"{np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})"])  # fmt: skip
+    for connections, found in rates.items():
+        plain, calibrated, with_ = map(np.array, found)
+        ratios = [with_ / calibrated, with_ / plain]
+        shown = [f"{np.median(ratio):.3f} ({ratio.min():.3f} to {ratio.max():.3f})" for ratio in ratios]
+        rows.append([str(connections), *(f"{np.median(rate):.0f}" for rate in found), *shown])
     what = f"{len(version.manifest.members)} members, {args.rounds} rounds of {args.seconds} s, {len(os.sched_getaffinity(0))} cores shared with wrk. Answers lost: {lost[0].split()[-1]}."
     return {"what": what, "rows": rows}
 

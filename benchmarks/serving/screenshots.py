@@ -2,12 +2,15 @@
 
 python -m benchmarks.serving.screenshots NAME FOLDER      a published, calibrated ensemble; needs Debian's chromium
 
+It also measures the time from a dropped picture to its answer on the page: results/page.md.
+
 Of a curve with a bank: only the view along it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +27,18 @@ from training.config import data_options
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 ASKED = 600
+DROPS = 30
+DROP = """async ([bytes, type]) => {
+    const place = document.querySelector("#answer");
+    const answered = new Promise((done) => {
+        new MutationObserver(() => { if (place.querySelector(".label")) requestAnimationFrame(() => done(performance.now())); }).observe(place, { childList: true });
+    });
+    const given = new DataTransfer();
+    given.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type }));
+    const began = performance.now();
+    dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true, cancelable: true }));
+    return (await answered) - began;
+}"""
 
 
 def main() -> None:
@@ -64,6 +79,8 @@ def main() -> None:
                     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
                     page.goto(base + "/ui")
                     page.wait_for_selector("#ensemble option", state="attached")
+                    if (scheme, size) == ("light", "desktop"):
+                        _time(page, file, version.name, folder)
                     page.set_input_files("#file", file)
                     page.wait_for_selector(".label")
                     for view, wait in (("ask", 500), ("ensembles", 500), ("watch", 5000)):
@@ -71,6 +88,20 @@ def main() -> None:
                         page.wait_for_timeout(wait)
                         _save(page, folder / f"ui-{view}-{scheme}-{size}.png", whole=size == "phone")
                     page.close()
+
+
+def _time(page: Page, file: Path, name: str, folder: Path) -> None:
+    """Time from a dropped picture to the first frame with its answer: decoding, requests to the service, drawing."""
+    milliseconds = [page.evaluate(DROP, [list(file.read_bytes()), "image/png"]) for _ in range(DROPS)]
+    rows = [("first", milliseconds[0]), ("median", np.median(milliseconds)), ("largest", max(milliseconds))]
+    lines = [
+        f"# From a dropped picture to its answer on the page: {name}",
+        "",
+        f"`python -m benchmarks.serving.screenshots NAME FOLDER`, {len(os.sched_getaffinity(0))} cores: {DROPS} drops, one after another, in Chromium.",
+        "",
+    ]
+    lines += ["| | ms |", "|---|---|", *(f"| {what} | {value:.0f} |" for what, value in rows), ""]
+    Path("benchmarks/results/page.md").write_text("\n".join(lines))
 
 
 def _save(page: Page, file: Path, *, whole: bool) -> None:

@@ -26,7 +26,7 @@ from models_store.decisions import abstention, conformal, drift
 from models_store.decisions.abstention import Threshold
 from models_store.decisions.conformal import Method
 from models_store.errors import CorruptionError
-from models_store.manifest import CALIBRATION_FILE, Manifest
+from models_store.manifest import CALIBRATION_FILE, ECE_BINS, Manifest
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction
 
 Way = Literal["average", "drawn"]
@@ -94,6 +94,15 @@ class Calibration:
     def most_coverage(self) -> float:
         """The largest coverage that can be guaranteed."""
         return conformal.most_coverage(self.images)
+
+    def reliability(self, bins: int = ECE_BINS) -> list[tuple[float, float, int]]:
+        """Mean confidence, accuracy and number of calibration images in bins of equal width; empty bins are left out."""
+        sure, right = self._answers.uncertainty["confidence"], ~self._answers.wrong
+        bin_of = np.minimum((sure * bins).astype(int), bins - 1)
+        return [
+            (float(sure[here].mean()), float(right[here].mean()), int(here.sum()))
+            for here in (bin_of == number for number in np.unique(bin_of))
+        ]
 
     def classes_without_guarantee(self, coverage: float) -> list[int]:
         """Classes that have too few calibration images for this coverage of their own."""

@@ -21,12 +21,14 @@ from service.http.schemas import (
     PredictRequest,
     PredictResponse,
     Status,
+    VersionList,
 )
 from service.inference.policy import Mode
 
 _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
     (Options, "validation"), (PredictRequest, "validation"),
     (PredictResponse, "serialization"), (EnsembleInfo, "serialization"), (EnsembleList, "serialization"), (PathResponse, "serialization"),
+    (VersionList, "serialization"),
     (Feedback, "validation"), (FeedbackResponse, "serialization"),
     (ErrorBody, "serialization"), (Status, "serialization"),
 )  # fmt: skip
@@ -98,6 +100,9 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
         "/feedback": {"post": feedback},
         "/ensembles": {"get": _get("The ensembles that are served", "EnsembleList")},
         "/ensembles/{name}": {"get": {**_get("One ensemble", "EnsembleInfo", 404, 503), "parameters": [name]}},
+        "/ensembles/{name}/versions": {
+            "get": {**_get("Its newest published versions", "VersionList", 403, 404, 503, 504), "parameters": [name]}
+        },
         "/ensembles/{name}/path": {"post": {**predict, **path, "parameters": [name]}},
         "/livez": {"get": _get("Whether the process answers", "Status")},
         "/readyz": {"get": _get("Whether a request would be answered", "Status", 503)},

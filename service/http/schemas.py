@@ -181,6 +181,14 @@ class PoolInfo(BaseModel):
     )
 
 
+class ReliabilityBin(BaseModel):
+    """Calibration images of similar confidence. Calibrated answers have an accuracy near their confidence."""
+
+    confidence: float = Field(description="mean confidence of the images")
+    accuracy: float = Field(description="share of the images that were labelled rightly")
+    images: int
+
+
 class CalibrationInfo(BaseModel):
     """What the decisions of an ensemble can guarantee in its first mode."""
 
@@ -202,6 +210,9 @@ class CalibrationInfo(BaseModel):
     cascade_groups: list[int] | None = Field(description="members in each group of a cascade; null without one")
     cascade_disagreement: float | None = Field(
         description="bound on the share of images that a calibrated cascade labels otherwise than average; null without one"
+    )
+    reliability: list[ReliabilityBin] = Field(
+        description="calibration images by confidence, in bins of equal width that are not empty"
     )
     note: str | None = Field(description="what the number of calibration images does not allow")
 
@@ -249,6 +260,29 @@ class EnsembleInfo(BaseModel):
         default=False, description="whether POST /ensembles/{name}/path shows the answer of every network of its curve"
     )
     default: bool
+
+
+class VersionInfo(BaseModel):
+    """One published version of an ensemble: a whitelist, as for EnsembleInfo."""
+
+    version: int
+    served: bool = Field(description="whether this version answers now")
+    created: str = Field(description="UTC time of publication, ISO 8601")
+    method: str
+    members: int
+    input_shape: tuple[int, int, int]
+    resize: str
+    classes: list[str]
+    temperature: float
+    calibration_images: int | None = Field(description="null if the version is not calibrated")
+    validation: Scores | None
+
+
+class VersionList(BaseModel):
+    """The answer to GET /ensembles/{name}/versions."""
+
+    versions: list[VersionInfo] = Field(description="the newest versions, the newest first")
+    damaged: list[int] = Field(description="numbers of versions that cannot be read; the store's `verify` says why")
 
 
 class EnsembleList(BaseModel):
@@ -418,6 +452,23 @@ def describe(
     )
 
 
+def describe_version(manifest: Manifest, *, served: bool) -> VersionInfo:
+    """Return the description of a published version that `/ensembles/{name}/versions` shows."""
+    return VersionInfo(
+        version=manifest.version,
+        served=served,
+        created=manifest.created,
+        method=manifest.method,
+        members=len(manifest.members),
+        input_shape=manifest.input.shape,
+        resize=manifest.input.resize,
+        classes=manifest.classes,
+        temperature=manifest.temperature,
+        calibration_images=manifest.calibration.images if manifest.calibration else None,
+        validation=manifest.validation,
+    )
+
+
 def _guarantees(manifest: Manifest, calibration: Calibration) -> CalibrationInfo:
     record = manifest.calibration
     cascade = record.cascade if record else None
@@ -434,5 +485,9 @@ def _guarantees(manifest: Manifest, calibration: Calibration) -> CalibrationInfo
         novelty="features" if record and record.novelty else "predictive_entropy",
         cascade_groups=cascade.groups if cascade else None,
         cascade_disagreement=cascade.disagreement if cascade else None,
+        reliability=[
+            ReliabilityBin(confidence=sure, accuracy=right, images=images)
+            for sure, right, images in calibration.reliability()
+        ],
         note=f"{calibration.images} calibration images are too few for:  {', '.join(missing)}" if missing else None,
     )

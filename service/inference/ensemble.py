@@ -260,6 +260,8 @@ class Ensembles:
     def _take(self, look: Look) -> None:
         for name in self._served.loaded.keys() - look.names:
             log.warning("%s was removed from the store, and is no longer served", name)
+        for name in self._served.loaded.keys() & look.inactive:
+            log.warning("%s was deactivated, and is no longer served", name)
         self._look = look
         self._absent -= look.names
         for name in sorted(self._absent):
@@ -389,7 +391,7 @@ class Ensembles:
             # Otherwise another version was activated meanwhile.
             if wanted is not None and wanted.identity == ensemble.identity:
                 loaded[ensemble.manifest.name] = ensemble
-        loaded = {name: one for name, one in loaded.items() if name in look.names}
+        loaded = {name: one for name, one in loaded.items() if name in look.names - look.inactive}
         identities = {name: one.identity for name, one in loaded.items()}
         complete = self._reachable and not self._absent
         closed = self._relations.closed(look, identities, self._compares_soon, complete=complete)

@@ -41,6 +41,7 @@ class Look:
     # All versions of each defended ensemble.
     versions: Mapping[str, list[Candidate]] = field(default_factory=dict[str, list[Candidate]])
     unread: frozenset[str] = frozenset()  # defended ensembles whose versions cannot be listed
+    inactive: frozenset[str] = frozenset()  # ensembles without an active version
     order: tuple[str, ...] = ()  # active ensembles by time of activation, the latest last
 
     def counting(self) -> Mapping[str, list[Candidate]]:
@@ -55,7 +56,24 @@ def look_at(store: Store, policies: Mapping[str, Policy], say: Say) -> Look:
         StoreError, OSError: the store cannot be read.
     """
     names = store.names()
-    active = {name: found for name in names if (found := _active(store, name, say)) is not None}
+    active: dict[str, Candidate] = {}
+    inactive = set[str]()
+    for name in names:
+        try:
+            try:
+                number = store.active(name)
+            except EnsembleNotFoundError:
+                number = None
+            if number is not None:
+                active[name] = Candidate(name, number, store.digest(name, number), str(store.activation_token(name)))
+                continue
+            inactive.add(name)
+            say(
+                logging.INFO,
+                f"{name} has no active version and is not served; to serve it, run: python -m models_store activate {name} VERSION",
+            )
+        except Exception as error:  # the folder may contain anything
+            say(logging.ERROR, f"the active version of {name} cannot be read, and is not served: {error}")
     versions: dict[str, list[Candidate]] = {}
     unread = set[str]()
     for name in (name for name in names if policy.of(name, policies).defended):
@@ -68,20 +86,4 @@ def look_at(store: Store, policies: Mapping[str, Policy], say: Say) -> Look:
             unread.add(name)
             say(logging.ERROR, f"the versions of {name}, which a policy defends, cannot be read: {error}")
     order = [name for name in store.activation_order() if name in active]
-    return Look(frozenset(names), active, versions, frozenset(unread), tuple(order))
-
-
-def _active(store: Store, name: str, say: Say) -> Candidate | None:
-    try:
-        try:
-            number = store.active(name)
-        except EnsembleNotFoundError:
-            say(
-                logging.INFO,
-                f"{name} has no active version and is not loaded; to serve it, run: python -m models_store activate {name} VERSION",
-            )
-            return None
-        return Candidate(name, number, store.digest(name, number), str(store.activation_token(name)))
-    except Exception as error:  # the folder may contain anything
-        say(logging.ERROR, f"the active version of {name} cannot be read, and is not served: {error}")
-        return None
+    return Look(frozenset(names), active, versions, frozenset(unread), frozenset(inactive), tuple(order))

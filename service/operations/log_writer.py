@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
 import functools
 import io
+import json
 import logging
 import os
 import queue
@@ -17,7 +19,9 @@ import select
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+import orjson
 
 LINES = 10_000  # lines that may wait
 TOGETHER = 4096  # bytes per write; writes to a pipe are atomic up to this size, so that lines of workers do not mix
@@ -145,8 +149,35 @@ def drain() -> None:
         log_writer(file).drain(DRAIN_SECONDS)
 
 
-def take_over() -> None:
-    """Send all logs and prints of this process through LogWriters: the handlers of all loggers, stdout and stderr."""
+class JsonLines(logging.Formatter):
+    """One JSON object per record: time, level, logger, message, process; the traceback of an exception as `exception`.
+
+    Fields given as `extra={"fields": {…}}` are added, such as a request id.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line without its line break."""
+        line: dict[str, Any] = {
+            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": record.process,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except TypeError:  # text that is not valid Unicode
+            return json.dumps(line, default=str)
+
+
+def take_over(form: Literal["text", "json"] = "text") -> None:
+    """Send all logs and prints of this process through LogWriters: the handlers of all loggers, stdout and stderr.
+
+    `form` is how logs are written: as their handlers do, or as JsonLines. Prints stay as they are.
+    """
     streams = {file: LogStream(log_writer(file)) for file in (1, 2)}
     atexit.register(drain)
     files = {stream: number for number, stream in ((1, sys.__stdout__), (2, sys.__stderr__)) if stream is not None}
@@ -157,3 +188,5 @@ def take_over() -> None:
         stream: Any = getattr(handler, "stream", None)
         if isinstance(handler, logging.StreamHandler) and stream in files:
             handler.setStream(streams[files[stream]])  # pyright: ignore[reportUnknownMemberType]
+            if form == "json":
+                handler.setFormatter(JsonLines())

@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     )
     metrics_host: str = Field(default="127.0.0.1", description="address of the separate listener for /metrics")
     access_log: bool = Field(default=False, description="write one JSON line per request to standard output")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="form of the service's log: lines for people, or one JSON object per line"
+    )
     otlp_endpoint: str | None = Field(
         default=None,
         validation_alias=AliasChoices("MODEPATH_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),

@@ -1,7 +1,7 @@
 // Elements and numbers.
 
 const SVG = "http://www.w3.org/2000/svg";
-const DRAWN = ["svg", "rect", "path", "text", "title", "g"];
+const DRAWN = ["svg", "rect", "circle", "path", "text", "title", "g"];
 
 export function element(name, attributes = {}, children = []) {
   const made = DRAWN.includes(name) ? document.createElementNS(SVG, name) : document.createElement(name);

@@ -190,3 +190,19 @@ def test_a_disk_that_does_not_answer_is_not_a_missing_activation(store, monkeypa
     monkeypatch.setattr("models_store.files.os.open", broken)
     with pytest.raises(StoreReadError, match="Input/output"):
         store.active("a")
+
+
+def test_a_deactivated_ensemble_stays_published_and_can_be_served_again(store):
+    publish(store, "a")
+    publish(store, "b")
+    publish(store, "a")
+    store.deactivate("a")
+    with pytest.raises(EnsembleNotFoundError, match="No version of 'a' is active"):
+        store.active("a")
+    assert store.versions("a") == [1, 2]
+    assert store.activation_order() == ["b"]
+    with pytest.raises(EnsembleNotFoundError, match="No version of 'a' is active"):
+        store.deactivate("a")
+    store.activate("a", 1)
+    assert store.activation_order() == ["b", "a"]
+    assert store.active("a") == 1

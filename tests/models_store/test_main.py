@@ -49,6 +49,18 @@ def test_verify_counts_damage_in_its_exit_code(store, run):
     assert "damaged  a@1" in out.out
 
 
+def test_deactivate_diff_and_card_say_what_they_did(store, run):
+    publish(store, "a")
+    publish(store, "a", temperature=2.0)
+    code, out = run("diff", "a@1", "a@2")
+    assert code == 0
+    assert ["temperature", "1", "2"] in [line.split() for line in out.out.splitlines()]
+    assert run("card", "a")[1].out.startswith("# a, version 2")
+    assert run("deactivate", "a")[0] == 0
+    assert [line.split()[0] for line in run("list")[1].out.splitlines()] == ["a@1", "a@2"]
+    assert run("deactivate", "a")[0] == 2
+
+
 def test_activate_refuses_a_damaged_version(store, run):
     publish(store, "a")
     version = publish(store, "a")

@@ -207,6 +207,30 @@ def test_it_says_that_the_service_went_away_and_recovers(store, serve, browser, 
     one.page.close()
 
 
+def test_the_view_of_ensembles_shows_reliability_and_what_differs_between_versions(server, opened):
+    one = opened("#ensembles")
+    one.until("Reliability", "#listed")
+    one.until("Calibration images", "#listed")
+    info = httpx.get(server.url + "/ensembles/animals").json()["calibration"]
+    bins = info["reliability"]
+    assert sum(each["images"] for each in bins) == info["images"]
+    assert one.page.locator(".reliability .dot").count() == len(bins)
+    titles = one.page.eval_on_selector_all(".reliability title", "all => all.map((one) => one.textContent)")
+    first = bins[0]
+    assert titles[0] == (
+        f"Confidence {100 * first['confidence']:.1f} %, accuracy {100 * first['accuracy']:.1f} %, {first['images']} images"
+    )
+    card = one.page.locator("article", has_text="animals")
+    row = card.locator(".versions tr", has_text="Calibration images").inner_text().split("\t")
+    assert row[1:] == ["not calibrated", "1000", "differs"]
+    card.get_by_label("First version of animals").select_option("2")
+    assert card.locator(".versions tr", has_text="Calibration images").inner_text().split("\t")[1:] == [
+        "1000",
+        "1000",
+        "",
+    ]
+
+
 def test_the_other_views_show_ensembles_and_live_numbers(browser, tmp_path):
     server = begun(tmp_path)  # the numbers of another one are those of all tests
     one = Page(browser, server, "#ensembles")
@@ -261,7 +285,9 @@ def test_pages_have_a_policy_that_allows_no_other_host_and_little_script(server)
     page = httpx.get(server.url + "/ui")
     assert page.headers["content-security-policy"].startswith("default-src 'self';")
     assert "unsafe" not in page.headers["content-security-policy"]
-    scripts = [httpx.get(f"{server.url}/ui/{name}.js") for name in ("app", "ask", "watch", "parts", "docs")]
+    scripts = [
+        httpx.get(f"{server.url}/ui/{name}.js") for name in ("app", "ask", "ensembles", "watch", "parts", "docs")
+    ]
     assert {one.headers["content-type"] for one in scripts} == {"text/javascript; charset=utf-8"}
     assert sum(len(one.content) for one in scripts) < 150_000
     for name in ("nothing.js", "..%2fapp.py", "index.html"):

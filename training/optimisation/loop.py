@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,9 +32,9 @@ from training.optimisation.adversary import Adversary
 from training.optimisation.seeds import Stream, derive
 from training.optimisation.steps import MakeSteps, OneNetwork, Step, Steps, Training
 from training.runs import PREFIXED, Progress, Run, load_start, save_state
+from training.runs.epoch_log import Log, epoch_log
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Log = Callable[[Mapping[str, float], int], None]
 SHOWN_BN_IMAGES = 2048  # for the validation scores in the log of a path; members use --bn-images
 
 
@@ -78,7 +78,8 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
     compiled: nn.Module = torch.compile(network) if config.compile else network  # pyright: ignore[reportAssignmentType]
     wrapped = fabric.setup_module(compiled)
     done = run.progress()
-    job = _Job(config, fabric, run, network, wrapped, data, loss_of(config), _table(config, run))
+    log = epoch_log(config.log if fabric.is_global_zero else "none", run.folder, run.identity, config.deciding())
+    job = _Job(config, fabric, run, network, wrapped, data, loss_of(config), log)
     steps: Steps | None = None
     seconds = done.seconds
     for index in range(done.leg, len(legs)):
@@ -235,18 +236,6 @@ def loss_of(config: Config) -> Loss:
     if not callable(loss):
         raise ConfigError(f"--loss {config.loss} must be a function of (logits, labels).")
     return cast("Loss", loss)
-
-
-def _table(config: Config, run: Run) -> Log:
-    if config.log == "none":
-        return lambda row, step: None
-    from lightning_fabric.loggers.csv_logs import CSVLogger
-    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
-
-    if config.log == "tensorboard":
-        return cast("Log", TensorBoardLogger(run.folder, name="tensorboard", version="").log_metrics)
-    sessions = len(list((run.folder / "csv").glob("version_*")))
-    return cast("Log", CSVLogger(run.folder, name="csv", version=sessions, flush_logs_every_n_steps=1).log_metrics)
 
 
 def _seed_everything(seed: int) -> None:

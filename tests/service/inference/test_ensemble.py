@@ -440,6 +440,20 @@ def test_an_ensemble_that_is_removed_while_others_stay_is_dropped(store, caplog)
     assert "b was removed from the store" in caplog.text
 
 
+def test_a_deactivated_ensemble_is_no_longer_served_until_it_is_activated_again(store, caplog):
+    publish(store, "a")
+    publish(store, "b")
+    ensembles = loaded(store)
+    store.deactivate("b")
+    ensembles.refresh()
+    assert [one.manifest.name for one in ensembles.all()] == ["a"]
+    assert ensembles.get(None).manifest.name == "a"
+    assert "b was deactivated" in caplog.text
+    store.activate("b", 1)
+    ensembles.refresh()
+    assert [one.manifest.name for one in ensembles.all()] == ["a", "b"]
+
+
 def test_an_ensemble_that_was_never_activated_is_mentioned_once(store, caplog):
     caplog.set_level("INFO")
     publish(store, "a")

@@ -1,4 +1,7 @@
+import datetime
 import io
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -140,3 +143,22 @@ def test_everything_that_a_process_logs_or_prints_goes_through_a_writer():
     assert done.returncode == 0  # although no process reads
     os.close(blocked)
     os.close(output)
+
+
+def test_a_log_in_json_is_one_object_per_record_with_exceptions_and_fields():
+    formatter = log_writer.JsonLines()
+    try:
+        raise ValueError("no\nway")
+    except ValueError:
+        error = sys.exc_info()
+    record = logging.LogRecord("a.b", logging.ERROR, "file", 1, "%s failed\n{}", ("it",), error)
+    record.fields = {"request_id": "7"}
+    text = formatter.format(record)
+    line = json.loads(text)
+    assert "\n" not in text
+    assert (line["level"], line["logger"], line["message"]) == ("error", "a.b", "it failed\n{}")
+    assert line["request_id"] == "7"
+    assert "ValueError: no\nway" in line["exception"]
+    assert datetime.datetime.fromisoformat(line["time"]).timestamp() == pytest.approx(record.created, abs=1e-3)
+    broken = logging.LogRecord("a", logging.INFO, "file", 1, "\ud800", (), None)
+    assert json.loads(formatter.format(broken))["level"] == "info"
