@@ -135,8 +135,13 @@ def _import(store: Store, args: argparse.Namespace) -> int:
         classes=classes,
         mean=args.mean,
         std=args.std,
-        output_is_probs=args.output == "probs",
+        output=args.output,
         resize=args.resize,
+        kind=args.kind,
+        vocabulary=args.vocabulary,
+        channels_last=args.channels_last,
+        pixels=args.pixels,
+        output_name=args.output_name,
     )
     version = import_members(store, args.name, args.members, options, activate=not args.no_activate)
     print(f"published {version.name}: {len(version.manifest.members)} members")
@@ -236,11 +241,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("members", metavar="MEMBER.onnx", nargs="+", type=Path)
     command.add_argument("--classes", help="class names, separated by commas (default: 0, 1, …)")
     command.add_argument(
-        "--input-shape", nargs=3, type=int, metavar=("C", "H", "W"), help="image shape, if the file leaves it open"
+        "--input-shape", nargs="+", type=int, metavar="N",
+        help="shape of one row, if the file leaves it open: C H W of images, the largest length of texts",
+    )  # fmt: skip
+    command.add_argument(
+        "--kind", choices=["image", "features", "tokens"],
+        help="what the models take (default: floats with four axes and bytes are images, other floats features, integers tokens)",
+    )  # fmt: skip
+    command.add_argument("--vocabulary", type=int, help="tokens: number of ids; 0 fills texts up")
+    command.add_argument("--channels-last", action="store_true", help="the models take images (H, W, C)")
+    command.add_argument(
+        "--pixels", choices=[1, 255], type=int, default=1, help="largest value of a pixel that the models take"
     )
-    command.add_argument("--mean", nargs="+", type=float, help="channel means: adds (x - mean) / std to the graph")
+    command.add_argument(
+        "--mean", nargs="+", type=float, help="means of channels or features: adds (x - mean) / std to the graph"
+    )
     command.add_argument("--std", nargs="+", type=float)
-    command.add_argument("--output", choices=["logits", "probs"], default="logits", help="what the models return")
+    command.add_argument(
+        "--output",
+        choices=["logits", "probs"],
+        default="logits",
+        help="what the models return; log-probabilities are logits",
+    )
+    command.add_argument("--output-name", help="the output that gives a number for each class, if there are several")
     command.add_argument(
         "--resize", choices=["refuse", "stretch", "crop"], default="refuse", help="treatment of images of another size"
     )

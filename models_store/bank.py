@@ -19,7 +19,7 @@ from safetensors.numpy import (  # pyright: ignore[reportUnknownVariableType]
 
 from models_store.errors import CorruptionError, MemberError
 from models_store.graphs.onnx_contract import check_template
-from models_store.manifest import MAX_TEMPERATURE, MIN_TEMPERATURE
+from models_store.manifest import MAX_TEMPERATURE, MIN_TEMPERATURE, InputSpec
 
 TEMPLATE, VERTICES, POINTS = "template.onnx", "vertices.safetensors", "points.safetensors"
 _STATISTICS = "statistics/"
@@ -130,7 +130,7 @@ class Points:
         return self.coefficients @ np.linspace(0, 1, vertices) if vertices > 1 else np.zeros(len(self.coefficients))
 
 
-def check_bank(folder: Path, input_shape: tuple[int, int, int], classes: int, points: int) -> None:
+def check_bank(folder: Path, spec: InputSpec, classes: int, points: int) -> None:
     """Check a bank's files against FORMAT.md.
 
     Raises:
@@ -141,7 +141,7 @@ def check_bank(folder: Path, input_shape: tuple[int, int, int], classes: int, po
     if len(bank) != points:
         raise MemberError(f"{folder} holds {len(bank)} points; its manifest says {points}.")
     shapes = {name: stack.shape[1:] for name, stack in (bank.vertices | bank.statistics).items()}
-    check_template(folder / TEMPLATE, input_shape, classes, shapes)
+    check_template(folder / TEMPLATE, spec, classes, shapes)
 
 
 def _combine(stack: NDArray[np.float32], coefficients: NDArray[np.float32]) -> NDArray[np.float32]:

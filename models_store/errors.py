@@ -12,6 +12,7 @@ StoreError
 └── StoreWriteError        the disk is full, or the store cannot be written
 ProviderError              a requested execution provider that is not available
 DecodeError                an image file that cannot be decoded to an array
+FieldError                 a row of a table that does not have the fields of an ensemble
 """
 
 
@@ -61,3 +62,7 @@ class ProviderError(ModepathError):
 
 class DecodeError(ModepathError):
     """An image file that cannot be decoded. The message begins in lower case, so that callers can prefix the file."""
+
+
+class FieldError(ModepathError):
+    """A row of a table that does not have the fields that an ensemble takes. The message begins with the row's number."""

@@ -9,16 +9,23 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from models_store.errors import ManifestError
 
-SCHEMA_VERSION = 2
-READABLE = (1, 2)  # version 1 has no calibration
+READABLE = (1, 2, 3)  # version 1 has no calibration, version 2 takes images only
 ONNX_OPSET = 18
-INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
 ECE_BINS = 15
+PADDING = 0  # the token id that fills texts up
 # Limits of what a reader accepts and a writer may produce. A published manifest has a few kilobytes.
 MAX_BYTES = 16 * 2**20
 MAX_VALUES = 2**18
@@ -51,22 +58,91 @@ class Network(_Record):
     kwargs: dict[str, Any] = {}
 
 
-class InputSpec(_Record):
-    """What the members take: float32 `(batch, *shape)` in [0, 1]."""
+class TableField(_Record):
+    """One named field of a table's row, and how it becomes features."""
 
-    shape: tuple[int, int, int] = Field(description="(C, H, W); C = 1 is grey, C = 3 is RGB")
+    name: str = Field(min_length=1)
+    categories: list[str] | None = Field(
+        default=None, min_length=1, description="values of a category: one feature, 0 or 1, for each; null: a number"
+    )
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        return 1 if self.categories is None else len(self.categories)
+
+
+class InputSpec(_Record):
+    """What the members take: one tensor `(batch, *shape)`."""
+
+    kind: Literal["image", "features", "tokens"] = Field(
+        default="image",
+        description="image: float32 in [0, 1]; features: float32 numbers of any meaning, of a table, a signal or an embedding; "
+        "tokens: int64 ids of a vocabulary",
+    )
+    shape: tuple[int, ...] = Field(
+        min_length=1, description="image: (C, H, W), where C = 1 is grey and C = 3 is RGB; tokens: (largest length,)"
+    )
     resize: Literal["refuse", "stretch", "crop"] = Field(
         default="refuse",
         description="what to do with an encoded image of another size: refuse it, stretch it to (H, W), "
         "or scale its short side and crop the centre",
     )
+    low: float | None = Field(default=None, description="features: smallest allowed value; null: none")
+    high: float | None = Field(default=None, description="features: largest allowed value; null: none")
+    missing: Literal["refuse", "mean"] = Field(
+        default="refuse",
+        description="features: whether NaN is refused, or replaced in the graph by the feature's mean over the training rows",
+    )
+    fields: list[TableField] | None = Field(
+        default=None, min_length=1, description="features: the named fields of a row, in the order of the features"
+    )
+    vocabulary: int | None = Field(
+        default=None,
+        ge=2,
+        description="tokens: ids are 1 … vocabulary − 1; 0 fills texts up, and stands at their end only",
+    )
+    open_length: bool = Field(
+        default=False,
+        description="tokens: whether the members take any length up to the largest; otherwise rows are filled up to it",
+    )
 
-    @field_validator("shape")
-    @classmethod
-    def _positive(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        if min(shape) < 1:
+    @model_validator(mode="after")
+    def _consistent(self) -> InputSpec:
+        if min(self.shape) < 1:
             raise ValueError("every axis of the input shape must be at least 1")
-        return shape
+        if len(self.shape) != {"image": 3, "tokens": 1}.get(self.kind, len(self.shape)):
+            raise ValueError("the input shape of images has three axes (C, H, W), that of tokens one")
+        if (self.kind == "tokens") != (self.vocabulary is not None):
+            raise ValueError("tokens, and only tokens, have a vocabulary")
+        if self.kind != "features" and (self.low, self.high, self.missing, self.fields) != (None, None, "refuse", None):
+            raise ValueError("only features have a range, missing values or named fields")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError("the range of features must not be empty")
+        if self.fields is not None:
+            if len({field.name for field in self.fields}) != len(self.fields):
+                raise ValueError("two fields of a row have the same name")
+            if (sum(field.width for field in self.fields),) != self.shape:
+                raise ValueError("the fields of a row do not have as many features as the input shape")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _of_its_kind(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the fields of its kind: a manifest of images stays as earlier releases wrote and read it."""
+        record: dict[str, Any] = write(self)
+        return {name: record[name] for name in _FIELDS_OF_KIND[self.kind]}
+
+    @property
+    def tensor(self) -> str:
+        """Name of the members' input."""
+        return "images" if self.kind == "image" else "inputs"
+
+
+_FIELDS_OF_KIND = {
+    "image": ("shape", "resize"),
+    "features": ("kind", "shape", "low", "high", "missing", "fields"),
+    "tokens": ("kind", "shape", "vocabulary", "open_length"),
+}
 
 
 class Scores(_Record):
@@ -233,7 +309,7 @@ class Draft(_Record):
 class Manifest(Draft):
     """A published version."""
 
-    schema_version: Literal[1, 2]
+    schema_version: Literal[1, 2, 3]
     digest: Sha256 | None = Field(
         default=None,
         description="sha256 of manifest.json with 64 zeros in place of the digits; null in the first releases",
@@ -251,6 +327,8 @@ class Manifest(Draft):
                     raise ValueError(f"{file} has no entry in `files`")
         if self.schema_version == 1 and self.calibration is not None:
             raise ValueError("a calibration needs schema version 2")
+        if self.schema_version < 3 and self.input.kind != "image":
+            raise ValueError("inputs other than images need schema version 3")
         named = [*(self.geometry.vertices if self.geometry else ()), *(BANK_FILES if self.bank else ())]
         named += [CALIBRATION_FILE] if self.calibration else []
         named += [NOVELTY_FILE] if self.calibration and self.calibration.novelty else []
@@ -261,6 +339,11 @@ class Manifest(Draft):
             if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
                 raise ValueError(f"{path!r} in `files` leaves the version's folder")
         return self
+
+    @staticmethod
+    def schema_of(draft: Draft) -> Literal[1, 2, 3]:
+        """The lowest schema version that can express a draft, so that earlier releases read what they can."""
+        return 3 if draft.input.kind != "image" else 2 if draft.calibration else 1
 
     @classmethod
     def parse(cls, text: str | bytes, where: str) -> Manifest:

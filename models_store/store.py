@@ -36,7 +36,7 @@ from models_store.errors import (
 )
 from models_store.graphs.novelty import Detector
 from models_store.graphs.onnx_contract import MAX_MODEL_BYTES, check_member
-from models_store.manifest import MAX_BYTES, SCHEMA_VERSION, Draft, Manifest
+from models_store.manifest import MAX_BYTES, Draft, Manifest
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MANIFEST = "manifest.json"
@@ -279,9 +279,9 @@ class Store:
             StoreWriteError: the disk is full, or the store cannot be written. The message states what was published.
         """
         for member in draft.members:
-            check_member(staged / member.file, draft.input.shape, len(draft.classes))
+            check_member(staged / member.file, draft.input, len(draft.classes))
         if draft.bank is not None:
-            check_bank(staged / "bank", draft.input.shape, len(draft.classes), draft.bank.points)
+            check_bank(staged / "bank", draft.input, len(draft.classes), draft.bank.points)
         if draft.calibration is not None:
             load_answers(staged, draft.calibration.ways, draft.calibration.images, len(draft.classes))
             Detector.load(staged, draft)
@@ -290,8 +290,7 @@ class Store:
             hashes = {path: files.sha256(staged / path, _most_bytes(path)) for path in _files(staged)}
             manifest = Manifest(
                 **draft.model_dump(),
-                # An uncalibrated version stays readable by releases that know version 1 only.
-                schema_version=SCHEMA_VERSION if draft.calibration else 1,
+                schema_version=Manifest.schema_of(draft),
                 name=name,
                 version=version,
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -401,9 +400,9 @@ class Store:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptionError(f"{version.name} was changed while it was read: {error.filename} is gone.") from None
         for member in manifest.members:
-            check_member(folder / member.file, manifest.input.shape, len(manifest.classes))
+            check_member(folder / member.file, manifest.input, len(manifest.classes))
         if manifest.bank is not None:
-            check_bank(folder / "bank", manifest.input.shape, len(manifest.classes), manifest.bank.points)
+            check_bank(folder / "bank", manifest.input, len(manifest.classes), manifest.bank.points)
         if (calibration := manifest.calibration) is not None:
             load_answers(folder, calibration.ways, calibration.images, len(manifest.classes))
             Detector.load(folder, manifest)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,11 +17,12 @@ from models_store.decisions.conformal import Method
 from models_store.decisions.leaving import Rule, steps
 from models_store.errors import DecodeError
 from models_store.graphs.runtime import EnsembleSession, Group
+from models_store.inputs import fields, kinds
 from models_store.manifest import InputSpec, Manifest
 from models_store.store import Store, Version
 from models_store.uncertainty import Prediction, softmax
 
-Images = ArrayLike | Sequence[str | Path | bytes]
+Images = ArrayLike | Sequence[str | Path | bytes] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Ensemble:
         """Predict the classes of a batch of images.
 
         Args:
-            images: (batch, C, H, W) with values in [0, 1], not normalised; or image files, as paths or as their bytes.
+            images: what to classify. Images: (batch, C, H, W) with values in [0, 1], not normalised; or image files, as paths
+                or as their bytes. Features: (batch, *shape), or rows with named fields where the ensemble has them. Tokens:
+                ids (batch, length), or a list of lists of any length.
             batch_size: number of images per forward pass.
             coverage: also return prediction sets, which contain the true class with this probability, in (0, 1).
             set_method: score of the sets: "lac" (the smallest sets), "aps" (sets that grow with difficulty) or "raps".
@@ -98,8 +102,9 @@ class Ensemble:
                 with `coverage` and `risk`, which are calibrated for all members together.
 
         Raises:
-            ValueError: the array has the wrong shape or type, or values outside [0, 1]; or the version is not calibrated, or on too
+            ValueError: the array has the wrong shape or type, or values that are not allowed; or the version is not calibrated, or on too
                 few images for this coverage or risk.
+            FieldError: a row does not have the fields of the ensemble.
             DecodeError: a file cannot be decoded to an image of the size that the ensemble takes.
         """
         rows = self._rows(images)
@@ -138,7 +143,7 @@ class Ensemble:
             answer = replace(answer, decisions=[d for d, _ in made], reasons=[r for _, r in made])
         return answer
 
-    def _cascaded(self, rows: NDArray[np.float32], rule: Rule, batch_size: int) -> Answer:
+    def _cascaded(self, rows: kinds.Inputs, rule: Rule, batch_size: int) -> Answer:
         manifest = self.manifest
         if not (plan := steps(manifest, rule)):
             other = ' Use cascade="exact".' if rule == "calibrated" and steps(manifest, "exact") else ""
@@ -187,19 +192,23 @@ class Ensemble:
     def _session(self) -> EnsembleSession:
         return EnsembleSession(self.folder, self.manifest)
 
-    def _rows(self, images: Images) -> NDArray[np.float32]:
+    def _rows(self, images: Images) -> kinds.Inputs:
         spec = self.manifest.input
-        if files := _files(images):
+        if spec.fields and (rows := _named(images)):
+            return fields.encode(rows, spec)
+        if spec.kind == "tokens" and isinstance(images, list):
+            images = kinds.from_texts(spec, images)  # pyright: ignore[reportArgumentType] - checked there
+        if spec.kind == "image" and (files := _files(images)):
             return np.stack([_decoded(file, spec) for file in files])
         array = np.asarray(images)
-        if array.dtype.kind not in "iuf" or array.shape[1:] != spec.shape or array.ndim != 4 or not len(array):
+        if array.dtype.kind not in "iuf" or not kinds.fits(spec, array.shape) or not len(array):
             raise ValueError(
-                f"images have the shape {array.shape} and type {array.dtype}; "
-                f"{self.name} takes floats (batch, {', '.join(map(str, spec.shape))})."
+                f"inputs have the shape {array.shape} and type {array.dtype}; {self.name} takes a batch of {kinds.NOUNS[spec.kind]}s "
+                f"{kinds.shown(spec)}."
             )
-        if not (array.min() >= 0 and array.max() <= 1):  # also for NaN
-            raise ValueError("pixels must lie in [0, 1]: divide bytes by 255, and do not normalise; the ensemble does.")
-        return np.ascontiguousarray(array, dtype=np.float32)
+        if (fault := kinds.fault(spec, array)) is not None:
+            raise ValueError(f"the input {fault}.")
+        return kinds.arranged(spec, array)
 
 
 def load(name: str, *, store: Path | str | None = None, verify: bool = True) -> Ensemble:
@@ -223,6 +232,10 @@ def load(name: str, *, store: Path | str | None = None, verify: bool = True) -> 
 def of_version(version: Version) -> Ensemble:
     """Return the ensemble of a version that was already read from a store, without verifying its files."""
     return Ensemble(version.name, version.folder, version.manifest)
+
+
+def _named(images: Any) -> list[Mapping[str, Any]]:
+    return list(images) if isinstance(images, Sequence) and all(isinstance(one, Mapping) for one in images) else []
 
 
 def _files(images: Images) -> list[str | Path | bytes]:

@@ -16,11 +16,19 @@ class Options(TypedDict, total=False):
     epochs: int
     runs: int
     seed: int
+    reset_head: bool
     batch_size: int
     lr: float
     momentum: float
     nesterov: bool
     weight_decay: float
+    optimizer: str
+    clip_norm: float | None
+    accumulate: int
+    ema: float
+    layer_decay: float
+    warmup: float
+    schedule: Literal["plain", "cosine"]
     label_smoothing: float
     adversarial_epsilon: float
     adversarial_steps: int
@@ -28,6 +36,9 @@ class Options(TypedDict, total=False):
     validation: float
     split_seed: int
     limit: int | None
+    label: str | None
+    drop: tuple[str, ...]
+    missing: Literal["refuse", "mean"]
     hold_out: tuple[str, ...]
     augment: Literal["auto", "none", "crop", "flip", "crop-flip"]
     mean: tuple[float, ...] | None
@@ -43,7 +54,7 @@ class Options(TypedDict, total=False):
     precision: Literal["auto", "32", "bf16"]
     channels_last: bool
     compile: bool
-    log: Literal["none", "csv", "tensorboard"]
+    log: Literal["none", "csv", "tensorboard", "mlflow", "wandb"]
     fresh: bool
     activate: bool
     activate_anyway: bool

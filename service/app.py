@@ -133,8 +133,8 @@ class _Routes:
             large = len(body.data) > INLINE_BYTES
             if large and (why := worker.ensembles.why_not_ready()) is not None:
                 raise NotReadyError(why)  # without an ensemble there are no shapes to check the body against
-            shapes = [ensemble.manifest.input.shape for ensemble in worker.ensembles.all()] if large else ()
-            read = partial(read_request, content_type, query, body.data, shapes, worker.limits.rows)
+            specs = [ensemble.manifest.input for ensemble in worker.ensembles.all()] if large else ()
+            read = partial(read_request, content_type, query, body.data, specs, worker.limits.rows)
             asked = await worker.offload.run(body, read) if large else read()
             options = asked.options
             ensemble = worker.ensembles.get(options.ensemble)
@@ -271,7 +271,7 @@ class _Routes:
         try:
             async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
                 worker.batcher.refuse_if_full()
-                asked = read_request(content_type, [], body.data, [manifest.input.shape], 1)
+                asked = read_request(content_type, [], body.data, [manifest.input], 1)
                 images = await _images(worker, body, asked, manifest.input)
                 if len(images) != 1:
                     raise TooLargeError(f"{len(images)} images; a path is shown for one image at a time.")

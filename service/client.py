@@ -30,7 +30,7 @@ from typing_extensions import TypedDict, Unpack
 from models_store.errors import ModepathError
 
 BUSY = (429, 503)
-Images = ArrayLike | Sequence[bytes]
+Images = ArrayLike | Sequence[bytes] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
 
 
 class RefusedError(ModepathError):
@@ -103,7 +103,8 @@ class Client:
         members: bool = False,
         **decisions: Unpack[Decisions],
     ) -> Answer:
-        """Classify images: an array (batch, C, H, W) in [0, 1], or the bytes of PNG or JPEG files.
+        """Classify images: an array (batch, C, H, W) in [0, 1], or the bytes of PNG or JPEG files. Or other inputs: features
+        (batch, *shape), rows with named fields, or texts as lists of token ids.
 
         Args:
             images: what to classify.
@@ -217,8 +218,15 @@ def _request(images: Images, options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(images, Sequence) and images and all(isinstance(image, bytes) for image in images):
         encoded = [base64.b64encode(image).decode() for image in images]  # pyright: ignore[reportArgumentType]
         return {"json": {"images": encoded, **given}}
+    if isinstance(images, Sequence) and images and all(isinstance(row, Mapping) for row in images):
+        return {"json": {"inputs": list(images), **given}}  # named fields
+    try:
+        values = np.asarray(images)
+    except ValueError:  # texts of several lengths
+        texts: Any = images
+        return {"json": {"inputs": [list(text) for text in texts], **given}}
     array = io.BytesIO()
-    np.save(array, np.asarray(images, np.float32), allow_pickle=False)
+    np.save(array, values if values.dtype.kind in "iu" else values.astype(np.float32), allow_pickle=False)
     return {"content": array.getvalue(), "headers": {"Content-Type": "application/x-npy"}, "params": given}
 
 

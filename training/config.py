@@ -13,6 +13,7 @@ from training.data import DataOptions
 from training.errors import ConfigError
 
 T = TypeVar("T")
+ADAMW_SHARE = 0.01  # learning rate of AdamW, as a share of that of SGD
 LogKind = Literal["none", "csv", "tensorboard", "mlflow", "wandb"]
 
 
@@ -32,11 +33,12 @@ class Config:
     name: str | None = None
     """Name to publish the ensemble under (default: DATASET-METHOD)."""
     dataset: str = "digits"
-    """Data set: digits, fashion-mnist, cifar10, cifar100, imagefolder:PATH, package.module:factory or
+    """Data set. Images: digits, fashion-mnist, cifar10, cifar100, imagefolder:PATH. Tables: breast-cancer, wine, csv:PATH,
+    parquet:PATH. Signals: digit-rows. Texts: languages. Any: npz:PATH, package.module:factory or
     path/to/file.py:factory."""
     network: str = "preresnet8"
-    """Network: mlp, vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME, package.module:factory or
-    path/to/file.py:factory."""
+    """Network. Images: vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME. Signals: cnn1d, lstm. Texts: transformer.
+    Any: mlp, package.module:factory or path/to/file.py:factory."""
     network_options: tuple[str, ...] = ()
     """Arguments passed to the network's factory, for example width=0.5 bottleneck=True."""
     epochs: int = 40
@@ -46,6 +48,9 @@ class Config:
     seed: int = 0
     """Seed of the initial weights, the order of images, augmentation and dropout. Runs on a CPU are reproducible bit
     for bit."""
+
+    reset_head: bool = later(False)
+    """Begin the last layer with new weights if that of a given checkpoint has another number of classes."""
 
     batch_size: int = 128
     """Number of images per training step, summed over all devices."""
@@ -58,6 +63,23 @@ class Config:
     """Use Nesterov's momentum."""
     weight_decay: float = 3e-4
     """Coefficient of the L2 penalty on all parameters."""
+    optimizer: str = later("sgd")
+    """Optimizer: sgd, adamw, or package.module:factory, which is called with (parameters, lr=…, weight_decay=…). With
+    adamw the default learning rates are a hundredth of those of SGD, and weight decay is decoupled."""
+    clip_norm: float | None = later(None)
+    """Scale gradients so that their norm is at most this (default: never)."""
+    accumulate: int = later(1)
+    """Run each batch in this many parts and add up their gradients: the same step with less memory, but batch norm
+    uses the statistics of each part."""
+    ema: float = later(0.0)
+    """Collect an exponential moving average of the weights with this decay, such as 0.99, instead of the weights
+    themselves. 0: no average."""
+    layer_decay: float = later(1.0)
+    """Share of the learning rate that each layer has of that of the layer after it, in (0, 1]; 1: all layers alike."""
+    warmup: float = later(0.0)
+    """Share of the budget in which the learning rate of the plain schedule rises from 0."""
+    schedule: Literal["plain", "cosine"] = later("plain")
+    """The plain schedule as described at --lr, or a cosine from --lr to 0."""
     label_smoothing: float = 0.0
     """Amount of label smoothing in the cross-entropy, in [0, 1)."""
     loss: str | None = None
@@ -77,6 +99,13 @@ class Config:
     """Seed of the random choice of images that are set aside for validation."""
     limit: int | None = None
     """Use only this many training images, chosen at random (default: all)."""
+    label: str | None = later(None)
+    """Data sets csv and parquet: the column that holds the classes (default: label)."""
+    drop: tuple[str, ...] = later(())
+    """Data sets csv and parquet: columns that are not used."""
+    missing: Literal["refuse", "mean"] = later("refuse")
+    """Features: refuse missing numbers (NaN), or let the network replace them by the feature's mean over the training
+    rows. Tables with missing numbers use the mean."""
     hold_out: tuple[str, ...] = later(())
     """Names of classes that the network must not learn. Their test images are a near foreign set for
     `python -m training.evaluate`, which measures how many of them are detected."""
@@ -127,7 +156,25 @@ class Config:
     activate_anyway: bool = False
     """Serve the new version even if its validation scores speak against it (see --activate)."""
 
+    # Options that are learning rates; with adamw their default is a hundredth of that of SGD.
+    RATES: ClassVar[tuple[str, ...]] = ("lr",)
+    AVERAGES: ClassVar[bool] = True  # whether --ema applies
+
     def __post_init__(self) -> None:
+        if self.optimizer == "adamw":
+            for field in dataclasses.fields(self):
+                if field.name in self.RATES and (rate := getattr(self, field.name)) == field.default:
+                    object.__setattr__(self, field.name, rate * ADAMW_SHARE)
+        if self.ema and not self.AVERAGES:
+            raise ConfigError(
+                f"--ema collects an average of one network's weights; {self.method} collects others. Leave it out."
+            )
+        if self.accumulate < 1 or not 0 <= self.ema < 1 or not 0 < self.layer_decay <= 1 or not 0 <= self.warmup < 1:
+            raise ConfigError(
+                "--accumulate must be at least 1, --ema and --warmup lie in [0, 1), --layer-decay in (0, 1]."
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(f"--clip-norm must be positive; got {self.clip_norm}.")
         positive = {"epochs", "runs", "batch_size", "lr", "bn_images", "devices", "memory_gib"}
         for key in positive:
             if getattr(self, key) <= 0:

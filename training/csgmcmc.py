@@ -5,7 +5,6 @@ The rate falls along a cosine in each cycle. In its last part noise (SGHMC) make
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -18,7 +17,7 @@ from training.config import Config as BaseConfig
 from training.errors import ConfigError
 from training.optimisation.loop import Leg
 from training.optimisation.schedules import snapshot_collections, snapshot_rate
-from training.optimisation.steps import OneNetwork, Step, Training
+from training.optimisation.steps import OneNetwork, Pull, Step, Training
 from training.pipeline import Plan
 from training.runs import Run
 
@@ -40,6 +39,10 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.optimizer != "sgd" or self.clip_norm is not None or self.ema or self.layer_decay != 1:
+            raise ConfigError(
+                "csgmcmc has an update rule of its own: leave out --optimizer, --clip-norm, --ema and --layer-decay."
+            )
         if min(self.cycles, self.samples) < 1 or not 0 < self.sampling <= 1 or self.posterior_temperature < 0:
             bounds = "--cycles and --samples must be at least 1, --sampling must lie in (0, 1]"
             raise ConfigError(f"{bounds}, --posterior-temperature must not be negative.")
@@ -58,14 +61,13 @@ class Langevin(OneNetwork):
         super().__init__(training)
         self._first_noisy, self._temperature, self._config = first_noisy, temperature, training.config
 
-    def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
+    def take(self, pull: Pull, step: Step) -> torch.Tensor:
         """See Steps."""
         mu, noisy = self._config.momentum, step.iteration >= self._first_noisy
         noise = (2 * step.rate * (1 - mu) * self._temperature / step.images) ** 0.5 if noisy else 0.0
         seed = int(step.generator.integers(2**62))  # the same noise in all processes
-        found = loss()
         self._optimizer.zero_grad()
-        self._fabric.backward(found)
+        found = pull()
         with torch.no_grad():
             for weight in self._network.parameters():
                 if weight.grad is None:
@@ -79,7 +81,7 @@ class Langevin(OneNetwork):
                     velocity.add_(torch.randn(weight.shape, generator=generator, device=weight.device), alpha=noise)
                     seed += 1
                 weight.add_(velocity)
-        return found.detach()
+        return found
 
 
 def plan(config: Config, run: Run, steps: int) -> Plan:

@@ -25,7 +25,7 @@ from training.geometry.coefficients import Coefficients, Coordinates, Shape
 from training.geometry.vertices import State, combine
 from training.members.publication import Points
 from training.optimisation.loop import Leg
-from training.optimisation.schedules import plain_rate
+from training.optimisation.schedules import plain_rate, rate_of
 from training.optimisation.steps import Between, Span
 from training.pipeline import Plan
 from training.runs import Run
@@ -36,6 +36,8 @@ class Config(BaseConfig):
     """Options of a curve."""
 
     method: ClassVar[str] = "curve"
+    RATES: ClassVar[tuple[str, ...]] = ("lr", "curve_lr")
+    AVERAGES: ClassVar[bool] = False
 
     endpoints: tuple[str, ...] = ()
     """The two ends of the curve: checkpoint files, or members of published ensembles as NAME[@VERSION]/INDEX. Without
@@ -128,7 +130,7 @@ def _end(config: Config, run: Run, steps: int, number: int, label: str) -> Leg:
     return Leg(
         label=label,
         iterations=total,
-        rate=lambda i: plain_rate(i, total, config.lr),
+        rate=lambda i: rate_of(config, i, total),
         start=run.start_file(f"fresh-{number}"),
         collect=(total,),
     )

@@ -28,7 +28,7 @@ from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, combine
 from training.members.publication import Points
 from training.optimisation.loop import Leg
-from training.optimisation.schedules import plain_rate, snapshot_rate
+from training.optimisation.schedules import rate_of, snapshot_rate
 from training.optimisation.seeds import Stream, derive
 from training.optimisation.steps import Between, Span
 from training.pipeline import Plan
@@ -40,6 +40,8 @@ class Config(BaseConfig):
     """Options of ESPRO and SPRO."""
 
     method: ClassVar[str] = "espro"
+    RATES: ClassVar[tuple[str, ...]] = ("lr", "vertex_lr")
+    AVERAGES: ClassVar[bool] = False
 
     base: tuple[str, ...] = ()
     """The networks to grow simplexes around: published ensembles (NAME for all members, NAME/INDEX for one) or
@@ -214,7 +216,7 @@ def _mode(config: Config, run: Run, steps: int, number: int) -> Leg:
     return Leg(
         label=f"mode {number + 1}",
         iterations=total,
-        rate=lambda i: plain_rate(i, total, config.lr),
+        rate=lambda i: rate_of(config, i, total),
         start=run.start_file(f"fresh-{number}"),
         collect=(total,),
     )

@@ -138,10 +138,11 @@ def _data_of(config: Config, version: Version) -> tuple[data.Data, data.DataOpti
         raise ConfigError(f"{version.name} does not record what it was trained on; name the data set with --dataset.")
     options = data_options({**kept, **({"dataset": config.dataset} if config.dataset else {})})
     found = data.load(options)
-    shape = version.manifest.input.shape
-    if found.shape != shape or len(found.classes) != len(version.manifest.classes):
+    spec = version.manifest.input
+    shape = spec.shape
+    if found.input.kind != spec.kind or found.shape != shape or len(found.classes) != len(version.manifest.classes):
         raise ConfigError(
-            f"{version.name} takes images {shape} of {len(version.manifest.classes)} classes; {options.dataset!r} has {found.shape} of "
+            f"{version.name} takes {spec.kind} {shape} of {len(version.manifest.classes)} classes; {options.dataset!r} has {found.input.kind} {found.shape} of "
             f"{len(found.classes)}. Evaluate on data like that of the training; give other data with --ood."
         )
     _check_classes(version.name, version.manifest.classes, options.dataset, found.classes)

@@ -18,7 +18,7 @@ from training import command, pipeline
 from training.config import Config as BaseConfig
 from training.errors import ConfigError
 from training.optimisation.loop import Leg
-from training.optimisation.schedules import fge_collections, fge_rate, plain_rate
+from training.optimisation.schedules import fge_collections, fge_rate, rate_of
 from training.pipeline import Plan
 from training.runs import Run
 
@@ -28,6 +28,7 @@ class Config(BaseConfig):
     """Options of FGE."""
 
     method: ClassVar[str] = "fge"
+    RATES: ClassVar[tuple[str, ...]] = ("lr", "alpha_1", "alpha_2")
 
     pretrain: float = 0.8
     """Share of the budget for pre-training, which follows the plain schedule of the whole budget (see --lr) up to this
@@ -138,7 +139,7 @@ def _one_run(config: Config, run: Run, steps: int, number: int) -> list[Leg]:
     pretraining = Leg(
         label=f"pre-training{of_run}",
         iterations=config.pretrain_epochs * steps,
-        rate=lambda i: plain_rate(i, total, config.lr),
+        rate=lambda i: rate_of(config, i, total),
         start=run.start_file(f"fresh-{number}"),
         keep=tuple(zip(starts, files, strict=True)),
     )

@@ -12,7 +12,7 @@ from models_store.store import Version
 from training import command, pipeline
 from training.config import Config as BaseConfig
 from training.optimisation.loop import Leg
-from training.optimisation.schedules import plain_rate
+from training.optimisation.schedules import rate_of
 from training.pipeline import Plan
 from training.runs import Run
 
@@ -34,7 +34,7 @@ def plan(config: Config, run: Run, steps: int) -> Plan:
         Leg(
             label=f"network {number + 1}",
             iterations=total,
-            rate=lambda i: plain_rate(i, total, config.lr),
+            rate=lambda i: rate_of(config, i, total),
             start=run.start_file(f"fresh-{number}"),
             collect=(total,),
         )

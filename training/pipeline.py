@@ -72,16 +72,16 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
     session = Session.open(config)
     loaded, network = session.data, session.network
     # The same command resumes from the weights that it began with, whatever has been published under those names since.
-    identity, code = config.deciding(), NetworkPrint.of(network, loaded.shape)
+    identity, code = config.deciding(), NetworkPrint.of(network, loaded.input)
     begun_from = None if config.fresh else Run.begun_from(config.method, identity, code)
     references = begun_from
     if references is None:
         references = [checkpoint.pinned(reference, store) for reference in config.given()]
     config = config.beginning_from(references)
     given = [checkpoint.find(reference, store) for reference in references]
-    starts = [_state(network, weights.file) for weights in given]
+    starts = [_state(network, weights, config.reset_head) for weights in given]
     _warn_of(given, loaded, config)
-    exporter = Exporter(loaded.shape)
+    exporter = Exporter(loaded.input)
     if begun_from is None:  # a run that exists has passed this check
         trial.check(network, loaded, exporter)
     config = trial.fit(config, session.fabric, network, loaded)
@@ -155,7 +155,7 @@ def _warn_of(given: Sequence[Given], loaded: Data, config: Config) -> None:
             "the validation images were set aside from the training images just now. If the given network was trained on "
             "them, the validation scores are too good and the temperature too low; use a data set with its own validation split."
         )
-    if config.mean is None or config.std is None:
+    if loaded.mean and (config.mean is None or config.std is None):
         logger.warning(
             f"the given network gets images normalised by mean {_numbers(loaded.mean)} and std {_numbers(loaded.std)}, the values of this "
             "data set. If it was trained with other values, its predictions are wrong: give those with --mean and --std."
@@ -201,8 +201,9 @@ def collected(run: Run, legs: Sequence[Leg], steps: int) -> list[tuple[Path, Ori
     return found
 
 
-def _state(network, file: Path) -> State:
-    checkpoint.load_into(network, file)
+def _state(network, weights: Given, reset_head: bool) -> State:
+    for note in checkpoint.load_into(network, weights.file, weights.part, reset_head=reset_head):
+        logger.info(note)
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
@@ -213,6 +214,7 @@ def _save_start(file: Path, state: State) -> None:
 
 def _digest(file: Path) -> str:
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        files = sorted(one for one in file.rglob("*") if one.is_file()) if file.is_dir() else [file]
+        return hashlib.sha256(b"".join(one.read_bytes() for one in files)).hexdigest()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None

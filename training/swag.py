@@ -37,6 +37,8 @@ class Config(BaseConfig):
     """Options of SWAG."""
 
     method: ClassVar[str] = "swag"
+    RATES: ClassVar[tuple[str, ...]] = ("lr", "swag_lr")
+    AVERAGES: ClassVar[bool] = False
 
     start: float = 0.75
     """Share of the budget that is trained before weights are collected, while the learning rate falls from --lr to

@@ -47,7 +47,9 @@ def main() -> None:
     images, labels = data.as_arrays(data.load(data_options(version.manifest.provenance.config)).test, ASKED)
     with tempfile.TemporaryDirectory() as place, sync_playwright() as browsers:
         own = Store(Path(place) / "store")
-        own.adopt(version)
+        for number in Store().versions(version.manifest.name):  # the page compares versions
+            own.adopt(Store().load(version.manifest.name, number))
+        own.activate(version.manifest.name, version.manifest.version)
         file = Path(place) / "picture.png"
         levels = np.rint(images[1] * 255).astype(np.uint8)
         Image.fromarray(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1)).save(file)

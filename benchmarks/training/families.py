@@ -61,9 +61,9 @@ def publish(name: str, side: int, store: Store) -> dict[str, str]:
     """What became of one family, a row of the table."""
     data = Data(
         train=images(side, 0), validation=images(side, 1), test=images(side, 2), classes=[str(c) for c in range(CLASSES)],
-        shape=(3, side, side), mean=(0.5,) * 3, std=(0.3,) * 3, augment=Augment(), resize="refuse", fingerprint=name,
+        input=InputSpec(shape=(3, side, side)), mean=(0.5,) * 3, std=(0.3,) * 3, augment=Augment(), fingerprint=name,
     )  # fmt: skip
-    device, exporter, began = torch.device("cpu"), Exporter(data.shape), time.monotonic()
+    device, exporter, began = torch.device("cpu"), Exporter(data.input), time.monotonic()
     row = {"network": f"torchvision:{name}", "images": f"3×{side}×{side}"}
     try:
         torch.manual_seed(0)
@@ -79,14 +79,16 @@ def publish(name: str, side: int, store: Store) -> dict[str, str]:
             (staged / "members").mkdir()
             (staged / "members/000.onnx").write_bytes(made.onnx)
             one = Member(file="members/000.onnx", origin=Origin(), weight=1)
-            draft = Draft(method="random", input=InputSpec(shape=data.shape), classes=data.classes, members=[one])
+            draft = Draft(method="random", input=data.input, classes=data.classes, members=[one])
             store.publish(name.replace("_", "-"), staged, draft)
         row["member, s"] = f"{time.monotonic() - began:.1f}"
         shifted = {k: t * 1.01 if t.is_floating_point() else t for k, t in weights.items()}
         with tempfile.TemporaryDirectory() as folder:
             points = np.array([[1.0, 0.0], [0.5, 0.5]])
             try:
-                bank.build(Run(Path(folder), name), network, data, [weights, shifted], points, 64, device)
+                bank.build(
+                    Run(Path(folder), name), network, data, [weights, shifted], points, 64, device, exporter.spec
+                )
                 row["bank"] = "yes"
             except TrainingError as error:
                 row["bank"] = str(error)[:60]

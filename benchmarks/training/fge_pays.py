@@ -197,9 +197,7 @@ def scores(session: Session, states, splits: tuple[str, ...]) -> dict:
         network.load_state_dict(state)
         served = Normalised(network, found.mean, found.std)
         order = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[: session.config.bn_images]
-        batch_norm.reestimate(
-            network, ((i - served.pixel_mean) / served.pixel_std for i, _ in found.train.batches(order, 500))
-        )
+        batch_norm.reestimate(network, (served.normaliser(i) for i, _ in found.train.batches(order, 500)))
         for name, (images, _) in arrays.items():
             logits[name].append(torch_logits(served, images, session.fabric.device))
     weights = np.full(len(states), 1 / len(states))

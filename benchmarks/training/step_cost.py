@@ -21,6 +21,7 @@ import torch
 from tabulate import tabulate
 from torch.nn import functional
 
+from models_store.manifest import InputSpec
 from training import curve, espro, networks
 from training.data import Data, InMemory
 from training.data.augment import Augment
@@ -37,8 +38,8 @@ DRAWS = np.random.default_rng(0)
 
 def _data(split: InMemory) -> Data:
     return Data(
-        train=split, validation=split, test=split, classes=[str(c) for c in range(10)], shape=SHAPE, mean=(0.5,), std=(0.5,),
-        augment=Augment(), resize="refuse", fingerprint="step_cost",
+        train=split, validation=split, test=split, classes=[str(c) for c in range(10)], input=InputSpec(shape=SHAPE), mean=(0.5,), std=(0.5,),
+        augment=Augment(), fingerprint="step_cost",
     )  # fmt: skip
 
 

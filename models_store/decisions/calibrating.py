@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from models_store.decisions.calibration import SEED, Answers, Way, drawn, halves
 from models_store.errors import StoreError
 from models_store.graphs.novelty import Detector
 from models_store.graphs.runtime import EnsembleSession, MemberSession, in_batches
+from models_store.inputs import kinds
+from models_store.inputs.kinds import Inputs
 from models_store.manifest import Draft
 from models_store.scores import score
 from models_store.store import Store, Version
@@ -30,16 +32,16 @@ Novelty = tuple[Detector, manifest.Novelty]  # a detector and its record
 class Labelled:
     """Images that the members were not trained on, with their classes."""
 
-    images: NDArray[np.float32]  # (images, C, H, W), in [0, 1]
+    images: Inputs  # (images, *shape), or rows or texts
     labels: NDArray[np.int64]  # (images,)
     source: str  # where they come from, for the operator
-    seen: tuple[NDArray[np.float32], NDArray[np.int64], str] | None = None
+    seen: tuple[Inputs, NDArray[np.int64], str] | None = None
     """Images that the members were trained on, their classes and their source: novelty is a distance from them. None: it is
     a distance from the first half."""
 
 
 def from_npz(file: Path) -> Labelled:
-    """Read the arrays `x` (images, C, H, W), floats in [0, 1] or bytes, and `y` (images,) of an npz file.
+    """Read the arrays `x` (images, *shape), pixels in [0, 1] or bytes, features or token ids, and `y` (images,) of an npz file.
 
     Raises:
         StoreError: the file cannot be read, or does not hold these arrays.
@@ -53,11 +55,11 @@ def from_npz(file: Path) -> Labelled:
         ) from None
     if images.dtype == np.uint8:
         images = images / np.float32(255)
-    if images.dtype.kind != "f" or labels.ndim != 1 or labels.dtype.kind not in "iu" or not np.isfinite(images).all():
+    if images.dtype.kind not in "iuf" or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise StoreError(
-            f"{file} holds x of type {images.dtype} and y of type {labels.dtype} {labels.shape}; x are floats in [0, 1] or bytes, y whole numbers, one for each image."
+            f"{file} holds x of type {images.dtype} and y of type {labels.dtype} {labels.shape}; x are numbers, y whole numbers, one for each row of x."
         )
-    return Labelled(images.astype(np.float32), labels.astype(np.int64), str(file))
+    return Labelled(images, labels.astype(np.int64), str(file))
 
 
 def measure(
@@ -143,6 +145,7 @@ def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool
     """
     record, classes = version.manifest, len(version.manifest.classes)
     _check(version, given, classes)
+    given = replace(given, images=kinds.arranged(record.input, given.images))
     store.verify(version)
     logits = in_batches(EnsembleSession(version.folder, record), given.images)
     if not np.isfinite(logits).all():
@@ -184,16 +187,18 @@ def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool
 
 
 def _check(version: Version, given: Labelled, classes: int) -> None:
-    shape, labels = version.manifest.input.shape, given.labels
-    if given.images.ndim != 4 or given.images.shape[1:] != shape or len(given.images) != len(labels):
+    spec, labels = version.manifest.input, given.labels
+    if not kinds.fits(spec, given.images.shape) or len(given.images) != len(labels):
         raise StoreError(
-            f"{version.name} takes images {shape}; {given.source} holds images {given.images.shape[1:]} and labels {labels.shape}. "
-            "Give the images as (images, C, H, W) and one label for each."
+            f"{version.name} takes {kinds.NOUNS[spec.kind]}s {kinds.shown(spec)}; {given.source} holds an array {given.images.shape} and "
+            f"labels {labels.shape}. Give one label for each."
         )
     if len(labels) < 20:
-        raise StoreError(f"{given.source} holds {len(labels)} images; a calibration needs at least 20, better 1000.")
-    if not (given.images.min() >= 0 and given.images.max() <= 1):
-        raise StoreError(f"{given.source} has pixels outside [0, 1]; divide bytes by 255, and do not normalise.")
+        raise StoreError(
+            f"{given.source} holds {len(labels)} {kinds.NOUNS[spec.kind]}s; a calibration needs at least 20, better 1000."
+        )
+    if (fault := kinds.fault(spec, given.images)) is not None:
+        raise StoreError(f"{given.source} {fault}.")
     if not (labels.min() >= 0 and labels.max() < classes):
         raise StoreError(
             f"{given.source} has labels from {labels.min()} to {labels.max()}; {version.name} knows {classes} classes, numbered from 0."

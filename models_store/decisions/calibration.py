@@ -26,6 +26,8 @@ from models_store.decisions import abstention, conformal, drift
 from models_store.decisions.abstention import Threshold
 from models_store.decisions.conformal import Method
 from models_store.errors import CorruptionError
+from models_store.inputs import kinds
+from models_store.inputs.kinds import Inputs
 from models_store.manifest import CALIBRATION_FILE, ECE_BINS, Manifest
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Floats, Prediction
 
@@ -56,10 +58,8 @@ class Answers:
     """Values of drift.MEASURES, (images,) each; empty in versions that were calibrated before these were kept."""
 
     @classmethod
-    def of(
-        cls, prediction: Prediction, labels: NDArray[np.integer], images: NDArray[np.float32], seed: int = SEED
-    ) -> Answers:
-        """Keep what decisions need of predictions for images (batch, C, H, W) with known labels."""
+    def of(cls, prediction: Prediction, labels: NDArray[np.integer], images: Inputs, seed: int = SEED) -> Answers:
+        """Keep what decisions need of predictions for inputs (batch, *shape) with known labels."""
         u = np.random.default_rng(seed).random(len(labels))
         rows = np.arange(len(labels))
         return cls(
@@ -207,10 +207,10 @@ def by_probability(chosen: NDArray[np.bool_], probs: Floats) -> list[list[int]]:
     return [row[which].tolist() for row, which in zip(order, kept, strict=True)]
 
 
-def uniform(images: NDArray[np.float32]) -> Floats:
-    """One number of [0, 1) for each image, from its pixels: the same image always gets the same prediction set."""
+def uniform(images: Inputs) -> Floats:
+    """One number of [0, 1) for each row, from its content: the same input always gets the same prediction set."""
     return np.array(
-        [int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=6).digest()) / 2**48 for image in images]
+        [int.from_bytes(hashlib.blake2b(kinds.identity(image), digest_size=6).digest()) / 2**48 for image in images]
     )
 
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from models_store.inputs import kinds
+from models_store.inputs.kinds import Inputs
 from models_store.uncertainty import Floats, Prediction
 
 MEASURES = ("predictive_entropy", "novelty", "input_mean", "input_std", "predicted")
@@ -32,14 +34,14 @@ _PRIOR = 2.0  # imagined p-values in each bin
 _POWERS = (0.2, 0.5, 0.8)  # of the bets on small and on large p-values
 
 
-def statistics(images: NDArray[np.float32], prediction: Prediction) -> dict[str, Floats]:
-    """The values of MEASURES for some images (batch, C, H, W), (batch,) each."""
-    flat = images.reshape(len(images), -1)
+def statistics(images: Inputs, prediction: Prediction) -> dict[str, Floats]:
+    """The values of MEASURES for some inputs (batch, *shape), (batch,) each."""
+    mean, std = kinds.statistics(images)
     return {
         "predictive_entropy": prediction.predictive_entropy,
         "novelty": prediction.novelty,
-        "input_mean": flat.mean(axis=1, dtype=np.float64),
-        "input_std": flat.std(axis=1, dtype=np.float64),
+        "input_mean": mean,
+        "input_std": std,
         "predicted": prediction.label.astype(np.float64),
     }
 

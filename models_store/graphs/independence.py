@@ -12,8 +12,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-Images = NDArray[np.float32]
-Answer = Callable[[Images], NDArray[np.float32]]  # (batch, C, H, W) in [0, 1] -> (batch, classes)
+from models_store.inputs import kinds
+from models_store.inputs.kinds import Inputs
+from models_store.manifest import InputSpec
+
+Images = Inputs  # or any other input
+Answer = Callable[[Images], NDArray[np.float32]]  # (batch, *shape) -> (batch, classes)
 
 # Tolerances. Another batch size may select another kernel, which rounds its sums differently. One tolerance is relative
 # to the differences between images, because the logits of an untrained network may be nearly equal for all images.
@@ -22,24 +26,13 @@ _SHARE = 1e-3  # relative to the range of a logit over the images
 _CHAOS = 10.0  # relative to the effect of rounding the image itself; see `rounding`
 
 
-def probes(shape: tuple[int, int, int], images: Images | None = None) -> Images:
-    """Images to test a network with, (batch, C, H, W): up to two of `images`, noise, faint noise, black and white.
-
-    Without `images`, two more noise images are used. The images differ in brightness on purpose: statistics of a batch,
-    such as its mean or largest pixel, then change with the images in it.
-    """
-    noise = np.random.default_rng(0).random((4, *shape), dtype=np.float32)
-    given = noise[2:] if images is None or len(images) == 0 else images[:2]
-    extremes = np.stack([np.zeros(shape, np.float32), np.ones(shape, np.float32)])
-    return np.concatenate([given, noise[:1], 0.1 * noise[1:2], extremes]).astype(np.float32)
-
-
-def fault(answer: Answer, images: Images) -> str | None:
+def fault(answer: Answer, images: Images, spec: InputSpec | None = None) -> str | None:
     """Compare a network's outputs for the images together, alone, in another order, in pairs and in a larger batch.
 
     Args:
         answer: the network; an exception that it raises counts as a fault.
-        images: at least three images, such as those of `probes`.
+        images: at least three rows, such as those of kinds.probes.
+        spec: the input, if it is not an image. Texts of open length are then asked about alone without their padding.
 
     Returns:
         The fault, worded to follow the network's name in a sentence; None if each output depends on its own image only.
@@ -47,10 +40,10 @@ def fault(answer: Answer, images: Images) -> str | None:
     asked = _Asked(answer)
     count = len(images)
     together = asked(images)
-    moved = asked(nudged(images))
+    moved = asked(kinds.nudged(images))
     again = asked(images)
     reversed_order = asked(images[::-1])
-    alone = [asked(images[i : i + 1]) for i in range(count)]
+    alone = [asked(images[i : i + 1] if spec is None else kinds.alone(spec, images[i : i + 1])) for i in range(count)]
     pairs = [asked(images[[i, (i + 1) % count]]) for i in range(count)]
     many = asked(np.concatenate([images, np.roll(images, 1, axis=0), images[:1]]))
     if asked.fault is not None:
@@ -72,12 +65,7 @@ def rounding(answer: Answer, images: Images) -> NDArray[np.float64]:
 
     An untrained deep network can amplify the last bit of an image, or of any intermediate result, to its whole output.
     """
-    return np.abs(answer(nudged(images)).astype(np.float64) - answer(images))
-
-
-def nudged(images: Images) -> Images:
-    """The same images, with different rounding in their last bits."""
-    return (images * np.float32(1 + 2**-22) + np.float32(1e-7)).astype(np.float32)
+    return np.abs(answer(kinds.nudged(images)).astype(np.float64) - answer(images))
 
 
 class _Asked:

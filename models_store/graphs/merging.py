@@ -38,8 +38,9 @@ def merged(models: Sequence[onnx.ModelProto]) -> bytes:
         outputs=[output for part in parts for output in part.graph.output],
         initializer=[tensor for part in parts for tensor in part.graph.initializer],
     )
+    opsets = {entry.domain: entry for part in parts for entry in part.opset_import}
     return onnx.helper.make_model(
-        graph, opset_imports=parts[0].opset_import, ir_version=max(part.ir_version for part in parts)
+        graph, opset_imports=list(opsets.values()), ir_version=max(part.ir_version for part in parts)
     ).SerializeToString()
 
 

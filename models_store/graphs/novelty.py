@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save  # pyright: ignore[reportUnknownVariableType]
 
 from models_store.errors import CorruptionError
-from models_store.manifest import INPUT_NAME, NOVELTY_FILE, OUTPUT_NAME, Draft, Novelty
+from models_store.graphs.onnx_contract import graph_inputs
+from models_store.manifest import NOVELTY_FILE, OUTPUT_NAME, Draft, Novelty
 
 NOVELTY_NAME = "modepath_novelty"  # of the output
 # Operators that may stand between the last matrix product and the logits: they compute each row alone.
@@ -109,7 +110,7 @@ class Detector:
 
 def features_of(model: onnx.ModelProto) -> str | None:
     """The value that the last matrix product of a member is applied to; None if the logits are not computed by one."""
-    of_images = {INPUT_NAME}  # the values that depend on the images
+    of_images = {value.name for value in graph_inputs(model.graph)}  # the values that depend on what is classified
     made: dict[str, onnx.NodeProto] = {}
     for node in model.graph.node:
         made |= dict.fromkeys(node.output, node)

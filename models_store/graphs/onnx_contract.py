@@ -9,32 +9,30 @@ import onnx
 
 from models_store import file_kind
 from models_store.errors import MemberError
-from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME
+from models_store.manifest import ONNX_OPSET, OUTPUT_NAME, InputSpec
 
 # A protobuf message holds at most two gigabytes.
 MAX_MODEL_BYTES = 2**31 - 1
 
 
-def check_member(file: Path, input_shape: tuple[int, int, int], classes: int) -> None:
+def check_member(file: Path, spec: InputSpec, classes: int) -> None:
     """Check the ONNX file of a member against FORMAT.md.
 
     Raises:
         MemberError: the file is unreadable, has external data, an unknown domain or opset, or inputs and outputs other
-            than `images` float32 (batch, C, H, W) and `logits` float32 (batch, classes).
+            than the input of `spec`, (batch, *shape), and `logits` float32 (batch, classes).
     """
     model = load(file)
     refuse_external_data(model, file)
-    _check_graph(model, file, input_shape, classes)
+    _check_graph(model, file, spec, classes)
 
 
-def check_template(
-    file: Path, input_shape: tuple[int, int, int], classes: int, external: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_template(file: Path, spec: InputSpec, classes: int, external: Mapping[str, tuple[int, ...]]) -> None:
     """Check a bank's template against FORMAT.md: a member, except that some initializers are supplied from memory.
 
     Args:
         file: the template.
-        input_shape: (C, H, W).
+        spec: the input.
         classes: number of classes.
         external: shape of each initializer that must be declared external; no other may be.
 
@@ -50,18 +48,20 @@ def check_template(
     if declared != dict(external):
         wrong = sorted(set(declared.items()) ^ set(external.items()))[0][0]
         raise MemberError(f"{file.name} and its weights file disagree about the initializer {wrong!r}. Publish again.")
-    _check_graph(model, file, input_shape, classes)
+    _check_graph(model, file, spec, classes)
 
 
-def _check_graph(model: onnx.ModelProto, file: Path, input_shape: tuple[int, int, int], classes: int) -> None:
+def _check_graph(model: onnx.ModelProto, file: Path, spec: InputSpec, classes: int) -> None:
     refuse_unknown_domains(model, file)
     opset = {entry.domain: entry.version for entry in model.opset_import}.get("", 0)
     if opset != ONNX_OPSET:
         raise MemberError(
             f"{file.name} uses ONNX opset {opset}; members are opset {ONNX_OPSET}. Export it again with it."
         )
-    _check_value(file, "input", graph_inputs(model.graph), INPUT_NAME, (None, *input_shape))
-    _check_value(file, "output", list(model.graph.output), OUTPUT_NAME, (None, classes))
+    kind = onnx.TensorProto.INT64 if spec.kind == "tokens" else onnx.TensorProto.FLOAT
+    shape = (None, None) if spec.open_length else (None, *spec.shape)
+    _check_value(file, "input", graph_inputs(model.graph), spec.tensor, shape, kind)
+    _check_value(file, "output", list(model.graph.output), OUTPUT_NAME, (None, classes), onnx.TensorProto.FLOAT)
 
 
 def load(file: Path) -> onnx.ModelProto:
@@ -106,12 +106,12 @@ def refuse_external_data(model: onnx.ModelProto, file: Path) -> None:
 
 
 def refuse_unknown_domains(model: onnx.ModelProto, file: Path) -> None:
-    """Refuse non-standard operators: only standard ones run everywhere and are known to be pure arithmetic.
+    """Refuse operators that ONNX does not define: only its own ones run everywhere and are known to be pure arithmetic.
 
     Raises:
         MemberError: some operator comes from another domain.
     """
-    known = ("", "ai.onnx")
+    known = ("", "ai.onnx", "ai.onnx.ml")  # the last one: trees, linear models and encoders
     domains = {entry.domain for entry in model.opset_import} | domains_in_use(model)
     local = {function.domain for function in model.functions}
     if unknown := sorted(domains - set(known) - local):
@@ -141,13 +141,16 @@ def dimensions(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
 
 
 def _check_value(
-    file: Path, kind: str, values: list[onnx.ValueInfoProto], name: str, wanted: tuple[int | None, ...]
+    file: Path, kind: str, values: list[onnx.ValueInfoProto], name: str, wanted: tuple[int | None, ...], element: int
 ) -> None:
     if [value.name for value in values] != [name]:
         raise MemberError(f"{file.name} has {kind}s {[v.name for v in values]}; a member has one, named {name!r}.")
     found = dimensions(values[0])
-    if values[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT or len(found) != len(wanted):
-        raise MemberError(f"{file.name}: {kind} {name!r} must be float32 {_shape(wanted)}; it is {_shape(found)}.")
+    if values[0].type.tensor_type.elem_type != element or len(found) != len(wanted):
+        asked, own = (onnx.TensorProto.DataType.Name(one) for one in (element, values[0].type.tensor_type.elem_type))
+        raise MemberError(
+            f"{file.name}: {kind} {name!r} must be {asked} {_shape(wanted)}; it is {own} {_shape(found)}."
+        )
     if found[0] is not None:
         raise MemberError(
             f"{file.name}: {kind} {name!r} has the fixed batch size {found[0]}; requests come in any size. "

@@ -29,9 +29,9 @@ def kind(answers: NDArray[np.float32], last: str | None) -> Kind:
     return "sigmoid" if last == "Sigmoid" else "logits"
 
 
-def last_operator(model: onnx.ModelProto) -> str | None:
-    """The operator that computes the first output; operators that only copy or rearrange values are skipped."""
-    return _last(model, list(model.graph.node), model.graph.output[0].name)
+def last_operator(model: onnx.ModelProto, output: str | None = None) -> str | None:
+    """The operator that computes an output, by default the first one; operators that only copy or rearrange values are skipped."""
+    return _last(model, list(model.graph.node), output or model.graph.output[0].name)
 
 
 def _last(model: onnx.ModelProto, nodes: list[onnx.NodeProto], output: str) -> str | None:

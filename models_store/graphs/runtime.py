@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from models_store.errors import MemberError, ProviderError
 from models_store.graphs import merging
 from models_store.graphs.novelty import NOVELTY_NAME, Detector
-from models_store.manifest import INPUT_NAME, OUTPUT_NAME, Manifest
+from models_store.manifest import OUTPUT_NAME, Manifest
 from models_store.uncertainty import Floats, Prediction, combine, softmax
 
 ProviderChoice = Literal["auto", "cpu", "cuda"]
@@ -61,6 +61,7 @@ class MemberSession:
         label = "the model" if isinstance(model, bytes) else str(model)
         self._weights = weights  # kept alive, because ONNX Runtime may still read from them
         self._session = _open(model, label, providers, threads or default_threads(), weights, shares_arena)
+        self._input: str = self._session.get_inputs()[0].name
 
     @property
     def providers(self) -> list[str]:
@@ -69,7 +70,33 @@ class MemberSession:
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, C, H, W) in [0, 1] -> (batch, classes)."""
-        return self._session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
+        return self._session.run([OUTPUT_NAME], {self._input: images})[0]
+
+
+class Original:
+    """A model as another tool wrote it, to be compared with what it was adapted to."""
+
+    def __init__(self, model: bytes, providers: ProviderChoice = "auto"):
+        """Create a session as MemberSession does."""
+        self._session = _open(model, "the original model", providers, default_threads())
+        self._types: dict[str, str] = {one.name: one.type for one in self._session.get_inputs()}
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return list(self._types)
+
+    def run(self, output: str, values: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Run it; the values are converted to the types of its inputs, and the output to float32."""
+        of_type = {"float16": np.float16, "double": np.float64, "uint8": np.uint8, "int64": np.int64, "int32": np.int32}
+        types = {name: of_type.get(kind[7:-1], np.float32) for name, kind in self._types.items()}
+        given = {name: np.ascontiguousarray(value, types[name]) for name, value in values.items()}
+        found: list[Any] = self._session.run(None, given)
+        names = [one.name for one in self._session.get_outputs()]
+        if output in names:
+            return np.asarray(found[names.index(output)]).astype(np.float32)
+        maps: Any = found[[isinstance(one, list) for one in found].index(True)]  # scikit-learn's ZipMap
+        return np.array([list(row.values()) for row in maps], np.float32)
 
 
 class Outputs(NamedTuple):
@@ -85,6 +112,7 @@ class Part:
     def __init__(self, model: Path | bytes, label: str, providers: ProviderChoice, threads: int):
         """Create a session as MemberSession does; `label` names the model in errors."""
         self._session = _open(model, label, providers, threads)
+        self._input: str = self._session.get_inputs()[0].name
         names = [output.name for output in self._session.get_outputs()]
         self._logits = [name for name in names if not name.endswith(NOVELTY_NAME)]
         self._novelty = [name for name in names if name.endswith(NOVELTY_NAME)]
@@ -92,7 +120,7 @@ class Part:
 
     def run(self, images: NDArray[np.float32]) -> Outputs:
         """(batch, C, H, W) in [0, 1] -> the outputs of these members."""
-        values = self._session.run([*self._logits, *self._novelty], {INPUT_NAME: images})
+        values = self._session.run([*self._logits, *self._novelty], {self._input: images})
         count = len(self._logits)
         return Outputs(np.stack(values[:count]), values[count] if self._novelty else None)
 

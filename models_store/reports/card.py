@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from models_store.manifest import Manifest
+from models_store.manifest import InputSpec, Manifest
 
 _CLASSES = 20  # named in full
 _OPTIONS = ("dataset", "network", "epochs", "lr", "batch_size", "weight_decay", "augment", "seed")
@@ -26,7 +26,6 @@ def _lines(manifest: Manifest) -> Iterator[str]:
 
 
 def _model(manifest: Manifest) -> Iterator[str]:
-    channels, height, width = manifest.input.shape
     count, classes = len(manifest.classes), manifest.classes
     named = ", ".join(classes[:_CLASSES]) + (f", and {count - _CLASSES} more" if count > _CLASSES else "")
     yield "## Model"
@@ -39,10 +38,22 @@ def _model(manifest: Manifest) -> Iterator[str]:
         )
     if manifest.geometry:
         yield f"- Networks lie on: {manifest.geometry.shape} with {len(manifest.geometry.vertices)} trained weight sets"
-    yield f"- Input: images of {channels} channel(s), {height} × {width} pixels, values in [0, 1]; other sizes: {manifest.input.resize}"
+    yield f"- Input: {_input(manifest.input)}"
     yield f"- Output: probabilities of {count} classes: {named}"
     yield f"- Temperature: {manifest.temperature:.4g}"
     yield ""
+
+
+def _input(spec: InputSpec) -> str:
+    if spec.kind == "image":
+        channels, height, width = spec.shape
+        return (
+            f"images of {channels} channel(s), {height} × {width} pixels, values in [0, 1]; other sizes: {spec.resize}"
+        )
+    if spec.kind == "tokens":
+        return f"texts of 1 to {spec.shape[0]} tokens of a vocabulary of {spec.vocabulary}"
+    fields = f" of the fields {', '.join(field.name for field in spec.fields)}" if spec.fields else ""
+    return f"features {spec.shape}{fields}; missing values: {spec.missing}"
 
 
 def _use(manifest: Manifest) -> Iterator[str]:

@@ -27,7 +27,7 @@ class Sampler:
         self, calibration: Calibration | None, images: NDArray[np.float32], prediction: Prediction
     ) -> tuple[tuple[int, NDArray[np.float32]], ...]:
         """Rows and images (C, H, W) to keep. Only grey and colour images, because they are kept as PNG files."""
-        if not self._share or images.shape[1] not in (1, 3):
+        if not self._share or images.ndim != 4 or images.shape[1] not in (1, 3):
             return ()
         if self._uncertain and calibration is not None:
             percentiles = calibration.percentile(MEASURE, prediction.predictive_entropy)

@@ -1,6 +1,6 @@
-"""Converts lists, arrays and encoded images to float32 (batch, C, H, W) in [0, 1].
+"""Converts lists, arrays, named fields and encoded images to what members take: (batch, *shape).
 
-An invalid image is refused here, before its request can share a batch with others.
+An invalid input is refused here, before its request can share a batch with others.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models_store import decoding
-from models_store.errors import DecodeError
+from models_store.errors import DecodeError, FieldError
+from models_store.inputs import fields, kinds
+from models_store.inputs.kinds import Inputs
 from models_store.manifest import InputSpec
 from service.http.errors import BadRequestError, TooLargeError
-from service.http.large_json import Row
+from service.http.large_json import Row, lists_of
 
-Images = NDArray[np.float32]
+Images = Inputs  # of any kind; most are images
 FORMATS = ("PNG", "JPEG")
 MAX_NPY_HEADER = 4096  # bytes
 P = ParamSpec("P")
@@ -35,33 +37,55 @@ T = TypeVar("T")
 class Limits:
     """Limits on the decoded images of one request."""
 
-    rows: int  # number of images
-    bytes: int  # size of the float32 pixels that the members take as input
+    rows: int  # number of images, or other inputs
+    bytes: int  # size of what the members take as input
     pixels: int  # number of pixels of encoded images, before they are resized
     # Called with the size of the images in bytes before they are allocated; may raise to refuse them.
     hold: Callable[[int], None] = lambda size: None
 
 
 def from_lists(inputs: list[Any], spec: InputSpec, limits: Limits) -> Images:
-    """Convert nested lists of numbers.
+    """Convert nested lists of numbers, or rows with named fields.
 
     Raises:
-        BadRequestError: wrong shape, a value that is not a number, or a value outside [0, 1].
+        BadRequestError: wrong shape, a value that is not a number, or a value that is not allowed; a field that is
+            unknown, missing or wrong.
         TooLargeError: too many images.
     """
     _bound(len(inputs), spec, limits)
+    if inputs and isinstance(inputs[0], dict):
+        return _from_fields(inputs, spec)
     try:
-        array = np.array(inputs)
-    except (ValueError, OverflowError, MemoryError):
+        array = kinds.from_texts(spec, inputs) if spec.kind == "tokens" else np.array(inputs)
+    except (TypeError, ValueError, OverflowError, MemoryError):
+        if spec.kind == "tokens":
+            raise BadRequestError(
+                f"`inputs` must be a list of texts, each a list of token ids {_shape(spec)}; ids are whole numbers."
+            ) from None
         raise BadRequestError(
-            f"`inputs` is ragged: its lists differ in length. Every image must be {_shape(spec)}."
+            f"`inputs` is ragged: its lists differ in length. Every {_noun(spec)} must be {_shape(spec)}."
         ) from None
     # bool, str, None and mixtures give arrays of another kind.
     if array.dtype.kind not in "iuf":
         raise BadRequestError(
             "`inputs` holds a value that is not a number (null, text, true or false); send floats in [0, 1]."
+            if spec.kind == "image"
+            else "`inputs` holds a value that is not a number (null, text, true or false)."
         )
     return _checked("`inputs`", array, spec)
+
+
+def _from_fields(rows: list[Any], spec: InputSpec) -> Images:
+    if spec.fields is None:
+        raise BadRequestError(
+            f"`inputs` holds objects, but this ensemble has no named fields; send lists (batch, {_shape(spec)[1:]}."
+        )
+    if wrong := next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None):
+        raise BadRequestError(f"`inputs[{wrong}]` is not an object of named fields, as the others are.")
+    try:
+        return fields.encode(rows, spec)
+    except FieldError as error:
+        raise BadRequestError(f"`inputs`: {error}.") from None
 
 
 def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:
@@ -73,35 +97,38 @@ def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:
     """
     _bound(len(rows), spec, limits)
     if not rows:
-        raise BadRequestError(f"`inputs` is empty; send at least one image, as lists (batch, {_shape(spec)[1:]}.")
-    channels, height, _ = spec.shape
+        raise BadRequestError(
+            f"`inputs` is empty; send at least one {_noun(spec)}, as lists (batch, {_shape(spec)[1:]}."
+        )
+    lists, numbers = lists_of(spec.shape), math.prod(spec.shape)
     parsed: list[Images] = []
     for index, row in enumerate(rows):
         where = f"`inputs[{index}]`"
-        if row.lists != 1 + channels + channels * height or row.text.count(b",") != math.prod(spec.shape) - 1:
-            raise BadRequestError(
-                f"{where} does not have the shape {_shape(spec)}. The axes are batch, channel, row, column."
-            )
+        commas = row.text.count(b",")
+        if row.lists != lists or (commas >= numbers if spec.kind == "tokens" else commas != numbers - 1):
+            raise BadRequestError(f"{where} does not have the shape {_shape(spec)}.{_axes(spec)}")
         try:
             image = np.array(orjson.loads(row.text))
         except (ValueError, OverflowError):  # orjson's own error is a ValueError
-            raise BadRequestError(f"{where} is ragged or not JSON; every image must be {_shape(spec)}.") from None
+            raise BadRequestError(
+                f"{where} is ragged or not JSON; every {_noun(spec)} must be {_shape(spec)}."
+            ) from None
         if image.dtype.kind not in "iuf":
-            raise BadRequestError(f"{where} holds a value that is not a number (null or text); send floats in [0, 1].")
+            raise BadRequestError(f"{where} holds a value that is not a number (null or text).")
         parsed.append(_checked(where, image[None], spec))
-    return np.concatenate(parsed)
+    return kinds.joined(parsed)
 
 
 def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
     """Read a file written by numpy.save; pickled objects are refused, never loaded.
 
     Raises:
-        BadRequestError: not such a file, pickled objects, wrong shape or dtype, or a value outside [0, 1].
+        BadRequestError: not such a file, pickled objects, wrong shape or dtype, or a value that is not allowed.
         TooLargeError: too many images.
     """
     shape, fortran, dtype, start = _npy_header(body)
     if dtype.kind not in "iuf":
-        raise BadRequestError(f"The array's dtype is {dtype}; send float32 in [0, 1]. Pickled objects are not read.")
+        raise BadRequestError(f"The array's dtype is {dtype}; send numbers. Pickled objects are not read.")
     if math.prod(shape) * dtype.itemsize != len(body) - start:
         raise BadRequestError(
             f"The array's header says {shape} of {dtype}, but {len(body) - start} bytes follow. Was the file cut off?"
@@ -139,6 +166,8 @@ def open_encoded(files: Sequence[bytes], where: str, spec: InputSpec, limits: Li
         BadRequestError: no file at all, or a file that is not PNG or JPEG.
         TooLargeError: too many images, or too many pixels.
     """
+    if spec.kind != "image":
+        raise BadRequestError(f"{where.format(0)} is an image, but this ensemble takes {spec.kind}; send `inputs`.")
     _bound(len(files), spec, limits)
     if not files:
         raise BadRequestError("`images` is empty; send at least one.")
@@ -159,10 +188,11 @@ def _named(where: str, index: int, step: Callable[P, T], *args: P.args, **kwargs
 
 
 def _bound(rows: int, spec: InputSpec, limits: Limits) -> None:
-    allowed = min(limits.rows, limits.bytes // (4 * math.prod(spec.shape)))
+    size = kinds.dtype(spec).itemsize * math.prod(spec.shape)
+    allowed = min(limits.rows, limits.bytes // size)
     if rows > allowed:
-        raise TooLargeError(f"{rows} images in one request; at most {allowed} are allowed. Send them in parts.")
-    limits.hold(rows * 4 * math.prod(spec.shape))
+        raise TooLargeError(f"{rows} {_noun(spec)}s in one request; at most {allowed} are allowed. Send them in parts.")
+    limits.hold(rows * size)
 
 
 def _npy_header(body: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -192,27 +222,28 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[An
 
 
 def _check_shape(what: str, shape: tuple[int, ...], spec: InputSpec) -> None:
-    if shape[1:] == spec.shape and shape[0] > 0:
+    if len(shape) and shape[0] > 0 and kinds.fits(spec, shape):
         return
-    hint = (
-        "A single image needs a batch axis around it."
-        if shape == spec.shape
-        else "The axes are batch, channel, row, column."
-    )
+    hint = f" A single {_noun(spec)} needs a batch axis around it." if shape == spec.shape else _axes(spec)
     raise BadRequestError(
-        f"{what} has the shape {str(shape)[:80]}; this ensemble takes (batch, {_shape(spec)[1:]} with at least one image. {hint}"
+        f"{what} has the shape {str(shape)[:80]}; this ensemble takes (batch, {_shape(spec)[1:]} with at least one {_noun(spec)}.{hint}"
     )
 
 
 def _checked(what: str, array: NDArray[Any], spec: InputSpec) -> Images:
     _check_shape(what, array.shape, spec)
-    low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):  # also refuses NaN
-        raise BadRequestError(
-            f"{what} has values from {low!r} to {high!r}; pixels must lie in [0, 1]. Divide bytes by 255; do not normalise, the ensemble does."
-        )
-    return np.ascontiguousarray(array, dtype=np.float32)
+    if (fault := kinds.fault(spec, array)) is not None:
+        raise BadRequestError(f"{what} {fault}.")
+    return kinds.arranged(spec, array)
 
 
 def _shape(spec: InputSpec) -> str:
-    return "(" + ", ".join(map(str, spec.shape)) + ")"
+    return kinds.shown(spec)
+
+
+def _noun(spec: InputSpec) -> str:
+    return kinds.NOUNS[spec.kind]
+
+
+def _axes(spec: InputSpec) -> str:
+    return " The axes are batch, channel, row, column." if spec.kind == "image" else ""

@@ -7,18 +7,20 @@ separately: requests on other connections wait for at most one image.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from models_store.manifest import InputSpec
 from service.http.errors import BadRequestError, TooLargeError
 
 LARGE_BYTES = 64 * 1024  # smaller bodies are parsed at once
 _FIELDS = 32  # generous bound on the brackets, names, strings and commas of the other fields of a request
 _INPUTS = re.compile(rb'"inputs"\s*:\s*\[')
-Shape = tuple[int, int, int]
+_NAMED = re.compile(rb'"inputs"\s*:\s*\[\s*\{')
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,18 @@ class Row:
     lists: int  # number of lists in it, the outermost included
 
 
-def cut(body: bytes, shapes: Sequence[Shape], max_rows: int) -> tuple[bytes, list[Row] | None]:
+def lists_of(shape: Sequence[int]) -> int:
+    """Number of lists in one input of this shape, the outermost included."""
+    return 1 + sum(math.prod(shape[:axis]) for axis in range(1, len(shape)))
+
+
+def cut(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> tuple[bytes, list[Row] | None]:
     """Cut the elements of `inputs` out of a body.
 
     Args:
         body: the complete body.
-        shapes: the input shapes (C, H, W) of all ensembles that are served. A body with more lists than any of them
-            allows is refused unparsed.
+        specs: the inputs of all ensembles that are served. A body with more lists or fields than any of them allows is
+            refused unparsed.
         max_rows: largest number of images in one request.
 
     Returns:
@@ -46,10 +53,13 @@ def cut(body: bytes, shapes: Sequence[Shape], max_rows: int) -> tuple[bytes, lis
         BadRequestError: the body cannot be a valid request.
         TooLargeError: more than `max_rows` images.
     """
-    if max(body.count(b"["), body.count(b"]")) > _most_lists(len(body), shapes, max_rows) + _FIELDS:
+    if max(body.count(b"["), body.count(b"]")) > _most_lists(len(body), specs, max_rows) + _FIELDS:
         raise BadRequestError(
             "The body has more lists than a request of that size can have. `inputs` is (batch, C, H, W): see /ensembles for the shapes."
         )
+    if _NAMED.search(body) is not None:
+        _bound_named(body, specs, max_rows)
+        return body, None
     if body.count(b'"') > 2 * (max_rows + _FIELDS):
         raise BadRequestError(
             f"The body has more strings than {max_rows} encoded images and the other fields of a request need."
@@ -72,9 +82,21 @@ def cut(body: bytes, shapes: Sequence[Shape], max_rows: int) -> tuple[bytes, lis
     return rest, _rows(body[start:end], at, depth, max_rows)
 
 
-def _most_lists(size: int, shapes: Sequence[Shape], max_rows: int) -> int:
-    # A number takes at least two bytes, its comma included.
-    return 1 + max((min(max_rows, 1 + size // (2 * c * h * w)) * (1 + c + c * h) for c, h, w in shapes), default=0)
+def _most_lists(size: int, specs: Sequence[InputSpec], max_rows: int) -> int:
+    # A number takes at least two bytes, its comma included. Texts may have a single token.
+    numbers = [(spec, 1 if spec.kind == "tokens" else math.prod(spec.shape)) for spec in specs]
+    return 1 + max(
+        (min(max_rows, 1 + size // (2 * count)) * lists_of(spec.shape) for spec, count in numbers), default=0
+    )
+
+
+def _bound_named(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> None:
+    """Rows with named fields: each has at most the fields of an ensemble, and each field a name and a text."""
+    most = max((len(spec.fields or ()) for spec in specs), default=0)
+    if body.count(b"{") > max_rows + _FIELDS:
+        raise TooLargeError(f"More than {max_rows} rows in one request. Send them in parts.")
+    if body.count(b'"') > 4 * (max_rows * most + _FIELDS) or body.count(b",") > max_rows * (most + 1) + _FIELDS:
+        raise BadRequestError(f"The body has more fields than {max_rows} rows of an ensemble that is served have.")
 
 
 def _bound_rest(rest: bytes, max_rows: int) -> None:

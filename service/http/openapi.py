@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from models_store.manifest import Manifest
+from models_store.manifest import InputSpec, Manifest
 from service.http.bodies import ENCODED, JSON, NPY
 from service.http.feedback import MOST_LABELS, Feedback, FeedbackResponse
 from service.http.schemas import (
@@ -68,7 +68,7 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
             "required": True,
             "content": {
                 JSON: {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
-                NPY: {"schema": _binary("an array (batch, C, H, W) written by numpy.save")},
+                NPY: {"schema": _binary("an array (batch, …) written by numpy.save")},
                 **{media_type: {"schema": _binary("the bytes of one image file")} for media_type in ENCODED},
             },
         },
@@ -144,8 +144,8 @@ def _with_modes(schema: dict[str, Any], modes: Sequence[Mode]) -> dict[str, Any]
 def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -> dict[str, Any]:
     # The generated schema of a nullable field would present null as a valid choice.
     properties = dict(schema["properties"])
-    shapes = list(dict.fromkeys(manifest.input.shape for manifest in served)) or [None]
-    batches = [_batch(shape, max_rows) for shape in shapes]
+    specs = {manifest.input.model_dump_json(): manifest.input for manifest in served}
+    batches = [schema for spec in [*specs.values()] or [None] for schema in _batches(spec, max_rows)]
     properties["inputs"] = {
         "description": properties["inputs"]["description"],
         **(batches[0] if len(batches) == 1 else {"anyOf": batches}),
@@ -168,12 +168,44 @@ def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -
     }
 
 
-def _batch(shape: tuple[int, int, int] | None, max_rows: int) -> dict[str, Any]:
+def _batches(spec: InputSpec | None, max_rows: int) -> list[dict[str, Any]]:
+    """The forms of `inputs` for one ensemble; None stands for images of any size."""
+    rows: list[dict[str, Any]] = []
+    if spec is not None and spec.fields is not None:
+        rows.append(_named_row(spec))
     schema: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
-    for size in reversed(shape or (None, None, None)):
-        fixed = {} if size is None else {"minItems": size, "maxItems": size}
-        schema = {"type": "array", "items": schema, **(fixed or {"minItems": 1})}
-    return {"type": "array", "items": schema, "minItems": 1, "maxItems": max_rows}
+    if spec is not None and spec.kind == "features":
+        bounds = {"minimum": spec.low, "maximum": spec.high}
+        schema = {"type": "number", **{name: value for name, value in bounds.items() if value is not None}}
+    elif spec is not None and spec.vocabulary is not None:
+        schema = {"type": "integer", "minimum": 1, "maximum": spec.vocabulary - 1}
+    for size in reversed(spec.shape if spec else (None, None, None)):
+        longest = size is None or (spec is not None and spec.kind == "tokens")
+        fixed = (
+            {"minItems": 1, **({} if size is None else {"maxItems": size})}
+            if longest
+            else {"minItems": size, "maxItems": size}
+        )
+        schema = {"type": "array", "items": schema, **fixed}
+    return [{"type": "array", "items": row, "minItems": 1, "maxItems": max_rows} for row in [*rows, schema]]
+
+
+def _named_row(spec: InputSpec) -> dict[str, Any]:
+    assert spec.fields is not None, "it has named fields"
+    properties: dict[str, Any] = {}
+    for field in spec.fields:
+        if field.categories is not None:
+            properties[field.name] = {"enum": field.categories}
+            continue
+        bounds = {"minimum": spec.low, "maximum": spec.high}
+        kind: Any = "number" if spec.missing == "refuse" else ["number", "null"]
+        properties[field.name] = {"type": kind, **{name: value for name, value in bounds.items() if value is not None}}
+    required = [
+        field.name
+        for field in spec.fields
+        if (spec.missing == "refuse" if field.categories is None else "" not in field.categories)
+    ]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
 def _binary(description: str) -> dict[str, Any]:

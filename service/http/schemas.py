@@ -86,7 +86,10 @@ class PredictRequest(Options):
     """The JSON body of POST /predict: either `inputs` or `images`."""
 
     # images.py checks the pixels: pydantic would visit each of them in Python.
-    inputs: list[Any] | None = Field(default=None, description="images (batch, C, H, W) of floats in [0, 1]")
+    inputs: list[Any] | None = Field(
+        default=None,
+        description="images (batch, C, H, W) of floats in [0, 1]; features (batch, …), or rows with named fields; or texts of token ids",
+    )
     images: list[str] | None = Field(default=None, fail_fast=True, description="PNG or JPEG files in base64")
 
 
@@ -238,6 +241,13 @@ class PathResponse(TypedDict):
     points: list[PathPoint]
 
 
+class FieldInfo(BaseModel):
+    """A named field of a row."""
+
+    name: str
+    categories: list[str] | None = Field(description="allowed texts; null for a number")
+
+
 class EnsembleInfo(BaseModel):
     """What a client may know about an ensemble: a whitelist.
 
@@ -248,8 +258,11 @@ class EnsembleInfo(BaseModel):
     version: int
     method: str
     members: int | None = Field(description="number of members; null for a defended ensemble")
-    input_shape: tuple[int, int, int]
+    input_kind: Literal["image", "features", "tokens"]
+    input_shape: tuple[int, ...] = Field(description="(C, H, W) of images; (largest length,) of texts")
     resize: str
+    fields: list[FieldInfo] | None = Field(description="named fields of a row; null if it has none")
+    vocabulary: int | None = Field(description="number of token ids; null if it takes no tokens")
     classes: list[str]
     validation: Scores | None
     providers: list[str]
@@ -270,7 +283,8 @@ class VersionInfo(BaseModel):
     created: str = Field(description="UTC time of publication, ISO 8601")
     method: str
     members: int
-    input_shape: tuple[int, int, int]
+    input_kind: Literal["image", "features", "tokens"]
+    input_shape: tuple[int, ...] = Field(description="(C, H, W) of images; (largest length,) of texts")
     resize: str
     classes: list[str]
     temperature: float
@@ -439,8 +453,11 @@ def describe(
         version=manifest.version,
         method=manifest.method,
         members=None if policy.defended else len(manifest.members),
+        input_kind=manifest.input.kind,
         input_shape=manifest.input.shape,
         resize=manifest.input.resize,
+        fields=[FieldInfo(name=one.name, categories=one.categories) for one in manifest.input.fields or ()] or None,
+        vocabulary=manifest.input.vocabulary,
         classes=manifest.classes,
         validation=manifest.validation,
         providers=providers,
@@ -460,6 +477,7 @@ def describe_version(manifest: Manifest, *, served: bool) -> VersionInfo:
         created=manifest.created,
         method=manifest.method,
         members=len(manifest.members),
+        input_kind=manifest.input.kind,
         input_shape=manifest.input.shape,
         resize=manifest.input.resize,
         classes=manifest.classes,

@@ -16,6 +16,7 @@ from models_store.bank import Bank, Points
 from models_store.decisions.leaving import Rule
 from models_store.errors import MemberError
 from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default_threads
+from models_store.inputs import kinds
 from models_store.manifest import Manifest
 from models_store.store import Version
 from service.http.errors import BadRequestError, ForbiddenError, NoRouteError
@@ -123,7 +124,7 @@ class Ensemble:
         if self.pool is None or mode not in self.draws:
             return Rows(images)
         asked = f"{self.manifest.name}@{self.manifest.version} {caller}".encode()
-        if mode == "keyed":
+        if mode == "keyed" and images.dtype.kind == "f":
             # The network gets the same rounded pixels as the hash. Otherwise an attacker could vary an image below the
             # rounding, and query one and the same network with all variants.
             images = (quantised(images) / np.float32(LEVELS)).astype(np.float32)
@@ -146,6 +147,11 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         CorruptionError: the bank cannot be read.
     """
     modes, providers = recipe.policy.modes, list[str]()
+    if "keyed" in modes and version.manifest.input.kind == "features":
+        raise MemberError(
+            f"{version.name} takes features, for which the mode keyed is not defined: any change of a number, however small, would draw "
+            "another network. Open other modes in its policy."
+        )
     sessions: dict[Mode, Session] = {}
     draws: dict[Mode, Draw] = {}
     pool = None
@@ -180,9 +186,7 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         _path(version, recipe.policy, pool),
     )
     _check_listing(ensemble)
-    shape = version.manifest.input.shape
-    black = np.zeros((1, *shape), np.float32)
-    noise = np.random.default_rng(0).random((2, *shape), np.float32)
+    black, noise = kinds.blank(version.manifest.input), kinds.noise(version.manifest.input, 2)
     for mode in modes:
         ensemble.decisions.check_policy(mode)
     for stage in [stage for first in cascades.values() for stage in first.chain()]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models_store.graphs.runtime import Outputs
+from models_store.inputs import kinds
 from models_store.uncertainty import Floats, Prediction
 from service.http.images import Images
 from service.inference.modes.pool import Network
@@ -17,9 +18,9 @@ from service.inference.modes.pool import Network
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The input of an ensemble, one image per row."""
+    """The input of an ensemble, one input per row."""
 
-    images: Images  # (rows, C, H, W)
+    images: Images  # (rows, *shape), of any kind of input
     networks: tuple[Network, ...] = ()  # the network of each row, in modes that draw one
     carried: NDArray[np.float32] | None = (
         None  # logits of the members that ran already, (members, rows, classes), in a cascade
@@ -39,7 +40,7 @@ class Rows:
         networks = tuple(network for piece in pieces for network in piece.networks)
         carried = [piece.carried for piece in pieces if piece.carried is not None]
         return cls(
-            np.concatenate([piece.images for piece in pieces]),
+            kinds.joined([piece.images for piece in pieces]),
             networks,
             np.concatenate(carried, axis=1) if carried else None,
         )

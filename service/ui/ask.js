@@ -1,4 +1,5 @@
 // The view "Ask": an image, and what the ensemble thinks of it.
+import { takes } from "/ui/ensembles.js";
 import { element, fill, number, percent } from "/ui/parts.js";
 
 const SENT_AS_THEY_ARE = ["image/png", "image/jpeg"];
@@ -14,6 +15,7 @@ const by = (id) => document.getElementById(id);
 let ensembles = [];
 let source = null; // {blob, bitmap} of a file; null if the pad was drawn on
 let drawn = false;
+let wanted = false; // an answer to what was typed
 let place = null; // of the slider along a curve, kept between answers
 let asked = 0; // number of the newest question; answers to older ones are not shown
 
@@ -31,8 +33,18 @@ function offer(offered) {
 function describe() {
   const one = chosen();
   if (!one) return;
-  const [channels, height, width] = one.input_shape;
-  by("takes").textContent = `It takes ${channels === 1 ? "grey" : channels === 3 ? "colour" : `${channels}-channel`} images of ${height} × ${width} pixels.`;
+  const images = one.input_kind === "image";
+  by("imaged").hidden = !images;
+  by("typed").hidden = images;
+  if (images) {
+    const [channels, height, width] = one.input_shape;
+    by("takes").textContent = `It takes ${channels === 1 ? "grey" : channels === 3 ? "colour" : `${channels}-channel`} images of ${height} × ${width} pixels.`;
+  } else {
+    by("takes").textContent = `It takes ${takes(one)}.`;
+    by("values-label").textContent = one.fields ? "One row, as a JSON object" : "One input, as a JSON list";
+    if (by("values").dataset.of !== `${one.name}@${one.version}`) by("values").value = JSON.stringify(plain(one), null, one.fields ? 1 : 0);
+    by("values").dataset.of = `${one.name}@${one.version}`;
+  }
   by("deciding").hidden = !(one.calibration && one.modes.includes("average"));
   if (one.calibration) {
     by("coverage").max = Math.floor(100 * one.calibration.most_coverage);
@@ -41,6 +53,13 @@ function describe() {
   }
   by("coverage-shown").textContent = `${by("coverage").value} %`;
   by("risk-shown").textContent = `${by("risk").value} %`;
+}
+
+// An input to begin with: zeros, the first categories, or one token.
+function plain(one) {
+  if (one.fields) return Object.fromEntries(one.fields.map((field) => [field.name, field.categories ? field.categories[0] : 0]));
+  if (one.input_kind === "tokens") return [1];
+  return one.input_shape.reduceRight((inner, size) => Array.from({ length: size }, () => inner), 0);
 }
 
 function clear() {
@@ -87,6 +106,16 @@ function pixels(shape) {
 }
 
 async function send(one, options) {
+  if (one.input_kind !== "image") {
+    let row;
+    try {
+      row = JSON.parse(by("values").value);
+    } catch {
+      throw Object.assign(new Error("The input is not JSON. Numbers are separated by commas, texts are in double quotes."), { status: 400 });
+    }
+    const body = JSON.stringify({ inputs: [row], ensemble: one.name, ...options });
+    return read(await fetch("/predict", { method: "POST", headers: { "Content-Type": "application/json" }, body }));
+  }
   const [, height, width] = one.input_shape;
   const fits = source && (one.resize !== "refuse" || (source.bitmap.width === width && source.bitmap.height === height));
   if (fits && SENT_AS_THEY_ARE.includes(source.blob.type)) {
@@ -111,7 +140,7 @@ async function read(response) {
 
 async function question() {
   const one = chosen();
-  if (!one || !(drawn || source)) return;
+  if (!one || (one.input_kind === "image" ? !(drawn || source) : !wanted)) return;
   const own = ++asked;
   const options = { mode: one.modes[0] };
   if (options.mode === "average") {
@@ -146,7 +175,7 @@ function render(one, body, cascade, path) {
   const row = body.predictions[0];
   const shown = [element("p", { class: "label" }, row.confidence === undefined ? row.class_name : `${row.class_name}, ${percent(row.confidence)}`)];
   if (row.decision) {
-    const why = { uncertain: "the answer is not sure enough", unlike_training: "the image is unlike those of the training" };
+    const why = { uncertain: "the answer is not sure enough", unlike_training: "it is unlike what the training saw" };
     shown.push(element("p", { class: row.decision === "predict" ? "good" : "bad" },
       row.decision === "predict" ? `Rely on it: at most ${by("risk").value} % of such answers are wrong.` : `Ask a person: ${why[row.reason]}.`));
   }
@@ -291,6 +320,7 @@ function start() {
     const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
     if (file) take(file);
   });
+  by("ask-values").addEventListener("click", () => { wanted = true; question(); });
   by("choose").addEventListener("click", () => by("file").click());
   by("file").addEventListener("change", () => {
     if (by("file").files.length) take(by("file").files[0]);
@@ -303,7 +333,12 @@ function start() {
     fill(by("answer"), [element("p", { class: "quiet" }, "The answer appears here.")]);
   });
   for (const name of ["coverage", "risk"]) by(name).addEventListener("input", () => { describe(); question(); });
-  by("ensemble").addEventListener("change", () => { describe(); question(); });
+  by("ensemble").addEventListener("change", () => {
+    wanted = false;
+    describe();
+    if (chosen().input_kind === "image") question();
+    else fill(by("answer"), [element("p", { class: "quiet" }, "The answer appears here.")]);
+  });
 }
 
 export const ask = { start, offer };

@@ -8,7 +8,7 @@ function card(one) {
     ["Version", one.version],
     ["Method", one.method],
     ["Members", one.members ?? "not shown"],
-    ["Images", `${one.input_shape.join(" × ")} (channels, height, width)`],
+    ["Takes", takes(one)],
     ["Classes", one.classes.length > 12 ? `${one.classes.length}: ${one.classes.slice(0, 12).join(", ")}, …` : one.classes.join(", ")],
     ["Modes", one.modes.join(", ")],
     ["Runs on", one.providers.join(", ")],
@@ -33,9 +33,15 @@ function card(one) {
   ]);
 }
 
+export function takes(one) {
+  if (one.input_kind === "tokens") return `texts of at most ${one.input_shape[0]} tokens, ids 1 to ${one.vocabulary - 1}`;
+  if (one.input_kind === "image") return `images of ${one.input_shape.join(" × ")} (channels, height, width)`;
+  return one.fields ? `rows with the fields ${one.fields.map((field) => field.name).join(", ")}` : `features of ${one.input_shape.join(" × ")}`;
+}
+
 // Accuracy against confidence on the calibration images; the size of a dot is the share of images in its bin.
 function reliability(calibration) {
-  const [side, left, top] = [200, 44, 8];
+  const [side, left, top] = [200, 62, 12];
   const x = (confidence) => left + side * confidence;
   const y = (accuracy) => top + side * (1 - accuracy);
   const bins = calibration.reliability;
@@ -100,7 +106,7 @@ function differences(a, b) {
     ["Published", a.created, b.created],
     ["Method", a.method, b.method],
     ["Members", a.members, b.members],
-    ["Images", a.input_shape.join(" × "), b.input_shape.join(" × ")],
+    ["Shape of an input", a.input_shape.join(" × "), b.input_shape.join(" × ")],
     ["Other sizes", a.resize, b.resize],
     ["Classes", a.classes.length, b.classes.length],
     ["Classes that only it has", listed(a).join(", ") || "none", listed(b).join(", ") || "none"],

@@ -6,7 +6,7 @@ from onnx import TensorProto, helper
 from models_store.bank import Bank, check_bank
 from models_store.errors import CorruptionError, MemberError
 from models_store.graphs.runtime import MemberSession
-from models_store.manifest import ONNX_OPSET
+from models_store.manifest import ONNX_OPSET, InputSpec
 
 
 def template(external=("w", "shift")):
@@ -52,7 +52,7 @@ def test_a_point_answers_as_its_weights_say(tmp_path):
     made = bank()
     made.save(tmp_path / "bank")
     found = Bank.load(tmp_path / "bank")
-    check_bank(tmp_path / "bank", (1, 2, 2), 3, 5)
+    check_bank(tmp_path / "bank", InputSpec(shape=(1, 2, 2)), 3, 5)
     images = np.random.default_rng(1).random((6, 1, 2, 2)).astype(np.float32)
     for point in range(5):
         w = np.tensordot(made.coefficients[point], made.vertices["w"].astype(np.float64), 1)
@@ -89,9 +89,9 @@ def test_a_broken_bank_is_refused(changes, told, tmp_path):
 def test_a_template_and_weights_that_disagree_are_refused(tmp_path):
     bank(template=template(external=("w",))).save(tmp_path / "bank")
     with pytest.raises(MemberError, match="disagree about the initializer 'shift'"):
-        check_bank(tmp_path / "bank", (1, 2, 2), 3, 5)
+        check_bank(tmp_path / "bank", InputSpec(shape=(1, 2, 2)), 3, 5)
     with pytest.raises(MemberError, match="holds 5 points; its manifest says 6"):
-        check_bank(tmp_path / "bank", (1, 2, 2), 3, 6)
+        check_bank(tmp_path / "bank", InputSpec(shape=(1, 2, 2)), 3, 6)
 
 
 def test_a_damaged_bank_is_told(tmp_path):

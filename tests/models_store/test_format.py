@@ -13,6 +13,7 @@ MODELS = [
     "Manifest",
     "Network",
     "InputSpec",
+    "TableField",
     "Member",
     "Origin",
     "Scores",
@@ -41,10 +42,11 @@ def test_every_table_is_held():
 
 
 def test_the_constants_are_those_of_the_code():
-    assert f"schema version {manifest.SCHEMA_VERSION}" in TEXT
+    assert f"schema versions {manifest.READABLE[0]} to {manifest.READABLE[-1]}" in TEXT
     assert f"ONNX opset {manifest.ONNX_OPSET} " in TEXT
     assert f"{manifest.ECE_BINS} equal-width bins" in TEXT
-    assert f"`{manifest.INPUT_NAME}`: float32" in TEXT
+    assert f"`{manifest.InputSpec(shape=(1, 2, 2)).tensor}`: float32" in TEXT
+    assert f"`{manifest.InputSpec(kind='tokens', shape=(1,), vocabulary=2).tensor}`: int64" in TEXT
     assert f"`{manifest.OUTPUT_NAME}`: float32" in TEXT
 
 

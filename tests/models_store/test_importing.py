@@ -4,8 +4,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models_store.errors import MemberError
+from models_store.graphs.adapting import ImportOptions
 from models_store.graphs.runtime import EnsembleSession
-from models_store.importing import ImportOptions, import_members
+from models_store.importing import import_members
 from models_store.uncertainty import softmax
 from tests.models_store.test_file_kind import HTML, LFS, zipped
 from tests.onnx_members import SHAPE, linear, linear_logits
@@ -46,9 +47,7 @@ def test_normalisation_is_put_in_the_graph(store, tmp_path):
 
 
 def test_a_model_that_ends_in_softmax_keeps_its_probabilities(store, tmp_path):
-    version = import_members(
-        store, "zoo", saved(tmp_path, linear(0, softmax=True)), ImportOptions(output_is_probs=True)
-    )
+    version = import_members(store, "zoo", saved(tmp_path, linear(0, softmax=True)), ImportOptions(output="probs"))
     assert answer(version) == pytest.approx(softmax(linear_logits(linear(0), images)), abs=1e-5)
 
 
@@ -63,9 +62,8 @@ def test_weights_beside_the_graph_are_taken_in(store, tmp_path):
 @pytest.mark.parametrize(
     ("models", "options", "told"),
     [
-        ([linear(0), linear(1, shape=(1, 5, 5))], ImportOptions(), "same images"),
+        ([linear(0), linear(1, shape=(1, 5, 5))], ImportOptions(), "same inputs"),
         ([linear(0), linear(1, classes=4)], ImportOptions(), "same classes"),
-        ([linear(0, batch=1)], ImportOptions(), "fixed batch size 1"),
         ([linear(0)], ImportOptions(classes=["a", "b"]), "2 class names"),
         ([linear(0)], ImportOptions(mean=[0.1, 0.2]), "one per channel"),
         ([linear(0)], ImportOptions(input_shape=(3, 4, 4)), "takes images"),
@@ -155,7 +153,7 @@ def test_models_that_mix_the_images_of_a_batch_are_refused(store, tmp_path, mode
 )  # fmt: skip
 def test_outputs_of_another_kind_than_said_are_refused(store, tmp_path, models, probs, told):
     with pytest.raises(MemberError, match=told):
-        import_members(store, "zoo", saved(tmp_path, *models), ImportOptions(output_is_probs=probs))
+        import_members(store, "zoo", saved(tmp_path, *models), ImportOptions(output="probs" if probs else "logits"))
     assert store.names() == []
 
 
@@ -167,7 +165,7 @@ def test_log_probabilities_are_logits(store, tmp_path):
 @pytest.mark.parametrize("shape", [(8, 8, 3), (28, 28, 1), (8, 6, 4)])
 def test_channels_in_the_last_axis_are_asked_about(store, tmp_path, shape):
     files = saved(tmp_path, linear(0, shape=shape))
-    with pytest.raises(MemberError, match=r"last axis.*\(C, H, W\).*--input-shape"):
+    with pytest.raises(MemberError, match=r"last axis.*--channels-last.*--input-shape"):
         import_members(store, "zoo", files, ImportOptions())
     assert import_members(store, "zoo", files, ImportOptions(input_shape=shape)).manifest.input.shape == shape
 

@@ -132,7 +132,7 @@ def test_an_ensemble_answers_as_its_members_do(store):
     [
         (np.zeros((1, 4, 4)), "shape"),
         (np.zeros((0, 1, 4, 4)), "shape"),
-        (np.full((1, 1, 4, 4), 255.0), "divide bytes by 255"),
+        (np.full((1, 1, 4, 4), 255.0), "Divide bytes by 255"),
         (np.full((1, 1, 4, 4), np.nan), "pixels"),
         (np.array([["a"]]), "type"),
     ],

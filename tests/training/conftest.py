@@ -4,6 +4,7 @@ pytest.importorskip("torch", reason="the training extra is not installed")
 
 import torch
 
+from models_store.manifest import InputSpec
 from training import command, logger
 from training.data import Data, InMemory
 from training.data.augment import Augment
@@ -25,8 +26,8 @@ def make_data(count=64, shape=(1, 6, 6), classes=3, seed=0):
         return InMemory(images, torch.stack([b.mean(dim=1) for b in bands], dim=1).argmax(dim=1))
 
     return Data(
-        train=split(count), validation=split(count), test=split(count), classes=[str(c) for c in range(classes)], shape=shape,
-        mean=(0.5,) * shape[0], std=(0.3,) * shape[0], augment=Augment(), resize="refuse", fingerprint="test",
+        train=split(count), validation=split(count), test=split(count), classes=[str(c) for c in range(classes)], input=InputSpec(shape=shape),
+        mean=(0.5,) * shape[0], std=(0.3,) * shape[0], augment=Augment(), fingerprint="test",
     )  # fmt: skip
 
 

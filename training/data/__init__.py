@@ -1,12 +1,17 @@
 """Loads data sets by name, splits them, describes them, and returns batches.
 
     digits                   1797 scans of 8×8 that scikit-learn ships
+    breast-cancer, wine      tables that scikit-learn ships
+    digit-rows               the digits as signals: 8 steps of 8 values
+    languages                names in ten languages, as bytes; Babel ships them
     fashion-mnist            torchvision's folder, or Debian's package dataset-fashion-mnist
     cifar10, cifar100        torchvision's folder
     imagefolder:PATH         PATH/train, PATH/val, PATH/test (or less), each with one folder per class
+    npz:PATH                 arrays x and y, optionally x_validation, y_validation, x_test, y_test
+    csv:PATH, parquet:PATH   a table with named columns, one of which is the label
     package.module:factory   the user's own: factory() -> (train, validation, test)
 
-contract.py, in_memory.py, streaming.py and classes.py define which forms of splits are accepted, and the requirements on them.
+forms.py, contract.py, in_memory.py, streaming.py and classes.py define which forms of splits are accepted, and the requirements on them.
 The validation split is used for choices and calibration; the test split is used for reports only.
 """
 
@@ -21,9 +26,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
-from training.data import classes, held_out, image_folder, sources
+from models_store.inputs import kinds
+from models_store.manifest import InputSpec
+from training.data import classes, embedded, held_out, image_folder, sources, tables
 from training.data.augment import Augment
 from training.data.contract import Contract
+from training.data.forms import FeatureForm, Form, Missing, TokenForm
 from training.data.import_string import import_string
 from training.data.in_memory import InMemory
 from training.data.streaming import Streamed
@@ -33,6 +41,7 @@ SAMPLED = 16  # rows that are read twice, to detect a data set that returns rand
 READ_AT_ONCE = 256
 SEEN_IMAGES, SEEN_OF_EACH_CLASS = 5000, 50  # images that novelty is fitted on: the larger number
 FOLDER = "imagefolder:"
+NUMBERS_SHOWN = 12  # means in a note
 
 
 Split = InMemory | Streamed
@@ -46,15 +55,19 @@ class Data:
     validation: Split
     test: Split
     classes: list[str]
-    shape: tuple[int, int, int]  # (C, H, W)
-    mean: tuple[float, ...]  # of each channel, by default measured on the train split
-    std: tuple[float, ...]
+    input: InputSpec  # kind and shape of the inputs
+    mean: tuple[float, ...]  # along the first axis (channels, features), by default measured on the train split
+    std: tuple[float, ...]  # as `mean`; both are empty for tokens
     augment: Augment
-    resize: Literal["refuse", "stretch", "crop"]
     fingerprint: str
     validation_cut: bool = False  # True if the source has no validation split, so that training images were set aside
     notes: tuple[str, ...] = ()  # information for the log
     warnings: tuple[str, ...] = ()  # problems that will probably spoil a training
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input: (C, H, W) of images."""
+        return self.input.shape
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,9 @@ class DataOptions:
     workers: int = 0
     image_size: int | None = None
     hold_out: tuple[str, ...] = ()
+    label: str | None = None  # the column of a table that holds the classes
+    drop: tuple[str, ...] = ()  # columns of a table that are not used
+    missing: Missing = "refuse"
 
 
 def load(options: DataOptions) -> Data:
@@ -84,11 +100,18 @@ def load(options: DataOptions) -> Data:
     """
     found = _find(options)
     notes, warnings = list(found.notes), list[str]()
-    parts = [
-        _hold(part, name, options, found.classes)
-        for part, name in zip(found.parts, ("train", "validation", "test"), strict=True)
-    ]
-    train, validation, test = parts
+    form = found.form
+    if options.missing == "mean":
+        if not isinstance(form, FeatureForm):
+            raise DataError(f"--missing mean is for features; {options.dataset!r} has none.")
+        form = replace(form, missing="mean")
+    train = _hold(found.parts[0], "train", options, found.classes, form)
+    if isinstance(form, TokenForm) and train is not None and form.longest is None:
+        form = form.of_length(train.shape[0])
+    validation, test = (
+        _hold(part, name, options, found.classes, form)
+        for part, name in zip(found.parts[1:], ("validation", "test"), strict=True)
+    )
     if train is None or test is None:
         raise DataError(f"Data set {options.dataset!r} has no {'train' if train is None else 'test'} split.")
     given = {"train": train, "validation": validation, "test": test}
@@ -113,32 +136,40 @@ def load(options: DataOptions) -> Data:
             raise DataError(f"The {name} split of {options.dataset!r} is empty.")
     shapes = {split.shape for split in (train, validation, test)}
     if len(shapes) > 1:
-        raise DataError(f"The splits of {options.dataset!r} hold images of different shapes: {sorted(shapes)}.")
+        raise DataError(f"The splits of {options.dataset!r} hold inputs of different shapes: {sorted(shapes)}.")
     shape = shapes.pop()
+    spec = form.spec(shape)
     train, validation, test = (_expecting(split, len(names)) for split in (train, validation, test))
     if train.labels is not None and (absent := classes.without_images(names, train.labels)):
         warnings.append(
-            f"no training image of {len(absent)} of {len(names)} classes: {classes.listed(absent)}. The networks cannot learn them."
+            f"no training {kinds.NOUNS[spec.kind]} of {len(absent)} of {len(names)} classes: {classes.listed(absent)}. The networks cannot learn them."
         )
     mean, std = options.mean or found.mean, options.std or found.std
-    if mean is None or std is None:
+    if spec.kind == "tokens":
+        if mean or std:
+            raise DataError("--mean and --std are for images and features; token ids are not normalised.")
+        mean, std = (), ()
+    elif mean is None or std is None:
         measured_mean, measured_std = _measure(train)
         mean, std = mean or measured_mean, std or measured_std
-        notes.append(f"mean {_numbers(mean)} std {_numbers(std)}, measured on {len(train)} training images")
-    if len(mean) != shape[0] or len(std) != shape[0] or min(std) <= 0:
+        listed = (
+            f"mean {_numbers(mean)} std {_numbers(std)}" if len(mean) <= NUMBERS_SHOWN else f"{len(mean)} means and std"
+        )
+        notes.append(f"{listed}, measured on {len(train)} training {kinds.NOUNS[spec.kind]}s")
+    if spec.kind != "tokens" and (len(mean) != shape[0] or len(std) != shape[0] or min(std) <= 0):
+        what = "channel" if spec.kind == "image" else "feature"
         raise DataError(
-            f"mean and std need {shape[0]} numbers, one for each channel, and std must be positive; got {mean} and {std}."
+            f"mean and std need {shape[0]} numbers, one for each {what}, and std must be positive; got {mean} and {std}."
         )
     return Data(
         train=train,
         validation=validation,
         test=test,
         classes=names,
-        shape=shape,  # pyright: ignore[reportArgumentType]
+        input=spec,
         mean=tuple(mean),
         std=tuple(std),
-        augment=_augment(options.augment, found.augment, shape),
-        resize=found.resize,
+        augment=_augment(options, found.augment, spec),
         fingerprint=_fingerprint(train, validation, test),
         validation_cut=validation_cut,
         notes=tuple(notes),
@@ -147,7 +178,7 @@ def load(options: DataOptions) -> Data:
 
 
 def foreign(options: DataOptions, limit: int | None = None) -> tuple[np.ndarray[Any, Any], list[str]]:
-    """Images of a data set whose classes do not matter, float32 (N, C, H, W), at most `limit`; and notes for the log.
+    """Inputs of a data set whose classes do not matter, (N, *shape), at most `limit`; and notes for the log.
 
     Uses the test split, or for a folder of images without splits, every image below it. Unreadable files are left out. With
     `hold_out`, uses the images of these classes only.
@@ -173,7 +204,7 @@ def foreign(options: DataOptions, limit: int | None = None) -> tuple[np.ndarray[
             notes = (*notes, f"warning: {len(unreadable)} files cannot be read and are left out, as {unreadable[0]}")
         return torch.stack(images).numpy(), list(notes)
     found = _find(options)
-    split = _hold(found.parts[2], "test", options, found.classes)
+    split = _hold(found.parts[2], "test", options, found.classes, found.form)
     if split is None:
         raise DataError(f"Data set {options.dataset!r} has no test split.")
     if options.hold_out:
@@ -188,7 +219,7 @@ def in_order(split: Split) -> torch.Tensor:
 
 
 def as_arrays(split: Split, limit: int | None = None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The first `limit` images float32 (N, C, H, W) and labels (N,) as numpy arrays."""
+    """The first `limit` inputs (N, *shape) and labels (N,) as numpy arrays."""
     parts = [
         (images.cpu().numpy(), labels.cpu().numpy()) for images, labels in split.batches(in_order(split)[:limit], 1024)
     ]
@@ -217,6 +248,8 @@ def _find(options: DataOptions) -> sources.Source:
     name = options.dataset
     if name.startswith(FOLDER):
         return image_folder.source(name.removeprefix(FOLDER), options.image_size or image_folder.SIZE)
+    if tables.is_one(name):
+        return tables.source(name, options.label, options.drop, options.split_seed)
     if ":" in name:
         factory = import_string(name)
         try:
@@ -224,23 +257,30 @@ def _find(options: DataOptions) -> sources.Source:
         except Exception as error:
             raise DataError(f"Data factory {name!r} failed with {type(error).__name__}: {error}") from error
         return sources.from_user(name, made)
-    if name in sources.BUILT_IN:
-        return sources.BUILT_IN[name]()
+    known = {**sources.BUILT_IN, **embedded.BUILT_IN}
+    if name in known:
+        return known[name]()
     raise DataError(
-        f"Unknown data set {name!r}. Known: {', '.join(sources.BUILT_IN)}, imagefolder:PATH, or your own as package.module:factory."
+        f"Unknown data set {name!r}. Known: {', '.join(known)}, imagefolder:PATH, npz:PATH, csv:PATH, parquet:PATH, or your own as "
+        "package.module:factory."
     )
 
 
-def _hold(part: sources.Part, name: str, options: DataOptions, names: Sequence[str] | None) -> Split | None:
+def _hold(part: sources.Part, name: str, options: DataOptions, names: Sequence[str] | None, form: Form) -> Split | None:
     """Load a split into memory if it fits and two reads agree; otherwise stream it."""
     if part is None:
         return None
-    contract = Contract(f"The {name} split of {options.dataset!r}", names)
-    if isinstance(part, tuple | list) and len(part) and isinstance(part[0], torch.Tensor | np.ndarray):
+    contract = Contract(f"The {name} split of {options.dataset!r}", names, form=form)
+    texts = isinstance(form, TokenForm) and isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], list)
+    if isinstance(part, tuple | list) and len(part) and (texts or isinstance(part[0], torch.Tensor | np.ndarray)):
         if len(part) != 2:
             raise DataError(f"{contract.what} has {len(part)} parts; give (images, labels).")
         return InMemory(*contract.arrays(*part))
     dataset, size = _map_style(part, contract.what)
+    if isinstance(form, TokenForm) and form.longest is None:
+        raise DataError(
+            f"{contract.what} is read row by row, so the length of its texts is unknown: give `longest`, in tokens."
+        )
     rows = list(range(min(SAMPLED, size)))
     sample, _ = contract.read(dataset, rows)
     again, _ = contract.read(dataset, rows)
@@ -295,20 +335,26 @@ def _measure(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     total = squares = torch.zeros(())
     count = 0
     for images, _ in train.batches(rows, 512):
-        wide = images.double()
-        total = total + wide.sum(dim=(0, 2, 3))
-        squares = squares + wide.square().sum(dim=(0, 2, 3))
-        count += images.shape[0] * images.shape[2] * images.shape[3]
+        wide = images.double().transpose(0, 1).flatten(1)  # (channels or features, numbers of all rows)
+        known = ~wide.isnan()
+        wide = wide.nan_to_num(0)
+        total = total + wide.sum(dim=1)
+        squares = squares + wide.square().sum(dim=1)
+        count = count + known.sum(dim=1).clamp_min(0)
+    count = torch.as_tensor(count).clamp_min(1)
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
     std = torch.where(std < 1e-6, torch.ones_like(std), std)  # a constant channel is left as it is
     return tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std)
 
 
-def _augment(choice: str, own: Augment, shape: tuple[int, ...]) -> Augment:
-    if choice == "auto":
-        return own
-    return Augment(crop=max(1, shape[1] // 8) if "crop" in choice else 0, flip="flip" in choice)
+def _augment(options: DataOptions, own: Augment, spec: InputSpec) -> Augment:
+    choice = options.augment
+    if choice == "auto" or (choice == "none" and spec.kind != "image"):
+        return own if choice == "auto" else Augment()
+    if spec.kind != "image":
+        raise DataError(f"--augment {choice} is for images; {options.dataset!r} has {spec.kind}.")
+    return Augment(crop=max(1, spec.shape[1] // 8) if "crop" in choice else 0, flip="flip" in choice)
 
 
 def _fingerprint(*splits: Split) -> str:

@@ -22,6 +22,8 @@ class Augment:
             images: (batch, C, H, W), before normalisation, so that 0 is black.
             generator: on the CPU, so that the draws do not depend on the device.
         """
+        if not (self.crop or self.flip):  # images or any other inputs
+            return images
         batch, _, height, width = images.shape
         if self.crop:
             corners = torch.randint(0, 2 * self.crop + 1, (2, batch), generator=generator).to(images.device)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from models_store.inputs import kinds
+from models_store.inputs.kinds import Inputs
+from models_store.manifest import InputSpec
+from training.errors import DataError
+
 IMAGES = 2000
 GRATINGS = 4  # that are added up to a texture
 
@@ -33,3 +38,17 @@ def textures(shape: tuple[int, int, int], images: int = IMAGES) -> NDArray[np.fl
 
 
 SETS = {"noise": noise, "textures": textures}
+
+
+def rows(name: str, spec: InputSpec) -> Inputs:
+    """A set of SETS for an ensemble, (IMAGES, *shape).
+
+    Raises:
+        DataError: textures for anything but images.
+    """
+    if spec.kind != "image":
+        if name != "noise":
+            raise DataError(f"The foreign set {name} is drawn for images; the ensemble takes {spec.kind}. Use noise.")
+        return kinds.arranged(spec, kinds.noise(spec, IMAGES))
+    channels, height, width = spec.shape
+    return SETS[name]((channels, height, width))

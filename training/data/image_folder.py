@@ -26,6 +26,7 @@ from models_store.errors import DecodeError
 from models_store.manifest import InputSpec
 from training.data.augment import Augment
 from training.data.classes import listed
+from training.data.forms import ImageForm
 from training.data.sources import Source
 from training.errors import DataError
 
@@ -102,7 +103,7 @@ def source(path: str, size: int) -> Source:
         validation, test = (every.get("val"), every["test"]) if "test" in every else (None, every["val"])
         parts = every["train"], validation, test
     return Source(
-        parts, names, augment=Augment(crop=size // 8, flip=True), resize="crop", notes=search.said(f"imagefolder:{path}")
+        parts, names, augment=Augment(crop=size // 8, flip=True), form=ImageForm("crop"), notes=search.said(f"imagefolder:{path}")
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from training.data.streaming import scale
 class InMemory:
     """A split as two tensors. uint8 images have values 0 … 255, and are scaled to [0, 1] batch by batch."""
 
-    images: torch.Tensor  # (N, C, H, W), uint8 or float32
+    images: torch.Tensor  # or other inputs, (N, *shape): uint8, float32 or int64
     labels: torch.Tensor  # (N,), int64
 
     def __len__(self) -> int:
@@ -23,11 +23,11 @@ class InMemory:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of every image."""
+        """The shape of every input."""
         return tuple(self.images.shape[1:])
 
     def batches(self, order: torch.Tensor, size: int) -> Iterator[Batch]:
-        """Images float32 (batch, C, H, W) in [0, 1] and labels int64 (batch,), in the given order of rows."""
+        """Inputs (batch, *shape), images as float32 in [0, 1], and labels int64 (batch,), in the given order of rows."""
         for rows in order.to(self.labels.device).split(size):
             yield scale(self.images[rows]), self.labels[rows]
 

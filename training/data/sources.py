@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from training.data.augment import Augment
+from training.data.forms import IMAGES, FeatureForm, Form, ImageForm, TokenForm
 from training.errors import DataError
 
 # Tensors (images, labels), or a map-style dataset, or None for a split that the source does not have.
 Part = tuple[torch.Tensor, torch.Tensor] | Any | None
-Resize = Literal["refuse", "stretch", "crop"]
 
 NO_AUGMENT = Augment()
 FASHION_CLASSES = (
@@ -36,7 +36,7 @@ class Source:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     augment: Augment = NO_AUGMENT
-    resize: Resize = "refuse"
+    form: Form = IMAGES  # of the inputs, in all splits
     notes: tuple[str, ...] = ()  # for the log: parts of the source that are not used
 
 
@@ -58,7 +58,7 @@ def digits() -> Source:
         parts=((images[train], labels[train]), None, (images[test], labels[test])),
         classes=[str(digit) for digit in range(10)],
         augment=Augment(crop=1),
-        resize="stretch",
+        form=ImageForm("stretch"),
     )
 
 
@@ -68,7 +68,10 @@ def fashion_mnist() -> Source:
         if any(folder.glob("train-images-idx3-ubyte*")):
             train, test = (_idx_pair(folder, prefix) for prefix in ("train", "t10k"))
             return Source(
-                parts=(train, None, test), classes=FASHION_CLASSES, augment=Augment(crop=2, flip=True), resize="stretch"
+                parts=(train, None, test),
+                classes=FASHION_CLASSES,
+                augment=Augment(crop=2, flip=True),
+                form=ImageForm("stretch"),
             )
     raise DataError(
         f"Fashion-MNIST is neither in {data_root() / 'FashionMNIST'} (torchvision's folder; $MODEPATH_DATA) nor in {DEBIAN_FASHION} "
@@ -91,7 +94,9 @@ def _cifar(classes: int) -> Source:
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in (train, test)
     ]
-    return Source((parts[0], None, parts[1]), train.classes, augment=Augment(crop=4, flip=True), resize="stretch")
+    return Source(
+        (parts[0], None, parts[1]), train.classes, augment=Augment(crop=4, flip=True), form=ImageForm("stretch")
+    )
 
 
 BUILT_IN: dict[str, Callable[[], Source]] = {
@@ -113,9 +118,6 @@ def from_user(name: str, made: Any) -> Source:
             f"Data factory {name!r} must return (train, validation, test), or an object with those attributes; "
             f"it returned {type(made).__name__}."
         ) from None
-    resize = getattr(made, "resize", "refuse")
-    if resize not in ("refuse", "stretch", "crop"):
-        raise DataError(f"Data factory {name!r}: resize must be refuse, stretch or crop; got {resize!r}.")
     augment = getattr(made, "augment", None) or Augment()
     if not callable(augment):
         raise DataError(f"Data factory {name!r}: augment must be callable as augment(images, generator).")
@@ -128,8 +130,31 @@ def from_user(name: str, made: Any) -> Source:
         mean=_channels(name, "mean", made),
         std=_channels(name, "std", made),
         augment=augment,  # pyright: ignore[reportArgumentType]
-        resize=resize,
+        form=_form(name, made, train),
     )
+
+
+def _form(name: str, made: Any, train: Part) -> Form:
+    """The form of the inputs, by `kind` or by the arrays where they have one meaning."""
+    resize = getattr(made, "resize", "refuse")
+    if resize not in ("refuse", "stretch", "crop"):
+        raise DataError(f"Data factory {name!r}: resize must be refuse, stretch or crop; got {resize!r}.")
+    kind, vocabulary = getattr(made, "kind", None), getattr(made, "vocabulary", None)
+    if kind is None:
+        inputs = train[0] if isinstance(train, tuple | list) and len(train) == 2 else None
+        floats = isinstance(inputs, torch.Tensor | np.ndarray) and "float" in str(inputs.dtype) and inputs.ndim == 2
+        kind = "tokens" if vocabulary is not None else "features" if floats else "image"
+    if kind == "image":
+        return ImageForm(resize)
+    if kind == "features":
+        low, high = getattr(made, "low", None), getattr(made, "high", None)
+        return FeatureForm(low, high, getattr(made, "missing", "refuse"))
+    if kind != "tokens" or not isinstance(vocabulary, int) or vocabulary < 2:
+        raise DataError(
+            f"Data factory {name!r}: kind must be image, features or tokens, and tokens need `vocabulary`, the number of ids; got {kind!r} and "
+            f"{vocabulary!r}."
+        )
+    return TokenForm(vocabulary, getattr(made, "longest", None))
 
 
 def _named(made: Any) -> Any:

@@ -13,10 +13,13 @@ from tabulate import tabulate
 from torch.nn import functional
 
 from models_store.graphs.runtime import EnsembleSession
+from models_store.inputs import kinds
+from models_store.manifest import InputSpec
 from models_store.store import Version
 from models_store.uncertainty import UNCERTAINTY_MEASURES, Prediction
 from training import data
 from training.data import generated
+from training.errors import DataError
 from training.measurement import decisions
 from training.members import metrics
 
@@ -44,18 +47,18 @@ def measure(
     Raises:
         DataError: a data set is unknown, missing or malformed.
     """
-    shape = version.manifest.input.shape
+    spec = version.manifest.input
     found: list[dict[str, Any]] = []
     if options.hold_out:
         images, notes = data.foreign(options, limit)
         found.append(_of(version, session, f"held-out classes: {', '.join(options.hold_out)}", images, notes, average))
     for name in names:
         if name in generated.SETS:
-            images, notes = generated.SETS[name](shape)[:limit], list[str]()
+            images, notes = generated.rows(name, spec)[:limit], list[str]()
         else:
             own = dataclasses.replace(options, dataset=name, mean=None, std=None, limit=None, hold_out=())
             images, notes = data.foreign(own, limit)
-        found.append(_of(version, session, name, fit_images(images, shape), notes, average))
+        found.append(_of(version, session, name, fit(images, spec, name), notes, average))
     return found
 
 
@@ -80,6 +83,21 @@ def _of(
             for key, sign in SIGNS.items()
         },
     }
+
+
+def fit(inputs: kinds.Inputs, spec: InputSpec, name: str) -> kinds.Inputs:
+    """Foreign inputs as the ensemble takes them: images are resized, others must have the right shape and range.
+
+    Raises:
+        DataError: they do not.
+    """
+    if spec.kind == "image" and inputs.ndim == 4:
+        channels, height, width = spec.shape
+        return fit_images(inputs, (channels, height, width))
+    fault = kinds.fault(spec, inputs) if kinds.fits(spec, inputs.shape) else f"has the shape {inputs.shape}"
+    if fault is not None:
+        raise DataError(f"The foreign set {name} {fault}; the ensemble takes {spec.kind} {kinds.shown(spec)}.")
+    return kinds.arranged(spec, inputs)
 
 
 def as_markdown(found: Sequence[dict[str, Any]]) -> list[str]:

@@ -27,6 +27,7 @@ from training.errors import ConfigError
 from training.geometry.vertices import State, combine, coordinates, put_into
 from training.members import member, metrics
 from training.networks import layout
+from training.networks.normaliser import Normaliser
 
 BATCH = 128  # the same as in member.clean_images
 
@@ -119,12 +120,12 @@ class Probe:
                 if split is self._data.train
                 else order[:limit]
             )
-        mean, std = (torch.tensor(v, device=self._device).view(1, -1, 1, 1) for v in (self._data.mean, self._data.std))
+        normalise = Normaliser.of(self._data).to(self._device)
         memory_format = layout.of(self._network)
         self._network.eval()
         logits, labels = [], []
         for images, known in split.batches(order, BATCH):
-            normalised = layout.arrange((images.to(self._device) - mean) / std, memory_format)
+            normalised = layout.arrange(normalise(images.to(self._device)), memory_format)
             logits.append(self._network(normalised).float().cpu())
             labels.append(known.cpu())
         return torch.cat(logits).numpy(), torch.cat(labels).numpy()
@@ -147,7 +148,7 @@ def open_probe(version: Version, files: Sequence[Path], subset: Subset) -> tuple
             f"{version.name} was imported: its manifest does not record how its networks are built or what they were trained on."
         )
     found = data.load(data_options(kept))
-    module = networks.build(network.factory, len(found.classes), found.shape, network.kwargs)
+    module = networks.build(network.factory, len(found.classes), found.input, network.kwargs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     placed = data.on_device(found, device)
     return Probe(module, placed, [load_file(file) for file in files], kept["weight_decay"], subset, device), placed

@@ -176,7 +176,7 @@ def answers(network: nn.Module, weights: State, data: Data, bn_images: int, devi
     """
     images, labels = as_arrays(data.validation)
     put_into(network, weights)
-    served = Normalised(network, data.mean, data.std).to(device)
+    served = Normalised.of(network, data).to(device)
     member.settle(network, data, bn_images, device)
     logits = torch_logits(served, images, device)
     return Answers.of(logits[None], labels, np.ones(1)) if np.isfinite(logits).all() else None

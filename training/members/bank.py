@@ -14,6 +14,7 @@ from models_store.bank import Bank
 from models_store.decisions import temperature
 from models_store.decisions.calibration import halves
 from models_store.graphs.runtime import MemberSession, in_batches
+from models_store.manifest import InputSpec
 from models_store.uncertainty import softmax
 from training.data import Data, as_arrays
 from training.errors import ExportError
@@ -36,6 +37,7 @@ def build(
     coefficients: Coefficients,
     bn_images: int,
     device: torch.device,
+    spec: InputSpec,
 ) -> Bank:
     """Build a bank in which every point gives the same outputs as torch.
 
@@ -47,6 +49,7 @@ def build(
         coefficients: (points, vertices); the bank's points.
         bn_images: number of clean training images on which each point's statistics are re-estimated.
         device: where torch runs.
+        spec: what the members take; see Exporter.
 
     Raises:
         ExportError: at some point, the template with the combined weights does not give torch's outputs.
@@ -61,8 +64,8 @@ def build(
         if tensor.is_floating_point() and any(not torch.equal(tensor, other[name]) for other in vertices[1:])
     ]
     put_into(network, combine(vertices, coefficients[len(coefficients) // 2]))
-    served = Normalised(network, data.mean, data.std).to(device)
-    template, held = to_open_template(served, data.shape, {_NETWORK + name for name in {*varying, *statistics}})
+    served = Normalised.of(network, data).to(device)
+    template, held = to_open_template(served, spec, {_NETWORK + name for name in {*varying, *statistics}})
     stacks = {
         name: np.stack([_array(state[name.removeprefix(_NETWORK)]) for state in vertices])
         for name in sorted(held)

@@ -20,10 +20,14 @@ from torch import nn
 from models_store.errors import MemberError
 from models_store.graphs import independence
 from models_store.graphs.runtime import MemberSession, in_batches
-from models_store.manifest import INPUT_NAME, ONNX_OPSET, OUTPUT_NAME
+from models_store.inputs import kinds
+from models_store.manifest import ONNX_OPSET, OUTPUT_NAME, InputSpec
 from models_store.uncertainty import softmax
+from training import logger
+from training.data import Data
 from training.errors import ExportError
 from training.networks import layout
+from training.networks.normaliser import Normaliser
 
 LOGITS_TOLERANCE = 1e-4  # times max(1, max |logit|)
 # For probabilities: absolute up to logits of 10, and in proportion to the logits beyond. A logit is rounded relative to
@@ -38,33 +42,39 @@ DIVERGED_LOGITS = 1e3
 
 
 class Normalised(nn.Module):
-    """The exported network: images in [0, 1] to logits. It includes normalisation, as in training."""
+    """The exported network: images in [0, 1], or other inputs, to logits. It includes normalisation, as in training."""
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        """Create one for images; `of` creates one for the inputs of a data set."""
         super().__init__()
         self.network = network
-        # Not named `mean`: the exporter names values after their operator, and a network may compute a mean.
-        self.pixel_mean: torch.Tensor
-        self.pixel_std: torch.Tensor
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("pixel_std", torch.tensor(std).view(1, -1, 1, 1))
+        self.normaliser = Normaliser(mean, std, 3)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(batch, C, H, W) -> (batch, classes)."""
-        return self.network((images - self.pixel_mean) / self.pixel_std)
+    @classmethod
+    def of(cls, network: nn.Module, data: Data) -> Normalised:
+        """The exported network for the inputs of a data set."""
+        made = cls(network, (), ())
+        made.normaliser = Normaliser.of(data)
+        return made
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(batch, *shape) -> (batch, classes)."""
+        return self.network(self.normaliser(inputs))
 
 
-def to_onnx(network: Normalised, shape: tuple[int, int, int]) -> bytes:
+def to_onnx(network: Normalised, spec: InputSpec) -> bytes:
     """A single-file ONNX model with an open batch axis.
 
     Raises:
         ExportError: torch cannot export this network.
     """
-    return _fold(to_template(network, shape))
+    return _fold(to_template(network, spec))
 
 
-def to_template(network: Normalised, shape: tuple[int, int, int]) -> onnx.ModelProto:
+def to_template(network: Normalised, spec: InputSpec) -> onnx.ModelProto:
     """The traced graph, in which every weight is an initializer under its torch name.
+
+    Texts have an open length if the spec says so.
 
     Raises:
         ExportError: torch cannot export this network.
@@ -76,10 +86,10 @@ def to_template(network: Normalised, shape: tuple[int, int, int]) -> onnx.ModelP
     try:
         with _quiet():
             program = torch.onnx.export(
-                _trace(network, torch.rand(2, *shape)),
+                _trace(network, spec),
                 dynamo=True,
                 opset_version=ONNX_OPSET,
-                input_names=[INPUT_NAME],
+                input_names=[spec.tensor],
                 output_names=[OUTPUT_NAME],
                 verbose=False,
                 optimize=False,  # folding would lose the names of weights
@@ -120,9 +130,7 @@ def _reason(error: BaseException) -> str:
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
-def to_open_template(
-    network: Normalised, shape: tuple[int, int, int], names: Collection[str]
-) -> tuple[bytes, set[str]]:
+def to_open_template(network: Normalised, spec: InputSpec, names: Collection[str]) -> tuple[bytes, set[str]]:
     """The traced graph without the named weights, which are declared external and given when a session is made.
 
     Returns:
@@ -131,7 +139,7 @@ def to_open_template(
     Raises:
         ExportError: torch cannot export this network.
     """
-    model = to_template(network, shape)
+    model = to_template(network, spec)
     graph = model.graph
     left_out = {tensor.name: tensor for tensor in graph.initializer if tensor.name in names}
     inlined = [tensor for tensor in graph.initializer if tensor.name not in left_out]
@@ -187,8 +195,9 @@ class Exporter:
     names differ or parity with torch fails, and the member is traced again.
     """
 
-    def __init__(self, shape: tuple[int, int, int]):
-        self._shape = shape
+    def __init__(self, spec: InputSpec):
+        """Create it; `spec` is what the network takes. It is closed to texts of other lengths if the network is."""
+        self.spec = spec
         self._template: onnx.ModelProto | None = None
 
     def trace(self, network: Normalised) -> tuple[bytes, MemberSession]:
@@ -197,11 +206,28 @@ class Exporter:
         Raises:
             ExportError: torch cannot export this network, or ONNX Runtime rejects the file.
         """
-        template = to_template(network, self._shape)
+        template = self._to_template(network)
         refilled = _refill(template, network)  # the file must not depend on the weights that were traced
         self._template = _without_weights(template, network) if _holds_all_weights(template, network) else None
         model = _fold(refilled)
         return model, open_exported(model)
+
+    def _to_template(self, network: Normalised) -> onnx.ModelProto:
+        if not self.spec.open_length:
+            return to_template(network, self.spec)
+        try:
+            found = to_template(network, self.spec)
+            session = open_exported(_fold(_refill(found, network)))
+            if independence.fault(session.logits, kinds.probes(self.spec), self.spec) is None:
+                return found
+            why = "its answer depends on how far a text is filled up"
+        except ExportError as error:
+            why = str(error).partition(". Its forward")[0]
+        self.spec = self.spec.model_copy(update={"open_length": False})
+        logger.info(
+            f"note: the network takes texts of {self.spec.shape[0]} tokens only, to which the service fills them up ({why})"
+        )
+        return to_template(network, self.spec)
 
     def export(
         self, network: Normalised, images: NDArray[np.float32], device: torch.device
@@ -260,9 +286,12 @@ def _without_weights(template: onnx.ModelProto, network: Normalised) -> onnx.Mod
     return template
 
 
-def _trace(network: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
+def _trace(network: nn.Module, spec: InputSpec) -> torch.export.ExportedProgram:
     # Traced here, because torch.onnx silently falls back to a graph with a fixed batch size.
+    example = torch.from_numpy(kinds.noise(spec, 2))
     axes = ({0: torch.export.Dim("batch")},)
+    if spec.open_length:
+        axes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=spec.shape[0])},)
     try:
         return torch.export.export(network, (example,), dynamic_shapes=axes, strict=False)
     except Exception:
@@ -308,7 +337,7 @@ def check_parity(
     probs_limit = PROBS_TOLERANCE * max(1.0, min(largest, DIVERGED_LOGITS) / _EXACT_LOGITS)
     if not (probs_off <= probs_limit and logits_off <= logits_limit):
         # A deep network may amplify the last bit of a pixel beyond this, and no export can be more exact than that.
-        nudged = in_batches(session, independence.nudged(images))
+        nudged = in_batches(session, kinds.nudged(images))
         logits_limit += _LAST_BITS * float(np.abs(nudged - found).max())
         probs_limit = min(_LOOSEST, probs_limit + _LAST_BITS * float(np.abs(softmax(nudged) - softmax(found)).max()))
     # False for NaN, too.

@@ -118,13 +118,15 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
         kept_bank = _keep_bank(
             staged,
             rows,
-            lambda rows: bank.build(job.run, job.network, data, states, rows, config.bn_images, job.device),
+            lambda rows: bank.build(
+                job.run, job.network, data, states, rows, config.bn_images, job.device, job.exporter.spec
+            ),
         )
         forward = (members.made + len(rows)) * _settling(job.network, data, config.bn_images, job.device)
         draft = manifest.Draft(
             method=config.method,
             network=manifest.Network(factory=config.network, kwargs=config.network_kwargs()),
-            input=manifest.InputSpec(shape=data.shape, resize=data.resize),
+            input=job.exporter.spec,
             classes=data.classes,
             members=records,
             temperature=fitted.temperature,

@@ -1,15 +1,19 @@
-"""Networks by name. A network is a plain nn.Module that takes normalised images (batch, C, H, W) and returns logits.
+"""Networks by name. A network is a plain nn.Module that takes normalised inputs (batch, *shape) and returns logits.
 
-mlp                      networks/mlp.py
+mlp                      networks/mlp.py           any input but tokens
+cnn1d, lstm              networks/signals.py       signals: (channels, length), (steps, features)
+transformer              networks/transformer.py   texts: token ids (length,)
 vgg16, vgg16-bn          networks/vgg.py
 preresnetN               networks/preresnet.py     N = 6n+2 (basic) or 9n+2 (bottleneck, from 110)
 wrn-D-K                  networks/wide_resnet.py   depth D = 6n+4, width factor K
 torchvision:NAME         any classifier of torchvision
-package.module:factory   a user's factory(num_classes, input_shape, **options) -> nn.Module
+package.module:factory   a user's factory(num_classes, input_shape, **options) -> nn.Module; for texts it also gets `vocabulary`, the
+                         number of token ids
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from models_store.inputs import kinds
+from models_store.manifest import InputSpec
 from training.data.import_string import import_string
 from training.errors import NetworkError
-from training.networks import mlp, preresnet, vgg, wide_resnet
+from training.networks import mlp, preresnet, signals, transformer, vgg, wide_resnet
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+SPELT = {"mlp": mlp.make, "cnn1d": signals.cnn1d, "lstm": signals.lstm, "transformer": transformer.make}
 Factory = Callable[..., nn.Module]
 
 
@@ -36,8 +43,8 @@ def find(spec: str) -> Factory:
         return _torchvision(spec.removeprefix("torchvision:"))
     if ":" in spec:
         return import_string(spec)
-    if spec == "mlp":
-        return mlp.make
+    if spec in SPELT:
+        return SPELT[spec]
     if spec in ("vgg16", "vgg16-bn"):
         return lambda *args, **kwargs: vgg.make(*args, batch_norm=spec.endswith("bn"), **kwargs)
     if match := re.fullmatch(r"preresnet(\d+)", spec):
@@ -45,25 +52,35 @@ def find(spec: str) -> Factory:
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", spec):
         return lambda *args, **kwargs: wide_resnet.make(*args, depth=int(match[1]), widen=int(match[2]), **kwargs)
     raise NetworkError(
-        f"Unknown network {spec!r}. Known: mlp, vgg16, vgg16-bn, preresnetN (e.g. preresnet20), wrn-D-K (e.g. wrn-28-10), "
-        "torchvision:NAME, or your own as package.module:factory."
+        f"Unknown network {spec!r}. Known: {', '.join(SPELT)}, vgg16, vgg16-bn, preresnetN (e.g. preresnet20), wrn-D-K (e.g. "
+        "wrn-28-10), torchvision:NAME, or your own as package.module:factory."
     )
 
 
-def build(spec: str, num_classes: int, input_shape: Shape, options: dict[str, Any]) -> nn.Module:
+def build(spec: str, num_classes: int, takes: InputSpec | Shape, options: dict[str, Any]) -> nn.Module:
     """Build a network and check that it returns logits.
+
+    Args:
+        spec: its name.
+        num_classes: number of classes.
+        takes: what it takes; a shape (C, H, W) stands for images.
+        options: further arguments of its factory.
 
     Raises:
         NetworkError: it cannot be built with these arguments, or its output is not (batch, num_classes).
     """
     factory = find(spec)
+    given = takes if isinstance(takes, InputSpec) else InputSpec(shape=takes)
+    input_shape, noun = given.shape, f"{given.kind}s" if given.kind == "image" else given.kind
+    if given.kind == "tokens" and _takes_vocabulary(factory):
+        options = {"vocabulary": given.vocabulary, **options}
     try:
         network = factory(num_classes, input_shape, **options)
     except NetworkError:
         raise
     except Exception as error:
         raise NetworkError(
-            f"Network {spec!r} cannot be built for {num_classes} classes and images {input_shape} with {options or 'no options'}: "
+            f"Network {spec!r} cannot be built for {num_classes} classes and {noun} {input_shape} with {options or 'no options'}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(network, nn.Module):
@@ -71,17 +88,31 @@ def build(spec: str, num_classes: int, input_shape: Shape, options: dict[str, An
     random_state = torch.get_rng_state()
     try:
         with torch.no_grad():
-            logits = network.eval()(torch.zeros(2, *input_shape))
+            logits = network.eval()(torch.from_numpy(kinds.blank(given)).repeat(2, *([1] * len(input_shape))))
     except Exception as error:
         raise NetworkError(
-            f"Network {spec!r} does not run on images {input_shape}: {type(error).__name__}: {error}. "
-            "It may need larger images or another number of channels."
+            f"Network {spec!r} does not run on {noun} {input_shape}: {type(error).__name__}: {error}. It may need {_ADVICE[given.kind]}."
         ) from error
     torch.set_rng_state(random_state)
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise NetworkError(f"Network {spec!r} answers 2 images with {shape}; it must give logits (2, {num_classes}).")
+        raise NetworkError(f"Network {spec!r} answers 2 {noun} with {shape}; it must give logits (2, {num_classes}).")
     return network.train()
+
+
+_ADVICE = {
+    "image": "larger images or another number of channels",
+    "features": "another shape; mlp takes any features, cnn1d and lstm take signals of two axes",
+    "tokens": "to be made for token ids, as transformer is",
+}
+
+
+def _takes_vocabulary(factory: Factory) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+    return "vocabulary" in parameters
 
 
 class GreyToRGB(nn.Module):

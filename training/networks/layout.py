@@ -35,7 +35,9 @@ def _corrupts(module: nn.Module) -> bool:
 
 
 def arrange(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """Images (batch, C, H, W) in a layout, even with one channel, for which torch confuses the two layouts."""
+    """Images (batch, C, H, W) in a layout, even with one channel, for which torch confuses the two; other inputs contiguous."""
+    if images.ndim != 4:
+        return images.contiguous()
     if memory_format == torch.contiguous_format and images.stride() != _strides(images.shape):
         return images.clone(memory_format=memory_format)
     return images.contiguous(memory_format=memory_format)

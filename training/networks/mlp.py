@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 
-def make(num_classes: int, input_shape: tuple[int, int, int], *, hidden: int = 256, layers: int = 2) -> nn.Module:
+def make(num_classes: int, input_shape: tuple[int, ...], *, hidden: int = 256, layers: int = 2) -> nn.Module:
     """`layers` hidden layers of `hidden` units with ReLU."""
     modules: list[nn.Module] = [nn.Flatten()]
     width = math.prod(input_shape)

@@ -28,6 +28,7 @@ from training.data.import_string import import_string
 from training.errors import ConfigError, DivergenceError
 from training.members import member
 from training.networks import layout
+from training.networks.normaliser import Normaliser
 from training.optimisation.adversary import Adversary
 from training.optimisation.seeds import Stream, derive
 from training.optimisation.steps import MakeSteps, OneNetwork, Step, Steps, Training
@@ -151,8 +152,8 @@ class _Job:
         _seed_everything(derive(self.config.seed, Stream.DROPOUT, index, epoch, rank=rank))
         # Points between vertices are the same in all processes, because their gradients are averaged.
         between = np.random.default_rng(derive(self.config.seed, Stream.WEIGHTS, 1 + index, epoch))
-        mean, std = _normaliser(self.data, device)
-        adversary = self._adversary(mean, std)
+        normalise = Normaliser.of(self.data).to(device)
+        adversary = self._adversary(normalise)
         memory_format = layout.of(self.network)
         total, count, i = torch.zeros((), device=device), 0, 0
         self.wrapped.train()
@@ -161,15 +162,14 @@ class _Job:
         for step, (images, labels) in enumerate(bar, 1):
             i = epoch * an_epoch + step
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            images = (self.data.augment(images, generator) - mean) / std
-            images = layout.arrange(images, memory_format)
+            images = layout.arrange(normalise(self.data.augment(images, generator)), memory_format)
 
-            def loss_here(images: torch.Tensor = images, labels: torch.Tensor = labels) -> torch.Tensor:
+            def pull(images: torch.Tensor = images, labels: torch.Tensor = labels) -> torch.Tensor:
                 if adversary is not None:
                     images = adversary.attack(self.network, self.loss, images, labels, self.fabric.autocast)
-                return self.loss(self.wrapped(images), labels)
+                return self._pull(images, labels)
 
-            total += steps.take(loss_here, Step(i, leg.rate(i), between, len(self.data.train)))
+            total += steps.take(pull, Step(i, leg.rate(i), between, len(self.data.train)))
             count += 1
             if i in leg.collect and self.fabric.is_global_zero:
                 states = steps.collected()
@@ -189,21 +189,34 @@ class _Job:
             )
         return mean_loss
 
-    def _adversary(self, mean: torch.Tensor, std: torch.Tensor) -> Adversary | None:
-        config = self.config
+    def _pull(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Add the gradient of the mean loss over a batch, in one part or several (--accumulate)."""
+        total = torch.zeros((), device=self.fabric.device)
+        size = math.ceil(len(images) / self.config.accumulate)
+        for part, known in zip(images.split(size), labels.split(size), strict=True):
+            loss = self.loss(self.wrapped(part), known)
+            share = len(part) / len(images)
+            self.fabric.backward(loss if share == 1 else loss * share)
+            total = loss.detach() if share == 1 else total + loss.detach() * share
+        return total
+
+    def _adversary(self, normalise: Normaliser) -> Adversary | None:
+        config, mean, std = self.config, normalise.pixel_mean, normalise.pixel_std
         if not config.adversarial_epsilon:
             return None
+        if self.data.input.kind != "image" or mean is None or std is None:
+            raise ConfigError(f"--adversarial-epsilon is for images; this data set has {self.data.input.kind}.")
         return Adversary(config.adversarial_epsilon, config.adversarial_steps, config.adversarial_share, mean, std)
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float]:
         device = self.fabric.device
-        mean, std = _normaliser(self.data, device)
+        normalise = Normaliser.of(self.data).to(device)
         right, nll = torch.zeros((), device=device), torch.zeros((), device=device)
         self.wrapped.eval()
         for images, labels in self.data.validation.batches(in_order(self.data.validation), 512):
             labels = labels.to(device)
-            images = layout.arrange((images.to(device) - mean) / std, torch.contiguous_format)
+            images = layout.arrange(normalise(images.to(device)), torch.contiguous_format)
             logits = self.wrapped(images).float()
             right += (logits.argmax(1) == labels).sum()
             nll += functional.cross_entropy(logits, labels, reduction="sum")
@@ -216,11 +229,6 @@ class _Job:
             if kept == epoch:
                 save_state(file, state, PREFIXED)
         self.run.save_checkpoint(state, Progress(index, epoch, seconds))
-
-
-def _normaliser(data: Data, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
-    return mean, std
 
 
 def loss_of(config: Config) -> Loss:

@@ -6,6 +6,23 @@ import bisect
 import math
 from collections.abc import Sequence
 
+from training.config import Config
+
+
+def rate_of(config: Config, i: int, total: int) -> float:
+    """The rate of the plain part of a training with these options: the plain schedule or a cosine, after a warm-up.
+
+    Args:
+        config: the options.
+        i: iteration, from 1.
+        total: iterations of the whole budget.
+    """
+    if config.schedule == "cosine":
+        rate = config.lr / 2 * (math.cos(math.pi * (i - 1) / total) + 1)
+    else:
+        rate = plain_rate(i, total, config.lr)
+    return rate * min(1.0, i / (config.warmup * total)) if config.warmup else rate
+
 
 def plain_rate(i: int, total: int, rate: float, final: float = 0.01) -> float:
     """The plain schedule (Garipov et al. 2018): constant to half of the budget, linear to 1 % at 0.9, then constant.

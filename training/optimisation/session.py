@@ -64,4 +64,4 @@ class Session:
 
 def _build(config: Config, loaded: Data, number: int) -> nn.Module:
     loop.initialise(config.seed, number)
-    return networks.build(config.network, len(loaded.classes), loaded.shape, config.network_kwargs())
+    return networks.build(config.network, len(loaded.classes), loaded.input, config.network_kwargs())

@@ -1,4 +1,4 @@
-"""One step of training: SGD on a network, or on the free vertices of a path through weight space.
+"""One step of training: of a network, or of the free vertices of a path through weight space.
 
 A method with another update rule defines its own class of Steps, and its legs name the function that makes it.
 """
@@ -21,6 +21,7 @@ from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, Vertices, put_into
 from training.members import batch_norm, member
 from training.networks import layout
+from training.optimisation import optimizers
 from training.runs import load_weights
 
 
@@ -60,6 +61,10 @@ class Span:
     push: Callable[[Coordinates], Coefficients] | None = None
 
 
+# Adds the gradient of the mean loss over the step's images to the network's parameters; returns that loss, detached.
+Pull = Callable[[], torch.Tensor]
+
+
 class Steps(Protocol):
     """How a leg updates its weights."""
 
@@ -69,8 +74,8 @@ class Steps(Protocol):
     # weights.
     shows_other_weights: ClassVar[bool]
 
-    def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
-        """Take one step; `loss` runs the network on the step's images. Returns the mean loss, detached."""
+    def take(self, pull: Pull, step: Step) -> torch.Tensor:
+        """Take one step; `pull` runs the network on the step's images. Returns the mean loss, detached."""
         ...
 
     def show(self) -> None:
@@ -94,7 +99,7 @@ MakeSteps = Callable[[Training], Steps]
 
 
 class OneNetwork:
-    """Plain SGD."""
+    """One network. With an average (--ema), weights are collected from it."""
 
     continues: ClassVar[bool] = True
     shows_other_weights: ClassVar[bool] = False
@@ -102,33 +107,52 @@ class OneNetwork:
     def __init__(self, training: Training):
         self._fabric, self._network = training.fabric, training.network
         config = training.config
-        self._optimizer = _sgd(config, training.fabric, training.network.parameters(), config.weight_decay)
+        self._named = {name: one for name, one in training.network.named_parameters() if one.requires_grad}
+        self._optimizer = optimizers.make(config, training.fabric, [self._named], decays=True)
+        self._largest, self._decay = config.clip_norm, config.ema
+        self._average: State | None = None  # of the trained parameters, once a step was taken
 
-    def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
+    def take(self, pull: Pull, step: Step) -> torch.Tensor:
         """See Steps."""
-        _set_rate(self._optimizer, step.rate)
-        found = loss()
+        optimizers.set_rate(self._optimizer, step.rate)
         self._optimizer.zero_grad()
-        self._fabric.backward(found)
+        found = pull()
+        optimizers.clip(self._optimizer, self._largest)
         self._optimizer.step()
-        return found.detach()
+        if self._decay:
+            self._follow()
+        return found
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average towards the weights (Polyak and Juditsky 1992, with exponential weights)."""
+        if self._average is None:
+            self._average = {name: one.detach().clone() for name, one in self._named.items()}
+            return
+        for name, one in self._named.items():
+            self._average[name].lerp_(one, 1 - self._decay)
 
     def show(self) -> None:
-        """See Steps."""
+        """See Steps. The scores that are logged are those of the weights that train, not of their average."""
 
     def state(self) -> State:
         """See Steps."""
         state = {f"network.{name}": tensor for name, tensor in self._network.state_dict().items()}
-        return state | _momenta(self._optimizer, "", dict(self._network.named_parameters()))
+        average = {f"average.{name}": tensor for name, tensor in (self._average or {}).items()}
+        return state | average | optimizers.kept(self._optimizer, "", self._named)
 
     def restore(self, state: State) -> None:
         """See Steps."""
         put_into(self._network, _below(state, "network."))
-        _restore_momenta(self._optimizer, "", dict(self._network.named_parameters()), state)
+        optimizers.restore(self._optimizer, "", self._named, state)
+        average = _below(state, "average.")
+        self._average = (
+            {n: torch.empty_like(one).copy_(average[n]) for n, one in self._named.items()} if average else None
+        )
 
     def collected(self) -> list[State]:
         """See Steps."""
-        return [self._network.state_dict()]
+        return [{**self._network.state_dict(), **(self._average or {})}]
 
 
 @dataclass(frozen=True)
@@ -146,7 +170,7 @@ class Between:
 
 
 class BetweenVertices:
-    """SGD on free vertices. The loss is the mean over points drawn between all vertices. L2 applies at these points."""
+    """Free vertices. The loss is the mean over points drawn between all vertices. L2 applies at these points."""
 
     continues: ClassVar[bool] = False
     shows_other_weights: ClassVar[bool] = True
@@ -162,11 +186,13 @@ class BetweenVertices:
         network.zero_grad()  # the first step must not include gradients of an earlier leg
         self._vertices = Vertices(network, states, free, statistics)
         # The L2 penalty applies at the points, so the optimizer must not add one at the vertices.
-        self._optimizer = _sgd(config, fabric, self._vertices.trained(), 0.0)
+        self._decay = config.weight_decay if optimizers.decays_at_points(config) else 0.0
+        named = [self._vertices.named_trained(index) for index in free]
+        self._optimizer = optimizers.make(config, fabric, named, decays=False)
 
-    def take(self, loss: Callable[[], torch.Tensor], step: Step) -> torch.Tensor:
+    def take(self, pull: Pull, step: Step) -> torch.Tensor:
         """See Steps."""
-        _set_rate(self._optimizer, step.rate)
+        optimizers.set_rate(self._optimizer, step.rate)
         self._optimizer.zero_grad()
         positions = self._vertices.coordinates() if self._span.push else None
         if positions is not None and self._fabric.world_size > 1:
@@ -176,13 +202,13 @@ class BetweenVertices:
         total = torch.zeros((), device=self._fabric.device)
         for point in points:
             self._vertices.load_point(point)
-            found = loss()
-            self._fabric.backward(found)
-            self._vertices.pull_back(point, self._config.weight_decay, 1 / len(points))
-            total += found.detach()
+            found = pull()
+            self._vertices.pull_back(point, self._decay, 1 / len(points))
+            total += found
         if self._span.push and positions is not None:
             for index, row in zip(self._vertices.free, self._span.push(positions), strict=True):
                 self._vertices.add_to_gradient(index, row)
+        optimizers.clip(self._optimizer, self._config.clip_norm)
         self._optimizer.step()
         return total / len(points)
 
@@ -195,7 +221,7 @@ class BetweenVertices:
         state = {f"network.{name}": tensor for name, tensor in self._network.state_dict().items()}
         for index in self._vertices.free:
             state |= {f"vertex.{index}.{name}": tensor for name, tensor in self._vertices.named_trained(index).items()}
-            state |= _momenta(self._optimizer, f"{index}.", self._vertices.named_trained(index))
+            state |= optimizers.kept(self._optimizer, f"{index}.", self._vertices.named_trained(index))
         return state
 
     def restore(self, state: State) -> None:
@@ -206,45 +232,12 @@ class BetweenVertices:
             with torch.no_grad():
                 for name, weight in self._vertices.named_trained(index).items():
                     weight.copy_(kept[name])
-            _restore_momenta(self._optimizer, f"{index}.", self._vertices.named_trained(index), state)
+            optimizers.restore(self._optimizer, f"{index}.", self._vertices.named_trained(index), state)
 
     def collected(self) -> list[State]:
         """See Steps."""
         return [self._vertices.state(index) for index in self._vertices.free]
 
 
-def _sgd(config: Config, fabric: Fabric, parameters, weight_decay: float) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=weight_decay,
-        fused=fabric.device.type == "cuda" or None,
-    )
-    return fabric.setup_optimizers(optimizer)  # pyright: ignore[reportReturnType]
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def _below(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _momenta(optimizer: torch.optim.Optimizer, prefix: str, named: dict[str, torch.Tensor]) -> State:
-    found = {name: optimizer.state.get(tensor, {}).get("momentum_buffer") for name, tensor in named.items()}
-    return {f"momentum.{prefix}{name}": momentum for name, momentum in found.items() if momentum is not None}
-
-
-def _restore_momenta(
-    optimizer: torch.optim.Optimizer, prefix: str, named: dict[str, torch.Tensor], state: State
-) -> None:
-    for name, tensor in named.items():
-        momentum = state.get(f"momentum.{prefix}{name}")
-        # With the parameter's device and memory layout.
-        optimizer.state[tensor]["momentum_buffer"] = (
-            None if momentum is None else torch.empty_like(tensor, requires_grad=False).copy_(momentum)
-        )

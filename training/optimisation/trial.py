@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from models_store.graphs import independence, output_kind
+from models_store.inputs import kinds
 from training import logger
 from training.config import Config
 from training.data import Data
@@ -29,6 +30,7 @@ from training.errors import ConfigError, ExportError, NetworkError, TrainingErro
 from training.members import member
 from training.members.export import LOGITS_TOLERANCE, Exporter, Normalised, torch_logits
 from training.networks import layout
+from training.networks.normaliser import Normaliser
 from training.networks.row_mixing import first_mixing
 from training.optimisation import hardware, loop
 
@@ -57,8 +59,8 @@ def check(network: nn.Module, data: Data, exporter: Exporter) -> None:
         tried = _copy(network)
         images, _ = next(data.train.batches(torch.arange(min(_IMAGES, len(data.train))), _IMAGES))
         real = images.cpu().numpy()
-        served = Normalised(tried, data.mean, data.std).eval()
-        probes = independence.probes(data.shape, real)
+        served = Normalised.of(tried, data).eval()
+        probes = kinds.probes(data.input, real)
         # Its batch-norm statistics are not computed yet; without them, a deep network may return infinity.
         try:
             member.settle(tried, data, _IMAGES, _CPU)
@@ -138,8 +140,7 @@ def _step(
     size = _step_size(config, fabric, data)
     images, labels = next(data.train.batches(torch.arange(size), size))
     images, labels = images.to(device), labels.to(device)
-    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
-    usual = layout.arrange((images - mean) / std, torch.contiguous_format)
+    usual = layout.arrange(Normaliser.of(data).to(device)(images), torch.contiguous_format)
     laid_out = layout.arrange(usual, layout.of(network))
     autocast = contextlib.nullcontext() if in_float32 else fabric.autocast()
     with autocast:
@@ -175,10 +176,7 @@ def _step_size(config: Config, fabric: Fabric, data: Data) -> int:
 @torch.no_grad()
 def _refuse_writes(served: Normalised, images: torch.Tensor) -> None:
     network = served.network
-    first, second = (
-        (images - served.pixel_mean) / served.pixel_std,
-        (images.flip(0) - served.pixel_mean) / served.pixel_std,
-    )
+    first, second = served.normaliser(images).clone(), served.normaliser(images.flip(0)).clone()
     network(first.clone())  # it may fill a cache once
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     shown = second.clone()

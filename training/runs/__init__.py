@@ -32,6 +32,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from models_store.inputs import kinds
+from models_store.manifest import InputSpec
 from training.errors import CheckpointError, RunError
 from training.geometry.vertices import State
 
@@ -62,9 +64,11 @@ class NetworkPrint:
     logits: list[list[float]]  # of a fixed batch at these weights, in eval mode
 
     @classmethod
-    def of(cls, network: nn.Module, shape: tuple[int, int, int]) -> NetworkPrint:
-        """Compute it from a network with its initial weights, for images (C, H, W). Keeps torch's random state."""
-        images = torch.linspace(0, 1, PRINT_IMAGES * math.prod(shape)).view(PRINT_IMAGES, *shape)
+    def of(cls, network: nn.Module, spec: InputSpec) -> NetworkPrint:
+        """Compute it from a network with its initial weights. Keeps torch's random state."""
+        images = torch.linspace(0, 1, PRINT_IMAGES * math.prod(spec.shape)).view(PRINT_IMAGES, *spec.shape)
+        if spec.kind == "tokens":
+            images = torch.from_numpy(kinds.noise(spec, PRINT_IMAGES))
         training = network.training
         with torch.no_grad(), torch.random.fork_rng([]):
             logits = network.eval()(images).float().tolist()

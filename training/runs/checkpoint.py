@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import pickle
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import torch
+from numpy._core.multiarray import scalar as _scalar
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,9 +23,7 @@ from models_store.graphs import onnx_contract
 from models_store.store import Store, Version
 from training.errors import CheckpointError
 from training.geometry.vertices import put_into
-
-WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "network", "net")
-PREFIXES = ("module.", "_orig_mod.")
+from training.runs import state_dicts
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Given:
 
     file: Path
     version: Version | None = None  # the published ensemble that they belong to
+    part: str | None = None  # which of several sets of weights of the file
 
     @property
     def fingerprint(self) -> str | None:
@@ -37,18 +41,21 @@ class Given:
 
 
 def find(reference: str, store: Store) -> Given:
-    """Find a checkpoint file, or the weights of a published member, NAME[@VERSION]/INDEX.
+    """Find a checkpoint file, FILE or FILE#PART, or the weights of a published member, NAME[@VERSION]/INDEX.
 
     Raises:
         CheckpointError: the reference is a whole ensemble, or the member does not exist or has no weights.
         StoreError: the ensemble does not exist.
     """
-    file = Path(reference)
+    file, part = Path(reference), None
+    if not file.exists() and "#" in reference:
+        plain, _, part = reference.rpartition("#")
+        file = Path(plain)
     name, slash, index = reference.rpartition("/")
     if not file.exists() and not slash and index.partition("@")[0] in store.names():
         raise CheckpointError(f"{reference} is an ensemble; name one of its networks: {reference}/0, {reference}/1, …")
-    if file.is_file() or not slash or "/" in name or not index.isdecimal():
-        return Given(file)
+    if file.exists() or not slash or "/" in name or not index.isdecimal():
+        return Given(file, part=part)
     version = store.resolve(name)
     members = version.manifest.members
     if int(index) >= len(members) or (weights := members[int(index)].weights) is None:
@@ -84,42 +91,65 @@ def pinned(reference: str, store: Store) -> str:
     return f"{store.resolve(name).name}/{index}"
 
 
-def load_into(network: nn.Module, file: Path) -> None:
+def load_into(network: nn.Module, file: Path, part: str | None = None, *, reset_head: bool = False) -> tuple[str, ...]:
     """Load a checkpoint's weights into a network.
 
-    Reads safetensors, and torch files with `weights_only=True`, whatever their suffix. Unwraps `state_dict`, and strips
-    the prefixes that DataParallel and torch.compile add to names.
+    Reads safetensors, also in several files, and torch files with `weights_only=True`, whatever their suffix.
+    state_dicts.py finds the weights in them.
+
+    Args:
+        network: the network.
+        file: a file, an index of several safetensors files, or a folder that holds one of them.
+        part: see state_dicts.find, as reset_head.
+        reset_head: whether the last layer may have another number of classes.
+
+    Returns:
+        Notes for the log.
 
     Raises:
         CheckpointError: the file is unreadable, has no weights, or belongs to another network.
     """
-    state = _strip(_unwrap(_read(file), file))
-    own = network.state_dict()
-    # Counters are not weights, and older checkpoints lack them.
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    foreign = [name for name in state if name not in own]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if missing or foreign or shapes:
-        told = [
-            f"{what} {_some(names)}"
-            for what, names in (("lacks", missing), ("has besides", foreign), ("has", shapes))
-            if names
-        ]
-        raise CheckpointError(
-            f"{file} belongs to another network: it {', '.join(told)}. Give the --network (and --network-options) it was trained with."
-        )
-    if any(not torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()):
+    found = state_dicts.find(network, _read(_within(file)), str(file), part, reset_head=reset_head)
+    if any(not torch.isfinite(tensor).all() for tensor in found.weights.values() if tensor.is_floating_point()):
         raise CheckpointError(
             f"{file} holds NaN or infinite weights: its training had diverged. Use an earlier checkpoint."
         )
-    put_into(network, state, strict=False)
+    put_into(network, found.weights, strict=False)
+    return found.notes
+
+
+def _within(file: Path) -> Path:
+    """The weights in a folder, as libraries write them."""
+    if not file.is_dir():
+        return file
+    for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
+        if (file / name).is_file():
+            return file / name
+    raise CheckpointError(
+        f"{file} is a folder without model.safetensors or pytorch_model.bin; give the file of the weights."
+    )
+
+
+def _shards(index: Path) -> dict[str, torch.Tensor]:
+    """Weights in several safetensors files, by their index."""
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        files = sorted({str(name) for name in names.values()})
+        if any("/" in name or "\\" in name for name in files):
+            raise ValueError("it names files outside its folder")
+        parts = [load_file(index.parent / name) for name in files]
+    except (OSError, KeyError, AttributeError, TypeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {error}.") from None
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+# Objects of checkpoints beside tensors: they hold values, and reading them runs no code of the file.
+_PLAIN = [argparse.Namespace, np.dtype, _scalar, PosixPath, *(type(np.dtype(kind)) for kind in "fdilqb?")]
 
 
 def _read(file: Path) -> Any:
+    if file.name.endswith(".index.json") and file.is_file():
+        return _shards(file)
     try:
         kind = file_kind.kind(file)
     except FileNotFoundError:
@@ -133,7 +163,8 @@ def _read(file: Path) -> Any:
         if kind == "safetensors":
             return load_file(file)
         if kind == "torch":
-            with file.open("rb") as handle:  # given a path, torch would look at the suffix
+            # Given a path, torch would look at the suffix.
+            with file.open("rb") as handle, torch.serialization.safe_globals(_PLAIN):
                 return torch.load(handle, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -162,25 +193,3 @@ def _is_onnx(file: Path) -> bool:
     except MemberError:
         return False
     return True
-
-
-def _unwrap(content: Any, file: Path) -> dict[str, torch.Tensor]:
-    for key in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise CheckpointError(f"{file} holds no state_dict: save one with torch.save(network.state_dict(), ...).")
-    return content
-
-
-def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    while any(all(name.startswith(prefix) for name in state) for prefix in PREFIXES):
-        for prefix in PREFIXES:
-            if all(name.startswith(prefix) for name in state):
-                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

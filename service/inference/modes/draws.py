@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from models_store.inputs import kinds
 from service.http.images import Images
 
 Choice = NDArray[np.int64]  # (batch,): the index of the network for each row
@@ -43,6 +44,11 @@ def quantised(image: Images) -> NDArray[np.uint8]:
     return np.rint(image * LEVELS).astype(np.uint8)
 
 
+def _content(row: Images) -> bytes:
+    """What the answer to one image or text depends on; token ids are exact."""
+    return quantised(row).tobytes() if row.dtype.kind == "f" else kinds.identity(row)
+
+
 class Keyed:
     """Draws by a keyed hash. The key changes after `seconds`, and also after `rows` rows if that is set."""
 
@@ -62,7 +68,7 @@ class Keyed:
     def __call__(self, images: Images, count: int, asked: bytes) -> Choice:
         """See Draw."""
         key = self._key(len(images))
-        return np.array([self._index(key, asked, quantised(image), count) for image in images], np.int64)
+        return np.array([self._index(key, asked, _content(image), count) for image in images], np.int64)
 
     def order(self, count: int) -> list[int]:
         """Return the numbers 0 … count − 1 in an order that depends only on the secret.
@@ -81,7 +87,7 @@ class Keyed:
         return hashlib.blake2b(f"{turn} {counted}".encode(), key=self._secret, digest_size=32).digest()
 
     @staticmethod
-    def _index(key: bytes, asked: bytes, pixels: NDArray[np.uint8], count: int) -> int:
-        said = hashlib.blake2b(len(asked).to_bytes(4, "big") + asked + pixels.tobytes(), key=key, digest_size=16)
+    def _index(key: bytes, asked: bytes, content: bytes, count: int) -> int:
+        said = hashlib.blake2b(len(asked).to_bytes(4, "big") + asked + content, key=key, digest_size=16)
         # With 128 bits, the remainder favours no network by more than 2⁻¹¹⁶.
         return int.from_bytes(said.digest(), "big") % count

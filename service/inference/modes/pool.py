@@ -15,6 +15,7 @@ import numpy as np
 from models_store.bank import Bank
 from models_store.errors import MemberError
 from models_store.graphs.runtime import MemberSession, ProviderChoice
+from models_store.inputs import kinds
 from models_store.store import Version
 from models_store.uncertainty import softmax
 
@@ -48,7 +49,7 @@ class Source:
 def source(version: Version, providers: ProviderChoice) -> Source:
     """Return the source of a version's single networks: the points of its bank, or its members if it has no bank."""
     manifest = version.manifest
-    black = np.zeros((1, *manifest.input.shape), np.float32)
+    black = kinds.blank(manifest.input)
 
     def ready(number: int, session: MemberSession, temperature: float) -> Network:
         with np.errstate(all="ignore"):  # the result is checked for NaN below

@@ -92,7 +92,7 @@ def test_prediction_sets_of_a_calibrated_version_cover_new_images(store):
     ("change", "message"),
     [
         ({"x": np.zeros((30, 1, 5, 5), np.float32)}, "takes images"),
-        ({"x": np.full((30, *SHAPE), 2.0, np.float32)}, "outside"),
+        ({"x": np.full((30, *SHAPE), 2.0, np.float32)}, "must lie in"),
         ({"y": np.full(30, 3)}, "3 classes"),
         ({"y": np.zeros(30)}, "whole numbers"),
         ({"x": np.zeros((5, *SHAPE), np.float32), "y": np.zeros(5, int)}, "at least 20"),

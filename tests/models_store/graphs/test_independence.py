@@ -3,7 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from models_store.graphs.independence import fault, probes
+from models_store.graphs.independence import fault
+from models_store.inputs.kinds import probes
+from models_store.manifest import InputSpec
 
 SHAPE = (1, 4, 4)
 WEIGHTS = np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32)
@@ -68,7 +70,7 @@ def random(images):
     ],
 )
 def test_answers_that_depend_on_the_batch_are_found(answer, said):
-    assert re.search(said, fault(answer, probes(SHAPE)))  # pyright: ignore[reportCallIssue]
+    assert re.search(said, fault(answer, probes(InputSpec(shape=SHAPE))))  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
@@ -80,7 +82,7 @@ def test_a_network_that_answers_row_by_row_passes_whatever_its_scale(scale):
         found = scale * logits(images)
         return (found * (1 + 1e-6 * generator.normal(size=found.shape))).astype(np.float32)
 
-    assert fault(rounded, probes(SHAPE)) is None
+    assert fault(rounded, probes(InputSpec(shape=SHAPE))) is None
 
 
 def test_a_network_that_divides_by_the_largest_pixel_of_each_image_passes_though_black_is_nan():
@@ -88,8 +90,8 @@ def test_a_network_that_divides_by_the_largest_pixel_of_each_image_passes_though
         with np.errstate(invalid="ignore"):
             return logits(images / images.max(axis=(1, 2, 3), keepdims=True))
 
-    assert np.isnan(answer(probes(SHAPE))).any()
-    assert fault(answer, probes(SHAPE)) is None
+    assert np.isnan(answer(probes(InputSpec(shape=SHAPE)))).any()
+    assert fault(answer, probes(InputSpec(shape=SHAPE))) is None
 
 
 def test_a_chaotic_network_is_not_blamed_for_its_rounding():
@@ -99,10 +101,12 @@ def test_a_chaotic_network_is_not_blamed_for_its_rounding():
         wave = logits(images).astype(np.float64) * 1e9
         return np.sin(wave * (1 + 1e-7 * (len(images) % 2))).astype(np.float32)
 
-    assert fault(chaotic, probes(SHAPE)) is None
+    assert fault(chaotic, probes(InputSpec(shape=SHAPE))) is None
 
 
 def test_given_images_are_among_those_asked():
     given = np.full((5, *SHAPE), 0.25, np.float32)
-    assert (probes(SHAPE, given)[:2] == given[:2]).all()
-    assert len({image.tobytes() for image in probes(SHAPE)}) == len(probes(SHAPE)) == 6
+    assert (probes(InputSpec(shape=SHAPE), given)[:2] == given[:2]).all()
+    assert (
+        len({image.tobytes() for image in probes(InputSpec(shape=SHAPE))}) == len(probes(InputSpec(shape=SHAPE))) == 6
+    )

@@ -5,7 +5,10 @@ import pytest
 
 from models_store.graphs import merging
 from models_store.graphs.runtime import EnsembleSession, MemberSession
+from models_store.manifest import InputSpec
 from tests.onnx_members import SHAPE, linear, publish
+
+IMAGES = InputSpec(shape=(1, 8, 8))
 
 images = np.random.default_rng(0).random((7, *SHAPE), dtype=np.float32)
 
@@ -69,7 +72,7 @@ def test_networks_of_every_kind_merge(tmp_path):
     for number, make in enumerate((Rows, Tokens, Rows)):
         torch.manual_seed(number)
         files.append(tmp_path / f"{number}.onnx")
-        files[-1].write_bytes(to_onnx(Normalised(make(), (0.5,), (0.5,)), (1, 8, 8)))
+        files[-1].write_bytes(to_onnx(Normalised(make(), (0.5,), (0.5,)), IMAGES))
     batch = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
     model = merging.merged(merging.load_to_merge(files))
     found = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"images": batch})

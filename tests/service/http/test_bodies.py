@@ -16,7 +16,7 @@ pixels = np.array([[0, 51], [102, 255]], np.uint8)
 
 
 def read_request(content_type, query, body):
-    return bodies.read_request(content_type, query, body, [SPEC.shape], LIMITS.rows)
+    return bodies.read_request(content_type, query, body, [SPEC], LIMITS.rows)
 
 
 def images_of(asked):

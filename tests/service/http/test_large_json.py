@@ -3,10 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models_store.manifest import InputSpec, TableField
 from service.http.errors import BadRequestError, TooLargeError
 from service.http.large_json import cut
 
 SHAPES = [(1, 2, 3), (3, 1, 2)]
+SPECS = [InputSpec(shape=shape) for shape in SHAPES]
 
 
 def batches(rows, shape):
@@ -25,7 +27,7 @@ def test_what_is_cut_out_and_what_is_left_are_the_body(rows, shape, options, fir
     inputs = batches(rows, shape)
     fields = {"inputs": inputs, **options} if first else {**options, "inputs": inputs}
     body = orjson.dumps(fields, option=orjson.OPT_INDENT_2 if indent else None)
-    rest, found = cut(body, SHAPES, 5)
+    rest, found = cut(body, SPECS, 5)
     assert found is not None
     assert orjson.loads(rest) == {**fields, "inputs": []}
     assert [orjson.loads(row.text) for row in found] == inputs
@@ -34,19 +36,19 @@ def test_what_is_cut_out_and_what_is_left_are_the_body(rows, shape, options, fir
 
 def test_a_body_without_inputs_stays_as_it_is():
     body = b'{"images": ["aaaa", "bbbb"]}'
-    assert cut(body, SHAPES, 5) == (body, None)
+    assert cut(body, SPECS, 5) == (body, None)
 
 
 def test_a_text_that_looks_like_the_field_is_not_taken_for_it():
     body = rb'{"ensemble": "\"inputs\": [", "inputs": [[1]]}'
-    rest, rows = cut(body, SHAPES, 5)
+    rest, rows = cut(body, SPECS, 5)
     assert orjson.loads(rest) == {"ensemble": '"inputs": [', "inputs": []}
     assert [row.text for row in rows or ()] == [b"[1]"]
 
 
 def test_too_many_images_are_refused_before_one_is_parsed():
     with pytest.raises(TooLargeError, match="6 images"):
-        cut(orjson.dumps({"inputs": batches(6, SHAPES[0])}), SHAPES, 5)
+        cut(orjson.dumps({"inputs": batches(6, SHAPES[0])}), SPECS, 5)
 
 
 @pytest.mark.parametrize(
@@ -69,4 +71,15 @@ def test_too_many_images_are_refused_before_one_is_parsed():
 )
 def test_a_body_that_cannot_be_a_request_is_refused_unparsed(body, message):
     with pytest.raises(BadRequestError, match=message):
-        cut(body, SHAPES, 5)
+        cut(body, SPECS, 5)
+
+
+def test_rows_with_named_fields_are_bounded_and_left_whole():
+    fields = [TableField(name="size"), TableField(name="kind", categories=["a", "b"])]
+    specs = [InputSpec(kind="features", shape=(3,), fields=fields)]
+    body = orjson.dumps({"inputs": [{"size": 1.5, "kind": "a"}] * 5})
+    assert cut(body, specs, 5) == (body, None)
+    with pytest.raises(TooLargeError, match="More than 5 rows"):
+        cut(orjson.dumps({"inputs": [{"size": 1.5}] * 50}), specs, 5)
+    with pytest.raises(BadRequestError, match="more fields than 5 rows"):
+        cut(orjson.dumps({"inputs": [{f"f{i}": 0 for i in range(500)}]}), specs, 5)

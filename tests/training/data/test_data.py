@@ -64,7 +64,12 @@ def test_a_users_object_says_more():
     )  # fmt: skip
     found = own(value, validation=0.2)
     assert (len(found.train), len(found.validation)) == (24, 6)
-    assert (found.classes, found.mean, found.augment.flip, found.resize) == (["a", "b", "c"], (0.4,), True, "crop")
+    assert (found.classes, found.mean, found.augment.flip, found.input.resize) == (
+        ["a", "b", "c"],
+        (0.4,),
+        True,
+        "crop",
+    )
 
 
 class Noisy(Dataset):
@@ -304,7 +309,7 @@ def test_image_folders_are_read_with_and_without_splits(tmp_path, splits):
             for index in range(10):
                 Image.new("RGB", (20, 30), colour).save(folder / f"{index}.png")
     found = load(DataOptions(dataset=f"imagefolder:{tmp_path}", image_size=16))
-    assert (found.shape, found.classes, found.resize) == ((3, 16, 16), ["blue", "red"], "crop")
+    assert (found.shape, found.classes, found.input.resize) == ((3, 16, 16), ["blue", "red"], "crop")
     expected = {0: (14, 2, 4), 2: (18, 2, 20), 3: (20, 20, 20)}[len(splits)]
     assert (len(found.train), len(found.validation), len(found.test)) == expected
     batch, truth = next(found.test.batches(data.in_order(found.test), 64))

@@ -5,10 +5,13 @@ import torch
 from torch import nn
 
 from models_store.graphs.runtime import MemberSession
+from models_store.manifest import InputSpec
 from tests.training.other_networks import looping
 from training import networks
 from training.errors import ExportError
 from training.members.export import Exporter, Normalised, check_parity, open_exported, to_onnx, torch_logits
+
+IMAGES = InputSpec(shape=(1, 8, 8))
 
 CPU = torch.device("cpu")
 
@@ -70,7 +73,7 @@ NETWORKS = {
 def test_any_module_gives_the_same_answers_from_its_file(name):
     torch.manual_seed(0)
     served = Normalised(NETWORKS[name](), (0.3,), (0.4,)).eval()
-    session = open_exported(to_onnx(served, (1, 8, 8)))
+    session = open_exported(to_onnx(served, IMAGES))
     images = np.random.default_rng(0).random((33, 1, 8, 8), dtype=np.float32)
     check_parity(served, session, images, CPU)
     with torch.no_grad():
@@ -80,14 +83,14 @@ def test_any_module_gives_the_same_answers_from_its_file(name):
 
 
 def test_the_file_says_nothing_of_the_machine_that_made_it():
-    model = onnx.load_from_string(to_onnx(Normalised(NETWORKS["mlp"](), (0.3,), (0.4,)), (1, 8, 8)))
+    model = onnx.load_from_string(to_onnx(Normalised(NETWORKS["mlp"](), (0.3,), (0.4,)), IMAGES))
     assert not [node for node in model.graph.node if node.metadata_props or node.doc_string]
     assert b"/training/" not in model.SerializeToString()
 
 
 def test_a_member_that_differs_from_torch_is_refused():
     network = NETWORKS["mlp"]()
-    session = open_exported(to_onnx(Normalised(network, (0.3,), (0.4,)), (1, 8, 8)))
+    session = open_exported(to_onnx(Normalised(network, (0.3,), (0.4,)), IMAGES))
     images = np.random.default_rng(0).random((8, 1, 8, 8), dtype=np.float32)
     with torch.no_grad():
         network[-1].bias[0] += 1e-3
@@ -108,7 +111,7 @@ def test_a_network_that_is_random_in_eval_mode_is_refused():
     served = Normalised(Unsteady(), (0.3,), (0.4,))
     images = np.random.default_rng(0).random((8, 1, 8, 8), dtype=np.float32)
     with pytest.raises(ExportError):
-        check_parity(served, open_exported(to_onnx(served, (1, 8, 8))), images, CPU)
+        check_parity(served, open_exported(to_onnx(served, IMAGES)), images, CPU)
 
 
 class Branching(nn.Module):
@@ -118,13 +121,13 @@ class Branching(nn.Module):
 
 def test_a_network_that_cannot_be_traced_is_told():
     with pytest.raises(ExportError, match="cannot export"):
-        to_onnx(Normalised(Branching(), (0.3,), (0.4,)), (1, 8, 8))
+        to_onnx(Normalised(Branching(), (0.3,), (0.4,)), IMAGES)
 
 
 def test_an_operator_that_onnx_lacks_is_named_without_terminal_codes(capfd):
     network = nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(9, 5))
     with pytest.raises(ExportError, match=r"no operator for aten\.adaptive_max_pool2d") as refused:
-        to_onnx(Normalised(network, (0.3,), (0.4,)), (1, 8, 8))
+        to_onnx(Normalised(network, (0.3,), (0.4,)), IMAGES)
     assert "\x1b" not in str(refused.value)
     assert "step 3/3" not in str(refused.value)
     assert capfd.readouterr() == ("", "")
@@ -132,7 +135,7 @@ def test_an_operator_that_onnx_lacks_is_named_without_terminal_codes(capfd):
 
 def test_a_loop_over_the_batch_is_named_and_the_exporter_is_quiet(capfd):
     with pytest.raises(ExportError, match="loop over the batch"):
-        to_onnx(Normalised(looping(5, (1, 8, 8)), (0.3,), (0.4,)), (1, 8, 8))
+        to_onnx(Normalised(looping(5, (1, 8, 8)), (0.3,), (0.4,)), IMAGES)
     assert capfd.readouterr() == ("", "")
 
 
@@ -207,15 +210,15 @@ def test_which_weights_were_traced_leaves_no_trace_in_the_file(name):
     images = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
     torch.manual_seed(0)
     other, served = (Normalised(NETWORKS[name](), (0.3,), (0.4,)).eval() for _ in range(2))
-    traced = Exporter((1, 8, 8))
+    traced = Exporter(IMAGES)
     traced.trace(other)
-    assert traced.export(served, images, CPU)[0] == Exporter((1, 8, 8)).export(served, images, CPU)[0]
+    assert traced.export(served, images, CPU)[0] == Exporter(IMAGES).export(served, images, CPU)[0]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_exporter_serves_members_of_different_weights(name):
     images = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
-    exporter = Exporter((1, 8, 8))
+    exporter = Exporter(IMAGES)
     for seed in (0, 1, 2):
         torch.manual_seed(seed)
         served = Normalised(NETWORKS[name](), (0.3,), (0.4,)).eval()
@@ -226,7 +229,7 @@ def test_one_exporter_serves_members_of_different_weights(name):
 
 def test_a_graph_that_is_not_the_members_is_traced_anew():
     images = np.random.default_rng(0).random((9, 1, 8, 8), dtype=np.float32)
-    exporter = Exporter((1, 8, 8))
+    exporter = Exporter(IMAGES)
     exporter.export(Normalised(NETWORKS["mlp"](), (0.3,), (0.4,)), images, CPU)
     other = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 5)
@@ -241,8 +244,8 @@ def test_exporting_leaves_the_network_as_it_was():
     served = Normalised(network, (0.3,), (0.4,))
     served.train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    to_onnx(served, (1, 8, 8))
+    to_onnx(served, IMAGES)
     assert served.training
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
-    assert isinstance(MemberSession(to_onnx(served, (1, 8, 8))), MemberSession)
+    assert isinstance(MemberSession(to_onnx(served, IMAGES)), MemberSession)
     assert torch_logits(served, np.zeros((1, 1, 8, 8), np.float32), CPU).shape == (1, 5)

@@ -19,7 +19,7 @@ def test_a_member_has_the_batch_norm_of_its_own_weights_and_answers_as_its_file_
     network = networks.build("preresnet8", 3, data.shape, {"width": 0.25})
     weights = {k: v.clone() for k, v in network.state_dict().items()}
     weights["bn.running_mean"] += 100  # as if collected at other weights
-    made = member.make(network, weights, data, bn_images=64, device=CPU, exporter=Exporter(data.shape))
+    made = member.make(network, weights, data, bn_images=64, device=CPU, exporter=Exporter(data.input))
     assert abs(made.state["bn.running_mean"]).max() < 50
     assert torch.equal(made.state["head.weight"], weights["head.weight"])
     images, _ = as_arrays(data.validation)
@@ -34,7 +34,7 @@ def test_a_member_that_mixes_the_images_of_a_batch_is_refused(data):
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.BatchNorm1d(3, track_running_stats=False))
     weights = {k: v.clone() for k, v in network.state_dict().items()}
     with pytest.raises(ExportError, match="alone and with other images"):
-        member.make(network, weights, data, 32, CPU, Exporter(data.shape))
+        member.make(network, weights, data, 32, CPU, Exporter(data.input))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -55,7 +55,7 @@ def test_statistics_are_re_estimated_in_the_layout_of_the_weights(data, memory_f
 def test_making_a_member_twice_gives_the_same_bits(data):
     network = networks.build("preresnet8", 3, data.shape, {"width": 0.25})
     weights = {k: v.clone() for k, v in network.state_dict().items()}
-    first, second = (member.make(network, weights, data, 32, CPU, Exporter(data.shape)) for _ in range(2))
+    first, second = (member.make(network, weights, data, 32, CPU, Exporter(data.input)) for _ in range(2))
     assert first.onnx == second.onnx
     assert all(torch.equal(first.state[k], second.state[k]) for k in first.state)
     assert np.array_equal(first.validation_logits, second.validation_logits)

@@ -170,9 +170,9 @@ def test_a_step_is_told_its_iteration_rate_generator_and_the_number_of_images(da
     told = []
 
     class Telling(OneNetwork):
-        def take(self, loss, step):
+        def take(self, pull, step):
             told.append((step.iteration, step.rate, step.images, step.generator.random()))
-            return super().take(loss, step)
+            return super().take(pull, step)
 
     train(data, lambda run: [Leg("a", 6, lambda i: 0.01 * i, steps=Telling)])
     assert [(i, images) for i, _, images, _ in told] == [(i, 64) for i in range(1, 7)]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from models_store.manifest import InputSpec
 from training.errors import CheckpointError, RunError
 from training.runs import PREFIXED, NetworkPrint, Progress, Run, load_state, load_weights, save_state
 
@@ -87,7 +88,7 @@ def network(hidden=4, seed=0, scale=1.0):
         def forward(self, images):
             return scale * self.body(images)
 
-    return NetworkPrint.of(Net(), (1, 4, 4))
+    return NetworkPrint.of(Net(), InputSpec(shape=(1, 4, 4)))
 
 
 @pytest.mark.parametrize("other", [{"hidden": 16}, {"seed": 1}, {"scale": 2.0}])
@@ -126,6 +127,6 @@ def test_a_run_from_before_networks_were_recorded_is_known_by_the_weights_it_beg
 def test_taking_a_print_draws_nothing_and_leaves_the_mode():
     module = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(16, 3)).train()
     before = torch.get_rng_state()
-    NetworkPrint.of(module, (1, 4, 4))
+    NetworkPrint.of(module, InputSpec(shape=(1, 4, 4)))
     assert torch.equal(torch.get_rng_state(), before)
     assert module.training

@@ -1,0 +1,1 @@
+"""What ensembles take: images, features and tokens, and the rows of tables that become features."""

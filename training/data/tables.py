@@ -1,0 +1,172 @@
+"""Arrays and tables in files: npz:PATH, csv:PATH and parquet:PATH.
+
+A table has named columns. Numbers become features as they are, texts and truth values become categories; the encoding is
+kept in the manifest, so that the service takes rows with the same names.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models_store.errors import FieldError
+from models_store.inputs import fields
+from models_store.manifest import TableField
+from training.data.forms import FeatureForm
+from training.data.sources import Source, from_user
+from training.errors import DataError
+
+LABEL = "label"  # the column of the classes, if no other is named
+TEST = 0.2  # share of the rows of a table in one file
+CATEGORIES = 256  # more of them are rather an identifier
+SPLITS = ("train", "validation", "test")
+
+
+def is_one(name: str) -> bool:
+    """Whether a data set's name is that of a file that is read here."""
+    return name.startswith(("npz:", "csv:", "parquet:"))
+
+
+def source(name: str, label: str | None, drop: Sequence[str], seed: int) -> Source:
+    """Read a data set.
+
+    Args:
+        name: npz:FILE; csv:PATH or parquet:PATH, a file, of which a part becomes the test split, or a folder with
+            train, test and optionally validation.
+        label: the column of the classes.
+        drop: columns that are not used.
+        seed: of the choice of the test rows.
+
+    Raises:
+        DataError: the file cannot be read, or does not hold such a data set.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "npz":
+        return _npz(name, Path(path))
+    return _table(name, kind, Path(path), label or LABEL, drop, seed)
+
+
+def _npz(name: str, file: Path) -> Source:
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = dict(content)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file} is not an npz file: {error}. Write it with numpy.savez(file, x=…, y=…).") from None
+    if not {"x", "y"} <= arrays.keys():
+        raise DataError(f"{file} has the arrays {', '.join(arrays) or 'none'}; it needs x (inputs) and y (labels).")
+    made: dict[str, Any] = {"train": (arrays["x"], arrays["y"]), "validation": None}
+    for split in SPLITS[1:]:
+        if f"x_{split}" in arrays and f"y_{split}" in arrays:
+            made[split] = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    if "test" not in made:
+        train, test = _split(arrays["y"], 0)
+        made["train"], made["test"] = ((arrays["x"][rows], arrays["y"][rows]) for rows in (train, test))
+    for extra in ("kind", "vocabulary", "classes"):
+        if extra in arrays:
+            made[extra] = arrays[extra].tolist()
+    return from_user(name, made)
+
+
+def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], seed: int) -> Source:
+    frames = _frames(kind, path)
+    train = frames["train"]
+    columns = [column for column in train.columns if column != label and column not in drop]
+    for split, frame in frames.items():
+        if label not in frame.columns:
+            raise DataError(
+                f"{path} has no column {label!r} in its {split} rows; name the column of the classes with --label. Its columns: "
+                f"{', '.join(frame.columns)}."
+            )
+        if missing := [column for column in columns if column not in frame.columns]:
+            raise DataError(f"The {split} rows of {path} lack the column {missing[0]!r} of the training rows.")
+    if unknown := sorted(set(drop) - set(train.columns)):
+        raise DataError(f"--drop: {path} has no column {unknown[0]!r}. Its columns: {', '.join(train.columns)}.")
+    described = tuple(_field(path, column, list(frames.values())) for column in columns)
+    if not described:
+        raise DataError(f"{path} has no column beside {label!r}, so there is nothing to classify by.")
+    numbers = [field.name for field in described if field.categories is None]
+    gaps = sorted(column for column in numbers if any(frame[column].null_count() for frame in frames.values()))
+    form = FeatureForm(missing="mean" if gaps else "refuse", fields=described)
+    spec = form.spec((sum(field.width for field in described),))
+    names = sorted({_text(value) for frame in frames.values() for value in frame[label].to_list()})
+    encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for split, frame in frames.items():
+        try:
+            rows = [_row(row, described) for row in frame.select(columns).to_dicts()]
+            encoded[split] = torch.from_numpy(fields.encode(rows, spec)), _labels(frame[label].to_list(), names)
+        except FieldError as error:
+            raise DataError(f"The {split} rows of {path}: {error}.") from None
+    if "test" not in encoded:
+        x, y = encoded["train"]
+        of_train, of_test = _split(y.numpy(), seed)
+        encoded |= {"train": (x[of_train], y[of_train]), "test": (x[of_test], y[of_test])}
+    notes = [f"{len(columns)} columns become {spec.shape[0]} features; the class is {label!r}"]
+    notes += [f"missing numbers in {', '.join(gaps)} are replaced by the mean"] if gaps else []
+    return Source((encoded["train"], encoded.get("validation"), encoded["test"]), names, form=form, notes=tuple(notes))
+
+
+def _frames(kind: str, path: Path) -> dict[str, Any]:
+    import polars
+
+    def read(file: Path) -> Any:
+        try:
+            return polars.read_csv(file, infer_schema_length=None) if kind == "csv" else polars.read_parquet(file)
+        except (OSError, polars.exceptions.PolarsError) as error:
+            raise DataError(f"{file} cannot be read as {kind}: {str(error).splitlines()[0]}") from None
+
+    if not path.is_dir():
+        return {"train": read(path)}
+    files = {split: path / f"{split}.{kind}" for split in SPLITS}
+    if not files["train"].exists() or not files["test"].exists():
+        raise DataError(f"{path} must hold train.{kind} and test.{kind}, and may hold validation.{kind}.")
+    return {split: read(file) for split, file in files.items() if file.exists()}
+
+
+def _field(path: Path, column: str, frames: Sequence[Any]) -> TableField:
+    import polars
+
+    kind = frames[0][column].dtype
+    if kind.is_numeric():
+        return TableField(name=column)
+    if kind not in (polars.String, polars.Boolean, polars.Categorical, polars.Null):
+        raise DataError(
+            f"{path}: the column {column!r} holds {kind}; make it a number or a text, or leave it out with --drop."
+        )
+    values = sorted({"" if value is None else _text(value) for frame in frames for value in frame[column].to_list()})
+    if len(values) > CATEGORIES:
+        raise DataError(
+            f"{path}: the column {column!r} has {len(values)} different texts, more than the {CATEGORIES} of a category. If it is a name or a "
+            "number of the row, leave it out: --drop."
+        )
+    return TableField(name=column, categories=values)
+
+
+def _row(row: dict[str, Any], described: Sequence[TableField]) -> dict[str, Any]:
+    texts = {field.name for field in described if field.categories is not None}
+    return {name: _text(value) if name in texts and value is not None else value for name, value in row.items()}
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _labels(values: Sequence[Any], names: Sequence[str]) -> torch.Tensor:
+    number = {name: index for index, name in enumerate(names)}
+    return torch.tensor([number[_text(value)] for value in values])
+
+
+def _split(labels: np.ndarray[Any, Any], seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Rows for training and for the test, in the same shares of each class."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    flat = labels.argmax(axis=1) if labels.ndim == 2 and labels.shape[1] > 1 else labels.reshape(-1)
+    is_test = np.zeros(len(labels), bool)
+    for value in np.unique(flat):
+        own = order[flat[order] == value]
+        is_test[own[: round(TEST * len(own))]] = True
+    return order[~is_test[order]], order[is_test[order]]
