@@ -90,6 +90,40 @@ def point_logits(bank, point, images):
     return images.reshape(len(images), -1) @ w + bank.statistics["shift"][point]
 
 
+def of_features(seed, spec):
+    """flatten(inputs) @ weights + bias; a missing feature counts as 0."""
+    model = linear(seed, spec.shape, input_name="inputs")
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
+    model.graph.node.insert(0, helper.make_node("IsNaN", ["inputs"], ["gaps"]))
+    model.graph.node.insert(1, helper.make_node("Where", ["gaps", "zero", "inputs"], ["known"]))
+    model.graph.node[2].input[0] = "known"
+    return model
+
+
+def of_tokens(seed, spec):
+    """The mean of the tokens' embeddings."""
+    table = np.random.default_rng(seed).normal(size=(spec.vocabulary, CLASSES)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "inputs"], ["rows"]),
+        helper.make_node("Greater", ["inputs", "padding"], ["is_token"]),
+        helper.make_node("Cast", ["is_token"], ["counted"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["counted", "last"], ["of_rows"]),
+        helper.make_node("Mul", ["rows", "of_rows"], ["kept"]),
+        helper.make_node("ReduceSum", ["kept", "one"], ["total"], keepdims=0),
+        helper.make_node("ReduceSum", ["of_rows", "one"], ["number"], keepdims=0),
+        helper.make_node("Div", ["total", "number"], ["logits"]),
+    ]
+    tensors = {"table": table, "padding": np.int64(0), "last": np.array([2]), "one": np.array([1])}
+    graph = helper.make_graph(
+        nodes,
+        "tokens",
+        [helper.make_tensor_value_info("inputs", TensorProto.INT64, ["batch", "length"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", ONNX_OPSET)], ir_version=8)
+
+
 def publish(
     store,
     name,
@@ -101,6 +135,7 @@ def publish(
     bank=None,
     member=linear,
     shape_of_path="simplex",
+    spec=None,
 ):
     """Publish an ensemble of linear members, or of those that `member` makes of a seed and a shape; optionally with a bank."""
     with store.staging(name) as staged:
@@ -108,11 +143,11 @@ def publish(
         members = []
         for index, seed in enumerate(seeds):
             file = f"members/{index:03d}.onnx"
-            onnx.save(member(seed, shape), staged / file)
+            onnx.save(member(seed, spec or shape), staged / file)
             members.append(Member(file=file, origin=Origin(cycle=index + 1), weight=1 / len(seeds)))
         draft = Draft(
             method="fge",
-            input=InputSpec(shape=shape),
+            input=spec or InputSpec(shape=shape),
             classes=["cat", "dog", "bird"],
             members=members,
             temperature=temperature,

@@ -26,6 +26,13 @@ def shown(spec: InputSpec) -> str:
     return f"({', '.join(map(str, spec.shape))}{',' if len(spec.shape) == 1 else ''})"
 
 
+def batch_shown(spec: InputSpec) -> str:
+    """The shape of a batch, for messages."""
+    if spec.kind == "tokens":
+        return f"(batch, length) with a length from 1 to {spec.shape[0]}"
+    return f"(batch, {', '.join(map(str, spec.shape))})"
+
+
 def fits(spec: InputSpec, shape: Sequence[int]) -> bool:
     """Whether an array of this shape, its batch axis included, can be an input."""
     if spec.kind == "tokens":

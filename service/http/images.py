@@ -78,7 +78,7 @@ def from_lists(inputs: list[Any], spec: InputSpec, limits: Limits) -> Images:
 def _from_fields(rows: list[Any], spec: InputSpec) -> Images:
     if spec.fields is None:
         raise BadRequestError(
-            f"`inputs` holds objects, but this ensemble has no named fields; send lists (batch, {_shape(spec)[1:]}."
+            f"`inputs` holds objects, but this ensemble has no named fields; send lists {kinds.batch_shown(spec)}."
         )
     if wrong := next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None):
         raise BadRequestError(f"`inputs[{wrong}]` is not an object of named fields, as the others are.")
@@ -98,7 +98,7 @@ def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:
     _bound(len(rows), spec, limits)
     if not rows:
         raise BadRequestError(
-            f"`inputs` is empty; send at least one {_noun(spec)}, as lists (batch, {_shape(spec)[1:]}."
+            f"`inputs` is empty; send at least one {_noun(spec)}, as lists {kinds.batch_shown(spec)}."
         )
     lists, numbers = lists_of(spec.shape), math.prod(spec.shape)
     parsed: list[Images] = []
@@ -226,7 +226,7 @@ def _check_shape(what: str, shape: tuple[int, ...], spec: InputSpec) -> None:
         return
     hint = f" A single {_noun(spec)} needs a batch axis around it." if shape == spec.shape else _axes(spec)
     raise BadRequestError(
-        f"{what} has the shape {str(shape)[:80]}; this ensemble takes (batch, {_shape(spec)[1:]} with at least one {_noun(spec)}.{hint}"
+        f"{what} has the shape {str(shape)[:80]}; this ensemble takes {kinds.batch_shown(spec)} and at least one {_noun(spec)}.{hint}"
     )
 
 

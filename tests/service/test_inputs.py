@@ -1,0 +1,199 @@
+"""Tables, signals and texts over HTTP, against the published ONNX files."""
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+import modepath
+from models_store.graphs.runtime import EnsembleSession
+from models_store.inputs import fields, kinds
+from models_store.manifest import InputSpec, TableField
+from service.client import Client
+from tests.onnx_members import of_features, of_tokens, publish
+from tests.service.conftest import Server
+
+FIELDS = [TableField(name="age"), TableField(name="colour", categories=["blue", "red"]), TableField(name="size")]
+SPECS = {
+    "table": InputSpec(kind="features", shape=(4,), low=-100, high=100, fields=FIELDS),
+    "signal": InputSpec(kind="features", shape=(6, 50), missing="mean"),
+    "text": InputSpec(kind="tokens", shape=(12,), vocabulary=30, open_length=True),
+}
+RNG = np.random.default_rng(0)
+TABLE = [{"age": 31.5, "colour": "red", "size": 2}, {"age": -4, "colour": "blue", "size": 0.5}]
+SIGNALS = RNG.normal(size=(5, 6, 50)).astype(np.float32)
+TEXTS = [RNG.integers(1, 30, length).tolist() for length in (1, 12, 5, 3)]
+POLICY = {"modes": ["average", "random", "keyed"], "probabilities": "exact"}
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory):
+    from models_store.store import Store
+
+    store = Store(tmp_path_factory.mktemp("inputs") / "store")
+    made = {name: of_tokens if name == "text" else of_features for name in SPECS}
+    return {name: publish(store, name, spec=spec, member=made[name]) for name, spec in SPECS.items()}
+
+
+@pytest.fixture(scope="module")
+def server(versions, tmp_path_factory):
+    store = versions["table"].folder.parents[1]
+    policies = {"*": {"modes": ["average", "random"], "probabilities": "exact"}, "text": POLICY}
+    from models_store.store import Store
+
+    found = Server(Store(store), tmp_path_factory.mktemp("served"), MODEPATH_POLICIES=json.dumps(policies))
+    found.until(200)
+    yield found
+    found.stop()
+
+
+def expected(version, inputs):
+    session = EnsembleSession(version.folder, version.manifest, "cpu")
+    return session.combine(session.member_probs(kinds.arranged(version.manifest.input, inputs))).mean_probs
+
+
+def ask(server, name, inputs, **options):
+    return httpx.post(server.url + "/predict", json={"inputs": inputs, "ensemble": name, **options})
+
+
+def npy(server, name, array):
+    content = io.BytesIO()
+    np.save(content, array)
+    headers = {"Content-Type": "application/x-npy"}
+    return httpx.post(f"{server.url}/predict?ensemble={name}", content=content.getvalue(), headers=headers)
+
+
+def probs(response):
+    assert response.status_code == 200, response.text
+    return np.array([row["probs"] for row in response.json()["predictions"]])
+
+
+def test_a_row_with_named_fields_is_answered_as_its_features_are(server, versions):
+    rows = fields.encode(TABLE, SPECS["table"])
+    wanted = expected(versions["table"], rows)
+    assert probs(ask(server, "table", TABLE)) == pytest.approx(wanted, abs=1e-5)
+    assert probs(ask(server, "table", rows.tolist())) == pytest.approx(wanted, abs=1e-5)
+    assert probs(npy(server, "table", rows)) == pytest.approx(wanted, abs=1e-5)
+    with Client(server.url) as client:
+        assert client.predict(TABLE, ensemble="table").probs == pytest.approx(wanted, abs=1e-5)
+    assert modepath.ensemble.of_version(versions["table"]).predict(TABLE).probs == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"colour": "green"}, "row 1, field 'colour', has the unknown category 'green'"),
+        ({"size": None}, "row 1, field 'size', is missing"),
+        ({"age": "old"}, "row 1, field 'age', is 'old'; it must be a number"),
+        ({"age": 101}, "row 1, field 'age', is 101; it must be a number from -100 to 100"),
+        ({"extra": 1}, "row 1 has the unknown field 'extra'"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_a_400_that_names_the_field(server, change, told):
+    answer = ask(server, "table", [TABLE[0], {**TABLE[1], **change}])
+    assert answer.status_code == 400
+    assert told in answer.json()["error"]
+
+
+def test_a_missing_field_and_rows_of_two_kinds_are_refused(server):
+    answer = ask(server, "table", [{"age": 1, "size": 2}])
+    assert (answer.status_code, "field 'colour', is missing" in answer.json()["error"]) == (400, True)
+    assert ask(server, "table", [TABLE[0], [1, 2, 3, 4]]).status_code == 400
+    assert "has no named fields" in ask(server, "signal", [{"a": 1}]).json()["error"]
+
+
+def test_many_rows_in_a_large_body_are_answered_in_order(server, versions):
+    rows = [{"age": age / 20, "colour": "red" if age % 2 else "blue", "size": 1} for age in range(1024)]
+    assert len(json.dumps({"inputs": rows})) > 2**15
+    assert probs(ask(server, "table", rows)) == pytest.approx(
+        expected(versions["table"], fields.encode(rows, SPECS["table"])), abs=1e-5
+    )
+    more = RNG.normal(size=(60, 6, 50)).astype(np.float32)
+    assert probs(ask(server, "signal", more.tolist())) == pytest.approx(expected(versions["signal"], more), abs=1e-5)
+
+
+def test_signals_are_answered_and_missing_numbers_are_allowed_where_the_version_says_so(server, versions):
+    gaps = SIGNALS.copy()
+    gaps[0, 0, :3] = np.nan
+    assert probs(npy(server, "signal", gaps)) == pytest.approx(expected(versions["signal"], gaps), abs=1e-5)
+    assert probs(ask(server, "signal", SIGNALS.tolist())) == pytest.approx(
+        expected(versions["signal"], SIGNALS), abs=1e-5
+    )
+    infinite = SIGNALS.copy()
+    infinite[2, 1, 0] = np.inf
+    answer = npy(server, "signal", infinite)
+    assert (answer.status_code, "infinite (row 2, feature 1, 0)" in answer.json()["error"]) == (400, True)
+    assert npy(server, "table", np.full((1, 4), np.nan, np.float32)).status_code == 400
+
+
+def test_texts_of_several_lengths_are_answered_as_each_of_them_alone(server, versions):
+    wanted = np.concatenate([expected(versions["text"], np.array([text])) for text in TEXTS])
+    assert probs(ask(server, "text", TEXTS)) == pytest.approx(wanted, abs=1e-5)
+    padded = kinds.from_texts(SPECS["text"], TEXTS)
+    assert probs(npy(server, "text", padded)) == pytest.approx(wanted, abs=1e-5)
+    with Client(server.url) as client:
+        assert client.predict(TEXTS, ensemble="text").probs == pytest.approx(wanted, abs=1e-5)
+    loaded = modepath.ensemble.of_version(versions["text"])
+    assert loaded.predict(TEXTS).probs == pytest.approx(wanted, abs=1e-5)
+
+
+def test_texts_of_many_clients_that_run_together_keep_their_answers(server, versions):
+    texts = [RNG.integers(1, 30, 1 + number % 12).tolist() for number in range(120)]
+    wanted = [expected(versions["text"], np.array([text]))[0] for text in texts]
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda text: probs(ask(server, "text", [text]))[0], texts))
+    assert np.array(found) == pytest.approx(np.array(wanted), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        ([[1, 30]], "they go from 1 to 29"),
+        ([[]], "(batch, length) with a length from 1 to 12"),
+        ([[1] * 13], "a length from 1 to 12"),
+        ([[1.5]], "whole numbers"),
+        ([[0, 1]], "before a token"),
+        ([["a"]], "not a number"),
+    ],
+)
+def test_what_is_no_text_is_refused(server, texts, told):
+    answer = ask(server, "text", texts)
+    assert answer.status_code == 400
+    assert told in answer.json()["error"]
+
+
+def test_the_same_text_draws_the_same_network_in_keyed_however_it_is_filled_up(server):
+    one = ask(server, "text", [TEXTS[2]], mode="keyed").json()["predictions"][0]["probs"]
+    again = ask(server, "text", [TEXTS[2], TEXTS[1]], mode="keyed").json()["predictions"][0]["probs"]
+    assert one == pytest.approx(again, abs=1e-6)
+    assert probs(ask(server, "signal", SIGNALS.tolist(), mode="random")).shape == (5, 3)
+
+
+def test_the_description_has_the_fields_and_the_schema_of_each_input(server):
+    jsonschema = pytest.importorskip("jsonschema")
+    listed = {one["name"]: one for one in httpx.get(server.url + "/ensembles").json()["ensembles"]}
+    assert listed["table"]["fields"] == [
+        {"name": "age", "categories": None}, {"name": "colour", "categories": ["blue", "red"]}, {"name": "size", "categories": None},
+    ]  # fmt: skip
+    assert (listed["text"]["input_kind"], listed["text"]["input_shape"], listed["text"]["vocabulary"]) == (
+        "tokens",
+        [12],
+        30,
+    )
+    document = httpx.get(server.url + "/docs.json").json()
+    schema = document["components"]["schemas"]["PredictRequest"]
+    whole = {**schema, "components": document["components"]}
+    for inputs in (TABLE, SIGNALS.tolist(), TEXTS):
+        jsonschema.validate({"inputs": inputs}, whole)
+    for inputs in ([{**TABLE[0], "colour": "green"}], [[0]], [{"age": 1}], [[1] * 13]):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"inputs": inputs}, whole)
+
+
+def test_an_image_is_refused_by_an_ensemble_that_takes_none(server):
+    headers = {"Content-Type": "image/png"}
+    answer = httpx.post(server.url + "/predict?ensemble=table", content=b"\x89PNG", headers=headers)
+    assert (answer.status_code, "takes features" in answer.json()["error"]) == (400, True)
