@@ -16,6 +16,8 @@ class Options(TypedDict, total=False):
     epochs: int
     runs: int
     seed: int
+    train: tuple[str, ...]
+    freeze: tuple[str, ...]
     reset_head: bool
     batch_size: int
     lr: float

@@ -49,6 +49,11 @@ class Config:
     """Seed of the initial weights, the order of images, augmentation and dropout. Runs on a CPU are reproducible bit
     for bit."""
 
+    train: tuple[str, ...] = later(())
+    """Names of the parameters that are trained, with * for any part, such as 'fc.*' (default: all). The others are
+    frozen, with their batch norm: give the network's weights with --init."""
+    freeze: tuple[str, ...] = later(())
+    """Names of parameters that are frozen, with * for any part."""
     reset_head: bool = later(False)
     """Begin the last layer with new weights if that of a given checkpoint has another number of classes."""
 

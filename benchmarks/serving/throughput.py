@@ -90,7 +90,7 @@ def publish(root: Path, count: int, seed: int = 0, resize: str = "refuse") -> Pa
     from training.members.export import Exporter, Normalised
     from training.networks import build
 
-    store, exporter = Store(root), Exporter(SHAPE)
+    store, exporter = Store(root), Exporter(InputSpec(shape=SHAPE))
     images = np.random.default_rng(0).random((8, *SHAPE), dtype=np.float32)
     with store.staging(NAME) as staged:
         (staged / "members").mkdir()

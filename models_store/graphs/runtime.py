@@ -139,10 +139,14 @@ class EnsembleSession:
         # with both threads on each member in turn. Threads within a member get only the cores that are left over.
         self._at_once = min(threads, len(files))
         within = threads // self._at_once
-        if self._at_once < len(files) and (models := merging.load_to_merge(files)) is not None:
+        shared = merging.shares_weights(files)
+        if (shared or self._at_once < len(files)) and (models := merging.load_to_merge(files)) is not None:
             if detector is not None:
                 models[detector.member] = detector.attached(models[detector.member])
-            groups = [list(range(first, len(files), self._at_once)) for first in range(self._at_once)]
+            # Members that share a backbone run in one graph, which computes it once.
+            together = 1 if shared else self._at_once
+            within = threads // together
+            groups = [list(range(first, len(files), together)) for first in range(together)]
             joined = [merging.merged([models[i] for i in group]) for group in groups]
             self.parts = [Part(model, f"the members of {folder}", providers, within) for model in joined]
         else:

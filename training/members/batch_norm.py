@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from training.networks import partial
+
 
 @torch.no_grad()
 def reestimate(network: nn.Module, batches: Iterable[torch.Tensor]) -> None:
@@ -27,7 +29,10 @@ def reestimate(network: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     if not _float_buffers(network):
         return
     modes = {module: module.training for module in network.modules()}
-    averaged = [m for m in network.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    # A frozen part keeps the statistics that it was given with.
+    averaged = [
+        m for m in network.modules() if isinstance(m, _NormBase) and m.track_running_stats and not partial.is_frozen(m)
+    ]
     momenta = [layer.momentum for layer in averaged]
     seen = 0
     for images in batches:
@@ -58,7 +63,7 @@ def statistics(network: nn.Module, images: torch.Tensor) -> set[str]:
     modes = {module: module.training for module in network.modules()}
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout draws; the caller's random state must not change
-        network.train()
+        partial.training_mode(network)
         network(images)
     moved: set[str] = set()
     for name, buffer in network.named_buffers():

@@ -27,7 +27,7 @@ from training.data import Data, in_order
 from training.data.import_string import import_string
 from training.errors import ConfigError, DivergenceError
 from training.members import member
-from training.networks import layout
+from training.networks import layout, partial
 from training.networks.normaliser import Normaliser
 from training.optimisation.adversary import Adversary
 from training.optimisation.seeds import Stream, derive
@@ -157,6 +157,7 @@ class _Job:
         memory_format = layout.of(self.network)
         total, count, i = torch.zeros((), device=device), 0, 0
         self.wrapped.train()
+        partial.training_mode(self.network)
         batches = self.data.train.batches(order, size)
         bar = tqdm(batches, f"{leg.label} {epoch + 1}", an_epoch, leave=False, disable=None if rank == 0 else True)
         for step, (images, labels) in enumerate(bar, 1):

@@ -13,6 +13,7 @@ from torch import nn
 from training import data, logger, networks
 from training.config import Config
 from training.data import Data
+from training.networks import partial
 from training.optimisation import hardware, loop
 from training.optimisation.loop import Leg
 from training.runs import Run
@@ -41,7 +42,10 @@ class Session:
             logger.info(note)
         for warning in loaded.warnings:
             logger.warning(warning)
-        return cls(config, fabric, loaded, _build(config, loaded, 0))
+        network = _build(config, loaded, 0)
+        if config.train or config.freeze:
+            logger.info(f"{partial.trained_share(network):.2%} of the parameters are trained; the rest is frozen")
+        return cls(config, fabric, loaded, network)
 
     def initialised(self, number: int = 0) -> nn.Module:
         """A new network with the initial weights of the `number`-th network of a run."""
@@ -64,4 +68,6 @@ class Session:
 
 def _build(config: Config, loaded: Data, number: int) -> nn.Module:
     loop.initialise(config.seed, number)
-    return networks.build(config.network, len(loaded.classes), loaded.input, config.network_kwargs())
+    network = networks.build(config.network, len(loaded.classes), loaded.input, config.network_kwargs())
+    partial.freeze(network, config.train, config.freeze)
+    return network

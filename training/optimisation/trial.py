@@ -29,7 +29,7 @@ from training.data import Data
 from training.errors import ConfigError, ExportError, NetworkError, TrainingError
 from training.members import member
 from training.members.export import LOGITS_TOLERANCE, Exporter, Normalised, torch_logits
-from training.networks import layout
+from training.networks import layout, partial
 from training.networks.normaliser import Normaliser
 from training.networks.row_mixing import first_mixing
 from training.optimisation import hardware, loop
@@ -144,7 +144,8 @@ def _step(
     laid_out = layout.arrange(usual, layout.of(network))
     autocast = contextlib.nullcontext() if in_float32 else fabric.autocast()
     with autocast:
-        logits = network.train()(laid_out)
+        partial.training_mode(network)
+        logits = network(laid_out)
     if config.loss is None and not (isinstance(logits, torch.Tensor) and logits.shape == (size, len(data.classes))):
         given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise NetworkError(

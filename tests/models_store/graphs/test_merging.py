@@ -105,3 +105,56 @@ def test_models_that_onnx_cannot_join_run_one_by_one(tmp_path):
         files = save(tmp_path, [plain, other])
         assert merging.load_to_merge(files) is None
     assert len(merging.load_to_merge(save(tmp_path, [plain, linear(3)]))) == 2
+
+
+def heads(count, width=40):
+    """Members with one body and different heads."""
+    body = np.random.default_rng(9).normal(size=(16, width)).astype(np.float32)
+    made = []
+    for seed in range(count):
+        head = np.random.default_rng(seed).normal(size=(width, 3)).astype(np.float32)
+        helper = onnx.helper
+        nodes = [
+            helper.make_node("Flatten", ["images"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "body"], ["features"]),
+            helper.make_node("Relu", ["features"], ["seen"]),
+            helper.make_node("MatMul", ["seen", "head"], ["logits"]),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", *SHAPE])],
+            [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])],
+            [onnx.numpy_helper.from_array(body, "body"), onnx.numpy_helper.from_array(head, "head")],
+        )
+        made.append(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
+    return made
+
+
+def test_a_backbone_that_members_share_is_computed_once_and_they_answer_as_before(tmp_path):
+    models = heads(6)
+    files = save(tmp_path, models)
+    model = onnx.load_from_string(merging.merged(merging.load_to_merge(files)))
+    assert [node.op_type for node in model.graph.node].count("Relu") == 1
+    assert len(model.graph.initializer) == 1 + 6
+    found = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"images": images}
+    )
+    for file, logits in zip(files, found, strict=True):
+        assert logits == pytest.approx(MemberSession(file, "cpu").logits(images), abs=1e-5)
+
+
+def test_members_that_share_most_weights_are_merged_whatever_their_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "MERGED_BYTES", 100)
+    assert merging.load_to_merge(save(tmp_path, heads(3))) is not None
+    assert merging.load_to_merge(save(tmp_path, [linear(seed) for seed in range(3)])) is None
+    assert merging.load_to_merge(save(tmp_path, heads(1))) is None
+
+
+def test_equal_members_are_each_an_output(tmp_path):
+    files = save(tmp_path, [linear(0)] * 3)
+    found = onnxruntime.InferenceSession(
+        merging.merged(merging.load_to_merge(files)), providers=["CPUExecutionProvider"]
+    ).run(None, {"images": images})
+    assert len(found) == 3
+    assert (found[0] == found[2]).all()
