@@ -37,8 +37,8 @@ class Config:
     parquet:PATH. Signals: digit-rows. Texts: languages. Any: npz:PATH, package.module:factory or
     path/to/file.py:factory."""
     network: str = "preresnet8"
-    """Network. Images: vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME. Signals: cnn1d, lstm. Texts: transformer.
-    Any: mlp, package.module:factory or path/to/file.py:factory."""
+    """Network. Images: vgg16, vgg16-bn, preresnetN, wrn-D-K, torchvision:NAME, timm:NAME. Signals: cnn1d, lstm. Texts:
+    transformer. Images or texts: transformers:PATH. Any: mlp, package.module:factory or path/to/file.py:factory."""
     network_options: tuple[str, ...] = ()
     """Arguments passed to the network's factory, for example width=0.5 bottleneck=True."""
     epochs: int = 40

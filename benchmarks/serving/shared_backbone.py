@@ -43,9 +43,9 @@ def main() -> None:
             publish(Store(folder / name), count, images) for name, count in (("several", MEMBERS), ("one", 1))
         )
         off = parity(several, images)
+        size = (one.folder / "members/000.onnx").stat().st_size / 2**20
         rows, memory = rates(folder, (one, several), images, args)
         bank = bank_size(folder)
-    size = (one.folder / "members/000.onnx").stat().st_size / 2**20
     lines = [
         "# Members that share a backbone", "",
         f"`python -m benchmarks.serving.shared_backbone`, {len(os.sched_getaffinity(0))} cores shared with wrk, {args.rounds} rounds of {args.seconds} s.", "",

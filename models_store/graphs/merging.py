@@ -20,43 +20,52 @@ import onnx.numpy_helper
 # Larger models are not merged: merging copies their weights once more during loading, and they gain nothing from it.
 MERGED_BYTES = 64 * 2**20
 _MOST = 0.5  # share of the weights that models have in common if they are merged whatever their size
+_NAMED = "the same as "  # begins the doc string of a tensor that only names its content
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
-def load_to_merge(models: Sequence[Path]) -> list[onnx.ModelProto] | None:
+def load_to_merge(files: Sequence[Path]) -> list[onnx.ModelProto] | None:
     """Load the models if they can and should be merged; else None.
 
-    They should if they are small (at most MERGED_BYTES in total) or share most of their weights; they can if all are
-    plain (see `_plain`).
+    They should if they are small (at most MERGED_BYTES in total) or share most of their weights with the first one; they
+    can if all are plain (see `_plain`). Shared weights are held once: the other models only name them (see `shares`).
     """
-    if sum(model.stat().st_size for model in models) > MERGED_BYTES and not shares_weights(models):
-        return None
-    loaded = [onnx.load_from_string(model.read_bytes()) for model in models]
-    return loaded if all(map(_plain, loaded)) else None
+    small = sum(file.stat().st_size for file in files) <= MERGED_BYTES
+    models: list[onnx.ModelProto] = []
+    of_first: set[bytes] = set()
+    for file in files:
+        model = onnx.load_from_string(file.read_bytes())
+        if not _plain(model):
+            return None
+        sizes = {_content(tensor): tensor.ByteSize() for tensor in model.graph.initializer}
+        if not models:
+            of_first = set(sizes)
+        elif sum(size for content, size in sizes.items() if content in of_first) < _MOST * sum(sizes.values()):
+            return [onnx.load_from_string(one.read_bytes()) for one in files] if small else None
+        else:
+            for tensor in model.graph.initializer:
+                if (content := _content(tensor)) in of_first:
+                    _only_name(tensor, content)
+        models.append(model)
+    return models if small or shares(models) else None
 
 
-def shares_weights(models: Sequence[Path]) -> bool:
-    """Whether each of several models has most of its weights in common with the first."""
-    if len(models) < 2:
-        return False
-    first: set[bytes] | None = None
-    for model in models:
-        sizes = {
-            _content(tensor): tensor.ByteSize()
-            for tensor in onnx.load_from_string(model.read_bytes()).graph.initializer
-        }
-        if first is None:
-            first = set(sizes)
-        elif sum(size for content, size in sizes.items() if content in first) < _MOST * sum(sizes.values()):
-            return False
-    return True
+def shares(models: Sequence[onnx.ModelProto]) -> bool:
+    """Whether these models, as `load_to_merge` returns them, have weights that the first one holds for all."""
+    return any(tensor.doc_string.startswith(_NAMED) for model in models[1:] for tensor in model.graph.initializer)
+
+
+def _only_name(tensor: onnx.TensorProto, content: bytes) -> None:
+    name = tensor.name
+    tensor.Clear()
+    tensor.name, tensor.doc_string = name, _NAMED + content.hex()
 
 
 def merged(models: Sequence[onnx.ModelProto]) -> bytes:
     """One serialised model with the members' common input and one output per member, in their order.
 
     Args:
-        models: plain members that follow FORMAT.md, with the same input and opset.
+        models: plain members that follow FORMAT.md, with the same input and opset, as `load_to_merge` returns them.
     """
     parts = [onnx.compose.add_prefix(model, f"{i}.", rename_inputs=False) for i, model in enumerate(models)]
     nodes, tensors = _joined(parts)
@@ -105,6 +114,8 @@ def _joined(parts: Sequence[onnx.ModelProto]) -> tuple[list[onnx.NodeProto], lis
 
 
 def _content(tensor: onnx.TensorProto) -> bytes:
+    if tensor.doc_string.startswith(_NAMED):
+        return bytes.fromhex(tensor.doc_string.removeprefix(_NAMED))
     array = onnx.numpy_helper.to_array(tensor)
     head = f"{tensor.data_type} {array.shape} ".encode()
     return hashlib.blake2b(head + array.tobytes(), digest_size=16).digest()

@@ -139,12 +139,12 @@ class EnsembleSession:
         # with both threads on each member in turn. Threads within a member get only the cores that are left over.
         self._at_once = min(threads, len(files))
         within = threads // self._at_once
-        shared = merging.shares_weights(files)
-        if (shared or self._at_once < len(files)) and (models := merging.load_to_merge(files)) is not None:
+        models = merging.load_to_merge(files)
+        if models is not None and (merging.shares(models) or self._at_once < len(files)):
             if detector is not None:
                 models[detector.member] = detector.attached(models[detector.member])
             # Members that share a backbone run in one graph, which computes it once.
-            together = 1 if shared else self._at_once
+            together = 1 if merging.shares(models) else self._at_once
             within = threads // together
             groups = [list(range(first, len(files), together)) for first in range(together)]
             joined = [merging.merged([models[i] for i in group]) for group in groups]

@@ -6,7 +6,9 @@ transformer              networks/transformer.py   texts: token ids (length,)
 vgg16, vgg16-bn          networks/vgg.py
 preresnetN               networks/preresnet.py     N = 6n+2 (basic) or 9n+2 (bottleneck, from 110)
 wrn-D-K                  networks/wide_resnet.py   depth D = 6n+4, width factor K
-torchvision:NAME         any classifier of torchvision
+torchvision:NAME         any classifier of torchvision        networks/libraries.py; the next two, too
+timm:NAME                any classifier of timm
+transformers:PATH        a classifier of transformers in a local folder, with its weights if they are there
 package.module:factory   a user's factory(num_classes, input_shape, **options) -> nn.Module; for texts it also gets `vocabulary`, the
                          number of token ids
 """
@@ -25,7 +27,7 @@ from models_store.inputs import kinds
 from models_store.manifest import InputSpec
 from training.data.import_string import import_string
 from training.errors import NetworkError
-from training.networks import mlp, preresnet, signals, transformer, vgg, wide_resnet
+from training.networks import libraries, mlp, preresnet, signals, transformer, vgg, wide_resnet
 
 Shape = tuple[int, ...]
 SPELT = {"mlp": mlp.make, "cnn1d": signals.cnn1d, "lstm": signals.lstm, "transformer": transformer.make}
@@ -39,8 +41,9 @@ def find(spec: str) -> Factory:
         NetworkError: the name is unknown, or its family does not have this depth.
         ImportStringError: the import string cannot be imported.
     """
-    if spec.startswith("torchvision:"):
-        return _torchvision(spec.removeprefix("torchvision:"))
+    library, _, name = spec.partition(":")
+    if library in libraries.FACTORIES:
+        return libraries.FACTORIES[library](name)
     if ":" in spec:
         return import_string(spec)
     if spec in SPELT:
@@ -53,7 +56,7 @@ def find(spec: str) -> Factory:
         return lambda *args, **kwargs: wide_resnet.make(*args, depth=int(match[1]), widen=int(match[2]), **kwargs)
     raise NetworkError(
         f"Unknown network {spec!r}. Known: {', '.join(SPELT)}, vgg16, vgg16-bn, preresnetN (e.g. preresnet20), wrn-D-K (e.g. "
-        "wrn-28-10), torchvision:NAME, or your own as package.module:factory."
+        "wrn-28-10), torchvision:NAME, timm:NAME, transformers:PATH, or your own as package.module:factory."
     )
 
 
@@ -113,34 +116,3 @@ def _takes_vocabulary(factory: Factory) -> bool:
     except (TypeError, ValueError):
         return False
     return "vocabulary" in parameters
-
-
-class GreyToRGB(nn.Module):
-    """Repeats a grey image three times, for a network that was built for three channels."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(batch, 1, H, W) -> logits."""
-        return self.network(images.expand(-1, 3, -1, -1))
-
-
-def _torchvision(name: str) -> Factory:
-    from torchvision import models
-
-    if name not in models.list_models(module=models):
-        raise NetworkError(
-            f"torchvision has no classifier {name!r}; for example torchvision:resnet18, torchvision:vit_b_16."
-        )
-
-    def make(num_classes: int, input_shape: Shape, **options: Any) -> nn.Module:
-        if name in ("googlenet", "inception_v3"):  # by default their training output is a tuple
-            options = {"aux_logits": False, "init_weights": True, **options}
-        if name.startswith("vit_"):
-            options = {"image_size": input_shape[1], **options}
-        network = models.get_model(name, weights=None, num_classes=num_classes, **options)
-        return GreyToRGB(network) if input_shape[0] == 1 else network
-
-    return make
