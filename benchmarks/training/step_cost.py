@@ -26,7 +26,7 @@ from training import curve, espro, networks
 from training.data import Data, InMemory
 from training.data.augment import Augment
 from training.optimisation import hardware
-from training.optimisation.steps import BetweenVertices, OneNetwork, Step, Training
+from training.optimisation.steps import BetweenVertices, OneNetwork, Step, Training, pull_of
 
 SHAPE = (1, 28, 28)
 BLOCKS, PASSES = 75, 10
@@ -64,7 +64,7 @@ def make(kind: str, name: str):
 
 
 def step(network, steps, images, labels) -> None:
-    steps.take(lambda: functional.cross_entropy(network(images), labels), Step(1, 0.01, DRAWS, len(images)))
+    steps.take(pull_of(lambda: functional.cross_entropy(network(images), labels)), Step(1, 0.01, DRAWS, len(images)))
 
 
 def batch(size: int):

@@ -12,7 +12,7 @@ from training import csgmcmc
 from training.csgmcmc import Config, Langevin, plan
 from training.errors import ConfigError
 from training.optimisation import hardware
-from training.optimisation.steps import Step, Training
+from training.optimisation.steps import Step, Training, pull_of
 from training.runs import Run
 
 
@@ -47,7 +47,9 @@ def test_a_step_is_the_papers_at_changing_rates():
     target = torch.tensor([1.0, -2.0, 0.5])
     for iteration, rate in enumerate((0.1, 0.05, 0.02, 0.01), 1):
         drawn = np.random.default_rng(iteration)
-        steps.take(lambda: (network.weight - target).square().sum() / 2, Step(iteration, rate, drawn, images=50))
+        steps.take(
+            pull_of(lambda: (network.weight - target).square().sum() / 2), Step(iteration, rate, drawn, images=50)
+        )
         noise = torch.zeros(3)
         if iteration >= 3:
             seed = int(np.random.default_rng(iteration).integers(2**62))

@@ -21,7 +21,7 @@ from training.geometry import volume
 from training.geometry.vertices import combine, coordinates
 from training.optimisation import hardware
 from training.optimisation.seeds import Stream, derive
-from training.optimisation.steps import BetweenVertices, Step, Training
+from training.optimisation.steps import BetweenVertices, Step, Training, pull_of
 
 GROW = {**SMALL, "vertices": 2, "vertex_epochs": 2, "samples": 3, "bank": 5}
 
@@ -277,7 +277,9 @@ def test_a_step_in_a_flat_simplex_goes_on_without_the_volume():
     steps = BetweenVertices(Training(config, fabric, network, make_data()), span, fixed, set())
     images, labels = torch.randn(8, 4), torch.arange(8) % 3
     before = {name: tensor.clone() for name, tensor in steps.collected()[0].items()}
-    steps.take(lambda: functional.cross_entropy(network(images), labels), Step(1, 0.1, np.random.default_rng(0), 64))
+    steps.take(
+        pull_of(lambda: functional.cross_entropy(network(images), labels)), Step(1, 0.1, np.random.default_rng(0), 64)
+    )
     for name, tensor in steps.collected()[0].items():
         assert torch.isfinite(tensor).all()
         assert not torch.equal(tensor, before[name])

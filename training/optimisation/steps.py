@@ -65,6 +65,17 @@ class Span:
 Pull = Callable[[], torch.Tensor]
 
 
+def pull_of(loss: Callable[[], torch.Tensor]) -> Pull:
+    """A Pull from a function that computes the mean loss, on one device."""
+
+    def pull() -> torch.Tensor:
+        found = loss()
+        found.backward()  # pyright: ignore[reportUnknownMemberType]
+        return found.detach()
+
+    return pull
+
+
 class Steps(Protocol):
     """How a leg updates its weights."""
 

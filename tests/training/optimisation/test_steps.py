@@ -10,7 +10,7 @@ from tests.training.conftest import make_data
 from training.config import Config
 from training.geometry.vertices import combine
 from training.optimisation import hardware
-from training.optimisation.steps import BetweenVertices, Span, Step, Training
+from training.optimisation.steps import BetweenVertices, Span, Step, Training, pull_of
 
 RATE, DECAY = 0.1, 0.05
 POINTS = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.05, 0.05, 0.9]])
@@ -35,7 +35,7 @@ def test_a_step_descends_the_mean_loss_of_the_drawn_points(points, push):
     )
     steps = BetweenVertices(Training(config, fabric, network, make_data()), span, fixed, set())
     step = Step(iteration=1, rate=RATE, generator=np.random.default_rng(0), images=64)
-    told = steps.take(lambda: functional.cross_entropy(network(IMAGES), LABELS), step)
+    told = steps.take(pull_of(lambda: functional.cross_entropy(network(IMAGES), LABELS)), step)
 
     free = {name: tensor.clone().requires_grad_() for name, tensor in begun.items()}
     losses, total = [], torch.zeros(())

@@ -41,12 +41,12 @@ def build(name):
 )
 def test_networks_that_could_not_be_served_are_refused_with_the_reason(name, told):
     with pytest.raises(NetworkError, match=told):
-        trial.check(build(name), DATA, Exporter(SHAPE))
+        trial.check(build(name), DATA, Exporter(DATA.input))
 
 
 def test_a_sigmoid_is_seen_in_the_exported_graph():
     with pytest.raises(NetworkError, match="sigmoid"):
-        trial.check(build("sigmoid"), DATA, Exporter(SHAPE))
+        trial.check(build("sigmoid"), DATA, Exporter(DATA.input))
 
 
 def test_a_network_whose_head_begins_as_zeros_is_seen_through():
@@ -54,12 +54,12 @@ def test_a_network_whose_head_begins_as_zeros_is_seen_through():
     nn.init.zeros_(network.head.weight)
     nn.init.zeros_(network.head.bias)
     with pytest.raises(NetworkError, match="alone and with other images"):
-        trial.check(network, DATA, Exporter(SHAPE))
+        trial.check(network, DATA, Exporter(DATA.input))
     assert not network.head.weight.any()
 
 
 def test_log_probabilities_pass_and_the_exporter_is_ready_for_members():
-    exporter = Exporter(SHAPE)
+    exporter = Exporter(DATA.input)
     network = build("log_softmax")
     trial.check(network, DATA, exporter)
     assert exporter._template is not None
@@ -73,7 +73,7 @@ def state_of_everything(network):
 def test_a_trial_leaves_network_and_random_state_as_they_were():
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3))
     before = state_of_everything(network)
-    trial.check(network, DATA, Exporter(SHAPE))
+    trial.check(network, DATA, Exporter(DATA.input))
     config = fge.Config(precision="32")
     assert trial.fit(config, hardware.launch(config), network, DATA) is config
     after = state_of_everything(network)
@@ -145,7 +145,7 @@ def test_a_network_with_statistics_whose_forward_fails_in_training_mode_is_refus
     channels, height, width = DATA.shape
     network = Failing(nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(channels * height * width, len(DATA.classes)))
     with pytest.raises(NetworkError, match="fails in training mode on 8 images: RuntimeError: pooling region"):
-        trial.check(network, DATA, Exporter(DATA.shape))
+        trial.check(network, DATA, Exporter(DATA.input))
 
 
 def two_losses(logits, labels):
