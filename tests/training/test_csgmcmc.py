@@ -66,7 +66,8 @@ def test_the_samples_of_a_gaussian_posterior_are_distributed_as_its_closed_form(
     generator = np.random.default_rng(0)
     for iteration in range(1, 2001):
         steps.take(
-            lambda: curvature / 2 * (network.weight - mean).square().sum(), Step(iteration, 0.002, generator, images)
+            pull_of(lambda: curvature / 2 * (network.weight - mean).square().sum()),
+            Step(iteration, 0.002, generator, images),
         )
     sd = math.sqrt(temperature / (images * curvature))
     assert stats.kstest(network.weight.detach().numpy(), "norm", (mean, sd)).pvalue > 0.01
