@@ -335,7 +335,8 @@ async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> 
         found = asked.open(spec, limits)
         return found.decode() if isinstance(found, Encoded) and found.pixels <= SMALL_PIXELS else found
 
-    found = await worker.offload.run(body, opened) if asked.encoded or len(body.data) > INLINE_BYTES else opened()
+    long = asked.encoded or len(body.data) > INLINE_BYTES or asked.named * len(spec.fields or ()) > INLINE_NUMBERS
+    found = await worker.offload.run(body, opened) if long else opened()
     return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
 
 

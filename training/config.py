@@ -70,7 +70,8 @@ class Config:
     """Coefficient of the L2 penalty on all parameters."""
     optimizer: str = later("sgd")
     """Optimizer: sgd, adamw, or package.module:factory, which is called with (parameters, lr=…, weight_decay=…). With
-    adamw the default learning rates are a hundredth of those of SGD, and weight decay is decoupled."""
+    adamw the default learning rates are a hundredth of those of SGD (a rate equal to SGD's default counts as not
+    given), and weight decay is decoupled."""
     clip_norm: float | None = later(None)
     """Scale gradients so that their norm is at most this (default: never)."""
     accumulate: int = later(1)

@@ -53,8 +53,6 @@ def from_npz(file: Path) -> Labelled:
         raise StoreError(
             f"{file} is not an npz file with the arrays x (images) and y (labels): {error}. Write it with numpy.savez(file, x=…, y=…)."
         ) from None
-    if images.dtype == np.uint8:
-        images = images / np.float32(255)
     if images.dtype.kind not in "iuf" or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise StoreError(
             f"{file} holds x of type {images.dtype} and y of type {labels.dtype} {labels.shape}; x are numbers, y whole numbers, one for each row of x."
@@ -144,6 +142,8 @@ def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool
         StoreError: there are too few images, or they do not fit the version.
     """
     record, classes = version.manifest, len(version.manifest.classes)
+    if record.input.kind == "image" and given.images.dtype == np.uint8:
+        given = replace(given, images=given.images / np.float32(255))
     _check(version, given, classes)
     given = replace(given, images=kinds.arranged(record.input, given.images))
     store.verify(version)

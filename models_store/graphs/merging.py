@@ -102,13 +102,13 @@ def _joined(parts: Sequence[onnx.ModelProto]) -> tuple[list[onnx.NodeProto], lis
             for i, name in enumerate(node.input):
                 node.input[i] = alias.get(name, name)
             attributes = tuple(sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute))
-            key = (node.domain, node.op_type, tuple(node.input), attributes, len(node.output))
+            key = (node.domain, node.op_type, tuple(node.input), attributes, tuple(map(bool, node.output)))
             same = known.get(key)
             if same is None or node.op_type in _RANDOM or outputs & set(node.output):
                 known.setdefault(key, node)
                 nodes.append(node)
                 continue
-            alias |= dict(zip(node.output, same.output, strict=True))
+            alias |= {one: other for one, other in zip(node.output, same.output, strict=True) if one}
     used = {name for node in nodes for name in node.input} | {o.name for part in parts for o in part.graph.output}
     return nodes, [tensor for tensor in tensors if tensor.name in used]
 

@@ -27,59 +27,64 @@ def encode(rows: Sequence[Mapping[str, Any]], spec: InputSpec) -> NDArray[np.flo
     assert spec.fields is not None, "the input has named fields"
     out = np.zeros((len(rows), *spec.shape), np.float32)
     known = {field.name for field in spec.fields}
+    writers = [_Writer(field, spec) for field in spec.fields]
     for number, (row, values) in enumerate(zip(rows, out, strict=True)):
-        if unknown := next((name for name in row if name not in known), None):
+        if (unknown := next((name for name in row if name not in known), None)) is not None:
             raise FieldError(
                 f"row {number} has the unknown field {unknown[:80]!r}. The fields are {', '.join(map(repr, sorted(known)))}"
             )
         column = 0
-        for field in spec.fields:
-            _write(
-                values[column : column + field.width],
-                row.get(field.name),
-                field,
-                spec,
-                f"row {number}, field {field.name!r},",
-            )
-            column += field.width
+        for writer in writers:
+            try:
+                writer.write(values, column, row.get(writer.name))
+            except FieldError as error:
+                raise FieldError(f"row {number}, field {writer.name!r}, {error}") from None
+            column += writer.width
     return out
 
 
-def _write(place: NDArray[np.float32], value: Any, field: TableField, spec: InputSpec, where: str) -> None:
-    if field.categories is not None:
-        text = (
-            str(value).lower()
-            if isinstance(value, bool)
-            else value
-            if isinstance(value, str)
-            else ""
-            if value is None
-            else None
-        )
-        if text is None:
-            raise FieldError(f"{where} is {_short(value)}; it must be a text, one of {_listed(field.categories)}")
-        if text not in field.categories:
+class _Writer:
+    """Writes the features of one field."""
+
+    def __init__(self, field: TableField, spec: InputSpec):
+        self.name, self.width = field.name, field.width
+        self._categories = field.categories
+        self._column = {text: index for index, text in enumerate(field.categories or ())}
+        self._missing = spec.missing == "mean"
+        most = float(np.finfo(np.float32).max)
+        self._low = -most if spec.low is None else max(-most, spec.low)
+        self._high = most if spec.high is None else min(most, spec.high)
+
+    def write(self, row: NDArray[np.float32], column: int, value: Any) -> None:
+        """Write a value of the field into the features of a row, from this column on."""
+        if self._categories is not None:
+            row[column + self._index(value, self._categories)] = 1
+        elif value is None:
+            if not self._missing:
+                raise FieldError("is missing; it must be a number")
+            row[column] = np.nan
+        else:
+            row[column] = self._number(value)
+
+    def _index(self, value: Any, categories: list[str]) -> int:
+        text = str(value).lower() if isinstance(value, bool) else "" if value is None else value
+        if not isinstance(text, str):
+            raise FieldError(f"is {_short(value)}; it must be a text, one of {_listed(categories)}")
+        if (index := self._column.get(text)) is None:
             what = "is missing" if value is None else f"has the unknown category {_short(value)}"
-            raise FieldError(f"{where} {what}; it must be one of {_listed(field.categories)}")
-        place[field.categories.index(text)] = 1
-        return
-    if value is None:
-        if spec.missing == "refuse":
-            raise FieldError(f"{where} is missing; it must be a number")
-        place[0] = np.nan
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FieldError(f"{where} is {_short(value)}; it must be a number")
-    low, high = (-math.inf if spec.low is None else spec.low), (math.inf if spec.high is None else spec.high)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max) or not low <= number <= high:
-        raise FieldError(
-            f"{where} is {_short(value)}; it must be a number from {low:g} to {high:g} that float32 can hold"
-        )
-    place[0] = number
+            raise FieldError(f"{what}; it must be one of {_listed(categories)}")
+        return index
+
+    def _number(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FieldError(f"is {_short(value)}; it must be a number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not self._low <= number <= self._high:  # false for NaN
+            raise FieldError(f"is {_short(value)}; it must be a number from {self._low:g} to {self._high:g}")
+        return number
 
 
 def _short(value: Any) -> str:

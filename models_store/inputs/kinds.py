@@ -67,7 +67,9 @@ def fault(spec: InputSpec, inputs: NDArray[Any]) -> str | None:
             return None
     if not (np.isfinite(low) and np.isfinite(high)):
         return f"has a value that is {_which(inputs, spec)}; every feature must be a finite number"
-    bottom, top = (-np.inf if spec.low is None else spec.low), (np.inf if spec.high is None else spec.high)
+    # Limits are compared as float32, too, which the members take.
+    bottom = -np.inf if spec.low is None else min(spec.low, float(np.float32(spec.low)))
+    top = np.inf if spec.high is None else max(spec.high, float(np.float32(spec.high)))
     if low < bottom or high > top:
         return f"has values from {low!r} to {high!r}; the ensemble takes features from {bottom:g} to {top:g}"
     with np.errstate(over="ignore"):
@@ -126,8 +128,10 @@ def from_texts(spec: InputSpec, texts: Sequence[Sequence[int]]) -> NDArray[np.in
     """Lists of token ids as one array, filled up to the longest.
 
     Raises:
-        ValueError: a value is not an integer that int64 can hold.
+        ValueError: a value is not an integer that int64 can hold, or a text is too long.
     """
+    if any(len(text) > spec.shape[0] for text in texts):
+        raise ValueError("a text is too long")
     rows = [np.array(text) for text in texts]
     if any(row.ndim != 1 or (len(row) and row.dtype.kind not in "iu") for row in rows):
         raise ValueError("a text is not a list of integers")

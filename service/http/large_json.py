@@ -53,13 +53,13 @@ def cut(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> tuple[bytes, 
         BadRequestError: the body cannot be a valid request.
         TooLargeError: more than `max_rows` images.
     """
+    if _NAMED.search(body) is not None:
+        _bound_named(body, specs, max_rows)
+        return body, None
     if max(body.count(b"["), body.count(b"]")) > _most_lists(len(body), specs, max_rows) + _FIELDS:
         raise BadRequestError(
             "The body has more lists than a request of that size can have. `inputs` is (batch, C, H, W): see /ensembles for the shapes."
         )
-    if _NAMED.search(body) is not None:
-        _bound_named(body, specs, max_rows)
-        return body, None
     if body.count(b'"') > 2 * (max_rows + _FIELDS):
         raise BadRequestError(
             f"The body has more strings than {max_rows} encoded images and the other fields of a request need."
@@ -93,10 +93,24 @@ def _most_lists(size: int, specs: Sequence[InputSpec], max_rows: int) -> int:
 def _bound_named(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> None:
     """Rows with named fields: each has at most the fields of an ensemble, and each field a name and a text."""
     most = max((len(spec.fields or ()) for spec in specs), default=0)
-    if body.count(b"{") > max_rows + _FIELDS:
+    if body.count(b"{") > max_rows * (1 + _marks(specs, "{")) + _FIELDS:
         raise TooLargeError(f"More than {max_rows} rows in one request. Send them in parts.")
-    if body.count(b'"') > 4 * (max_rows * most + _FIELDS) or body.count(b",") > max_rows * (most + 1) + _FIELDS:
+    commas = max_rows * (most + 1 + _marks(specs, ",")) + _FIELDS
+    if body.count(b'"') > 4 * (max_rows * most + _FIELDS) or body.count(b",") > commas:
         raise BadRequestError(f"The body has more fields than {max_rows} rows of an ensemble that is served have.")
+    if body.count(b"[") > max_rows * _marks(specs, "[") + _FIELDS:
+        raise BadRequestError("The body has lists in rows with named fields; a field is a number or a text.")
+
+
+def _marks(specs: Sequence[InputSpec], mark: str) -> int:
+    """How often a mark may stand in the names and texts of one row."""
+    return max(
+        (
+            sum(field.name.count(mark) + max((one.count(mark) for one in field.categories or ()), default=0) for field in spec.fields or ())
+            for spec in specs
+        ),
+        default=0,
+    )  # fmt: skip
 
 
 def _bound_rest(rest: bytes, max_rows: int) -> None:

@@ -193,6 +193,15 @@ def test_the_description_has_the_fields_and_the_schema_of_each_input(server):
             jsonschema.validate({"inputs": inputs}, whole)
 
 
+def test_one_long_text_among_many_short_ones_costs_no_memory(server):
+    answer = ask(server, "text", [[1] * 30_000, *([[1]] * 1000)])
+    assert (answer.status_code, "a length from 1 to 12" in answer.json()["error"]) == (400, True)
+
+
+def test_names_without_letters_are_unknown_fields(server):
+    assert "unknown field ''" in ask(server, "table", [{**TABLE[0], "": 1}]).json()["error"]
+
+
 def test_an_image_is_refused_by_an_ensemble_that_takes_none(server):
     headers = {"Content-Type": "image/png"}
     answer = httpx.post(server.url + "/predict?ensemble=table", content=b"\x89PNG", headers=headers)

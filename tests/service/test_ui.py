@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from models_store.decisions import calibrating
+from models_store.manifest import InputSpec, TableField
 from models_store.store import Store
 from tests.models_store.decisions.test_calibrating import labelled
-from tests.onnx_members import bank, publish
+from tests.onnx_members import bank, of_features, publish
 from tests.service.conftest import Server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -41,6 +42,14 @@ def begun(folder):
     calibrating.calibrate(store, publish(store, "animals"), calibrating.Labelled(x, y, "these"))
     publish(store, "path", seeds=(5, 6), bank=bank(points=4, seed=9))
     publish(store, "curve", seeds=(11, 12), bank=bank(points=6, seed=4, **LINE), shape_of_path="bezier")
+    colours = [
+        "blue",
+        "red",
+        *(f"colour {number}" for number in range(18)),
+    ]  # enough weights to be compared with others
+    fields = [TableField(name="age"), TableField(name="colour", categories=colours)]
+    table = InputSpec(kind="features", shape=(21,), fields=fields)
+    publish(store, "table", spec=table, member=of_features)
     options = {"MODEPATH_POLICIES": json.dumps(POLICIES), "MODEPATH_DEFAULT": "animals"}
     found = Server(store, folder, MODEPATH_FEEDBACK=f"sqlite:///{folder}/feedback.db", **options)
     found.until(200)
@@ -185,6 +194,25 @@ def test_the_answer_along_a_curve_follows_the_slider(server, opened):
         shown = one.page.inner_text(".point .classes tr:first-child")
         assert shown.endswith("%")
     assert one.page.locator(".curve .line").count() == 1
+
+
+def test_a_row_with_named_fields_is_asked_as_json(server, opened):
+    one = opened()
+    one.page.select_option("#ensemble", "table")
+    assert one.page.is_visible("#values")
+    assert not one.page.is_visible("#pad")
+    assert json.loads(one.page.input_value("#values")) == {"age": 0, "colour": "blue"}
+    one.page.fill("#values", '{"age": 1.5, "colour": "red"}')
+    one.page.click("#ask-values")
+    one.until("Average of the members")
+    body = httpx.post(server.url + "/predict", json={"ensemble": "table", "inputs": [{"age": 1.5, "colour": "red"}]})
+    row = body.json()["predictions"][0]
+    assert f"{row['class_name']}, {100 * row['confidence']:.1f} %" in one.answer()
+    one.page.fill("#values", '{"age": 1.5')
+    one.page.click("#ask-values")
+    one.until("The input is not JSON")
+    one.page.select_option("#ensemble", "animals")
+    assert one.page.is_visible("#pad")
 
 
 def test_it_says_that_the_service_went_away_and_recovers(store, serve, browser, tmp_path):

@@ -150,7 +150,7 @@ def load(options: DataOptions) -> Data:
             raise DataError("--mean and --std are for images and features; token ids are not normalised.")
         mean, std = (), ()
     elif mean is None or std is None:
-        measured_mean, measured_std = _measure(train)
+        measured_mean, measured_std = _measure(train, spec)
         mean, std = mean or measured_mean, std or measured_std
         listed = (
             f"mean {_numbers(mean)} std {_numbers(std)}" if len(mean) <= NUMBERS_SHOWN else f"{len(mean)} means and std"
@@ -330,7 +330,7 @@ def _split_off(train: Split, options: DataOptions) -> tuple[Split, Split]:
     return train.take(order[size:]), train.take(order[:size])
 
 
-def _measure(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _measure(train: Split, spec: InputSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
     rows = in_order(train)[: 2000 if isinstance(train, Streamed) else None]
     total = squares = torch.zeros(())
     count = 0
@@ -344,8 +344,13 @@ def _measure(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     count = torch.as_tensor(count).clamp_min(1)
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
-    std = torch.where(std < 1e-6, torch.ones_like(std), std)  # a constant channel is left as it is
-    return tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std)
+    if spec.kind == "image":
+        std = torch.where(std < 1e-6, torch.ones_like(std), std)  # a constant channel is left as it is
+        return tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std)
+    # Features may have any scale.
+    constant = std <= 1e-6 * mean.abs().clamp_min(torch.finfo(torch.float32).tiny)
+    std = torch.where(constant, torch.ones_like(std), std)
+    return tuple(float(f"{m:.7g}") for m in mean.tolist()), tuple(float(f"{s:.7g}") for s in std.tolist())
 
 
 def _augment(options: DataOptions, own: Augment, spec: InputSpec) -> Augment:

@@ -76,6 +76,12 @@ def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], se
     frames = _frames(kind, path)
     train = frames["train"]
     columns = [column for column in train.columns if column != label and column not in drop]
+    if "" in columns:
+        raise DataError(
+            f"{path} has a column without a name, such as the index that pandas writes: leave it out (to_csv(index=False)), or name it."
+        )
+    if any(frame.height == 0 for frame in frames.values()):
+        raise DataError(f"{path} has no rows.")
     for split, frame in frames.items():
         if label not in frame.columns:
             raise DataError(
@@ -89,6 +95,11 @@ def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], se
     described = tuple(_field(path, column, list(frames.values())) for column in columns)
     if not described:
         raise DataError(f"{path} has no column beside {label!r}, so there is nothing to classify by.")
+    for split, frame in frames.items():
+        if gone := frame[label].null_count():
+            raise DataError(
+                f"{gone} of the {split} rows of {path} have no class in {label!r}; fill them in or leave these rows out."
+            )
     numbers = [field.name for field in described if field.categories is None]
     gaps = sorted(column for column in numbers if any(frame[column].null_count() for frame in frames.values()))
     form = FeatureForm(missing="mean" if gaps else "refuse", fields=described)
@@ -106,6 +117,16 @@ def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], se
         of_train, of_test = _split(y.numpy(), seed)
         encoded |= {"train": (x[of_train], y[of_train]), "test": (x[of_test], y[of_test])}
     notes = [f"{len(columns)} columns become {spec.shape[0]} features; the class is {label!r}"]
+    for field in described:
+        seen = (
+            {_text(value) if value is not None else "" for value in train[field.name].to_list()}
+            if field.categories
+            else set()
+        )
+        if field.categories and (unseen := sorted(set(field.categories) - seen)):
+            notes.append(
+                f"warning: no training row has {unseen[0]!r} in {field.name}: what the networks answer to it is not learnt"
+            )
     notes += [f"missing numbers in {', '.join(gaps)} are replaced by the mean"] if gaps else []
     return Source((encoded["train"], encoded.get("validation"), encoded["test"]), names, form=form, notes=tuple(notes))
 
@@ -115,7 +136,10 @@ def _frames(kind: str, path: Path) -> dict[str, Any]:
 
     def read(file: Path) -> Any:
         try:
-            return polars.read_csv(file, infer_schema_length=None) if kind == "csv" else polars.read_parquet(file)
+            found = polars.read_csv(file, infer_schema_length=None) if kind == "csv" else polars.read_parquet(file)
+            return found.with_columns(polars.selectors.decimal().cast(polars.Float64)).with_columns(
+                polars.selectors.float().fill_nan(None)
+            )
         except (OSError, polars.exceptions.PolarsError) as error:
             raise DataError(f"{file} cannot be read as {kind}: {str(error).splitlines()[0]}") from None
 
@@ -137,6 +161,12 @@ def _field(path: Path, column: str, frames: Sequence[Any]) -> TableField:
         raise DataError(
             f"{path}: the column {column!r} holds {kind}; make it a number or a text, or leave it out with --drop."
         )
+    texts = [value for frame in frames for value in frame[column].to_list() if isinstance(value, str)]
+    strange = next((text for text in texts if not _is_number(text)), None)
+    if texts and strange is not None and 2 * sum(map(_is_number, texts)) > len(texts):
+        raise DataError(
+            f"{path}: the column {column!r} seems to hold numbers, but also the text {strange[:40]!r}. Leave missing numbers empty, or drop the column."
+        )
     values = sorted({"" if value is None else _text(value) for frame in frames for value in frame[column].to_list()})
     if len(values) > CATEGORIES:
         raise DataError(
@@ -152,7 +182,17 @@ def _row(row: dict[str, Any], described: Sequence[TableField]) -> dict[str, Any]
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():  # 1.0 and 1 are one class
+        value = int(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _labels(values: Sequence[Any], names: Sequence[str]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -98,13 +99,17 @@ def kept(optimizer: torch.optim.Optimizer, prefix: str, named: Named) -> State:
 
 def restore(optimizer: torch.optim.Optimizer, prefix: str, named: Named, state: State) -> None:
     """Give the optimizer what `kept` returned; tensors get the parameter's device and memory layout."""
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     keys = {match[1] for name in state if (match := re.match(r"optimizer\.([^.]+)\.", name))}
     for name, tensor in named.items():
         own: dict[str, Any] = {}
         for key in keys:
             if (value := state.get(f"optimizer.{key}.{prefix}{name}")) is not None:
                 same = value.shape == tensor.shape
-                own[key] = torch.empty_like(tensor, requires_grad=False).copy_(value) if same else value.clone()
+                if same:
+                    own[key] = torch.empty_like(tensor, requires_grad=False).copy_(value)
+                else:  # a counter, which fused steps read on the device
+                    own[key] = value.to(tensor.device if on_device else value.device, copy=True)
         if (momentum := state.get(f"momentum.{prefix}{name}")) is not None:
             own[_MOMENTUM] = torch.empty_like(tensor, requires_grad=False).copy_(momentum)
         cast("dict[Any, Any]", optimizer.state).pop(tensor, None)
@@ -114,12 +119,12 @@ def restore(optimizer: torch.optim.Optimizer, prefix: str, named: Named, state: 
 
 def _scales(named: Named, decay: float) -> dict[str, float]:
     """The share of the learning rate of each tensor: decay^(layers above it). The last layer has all of it."""
-    layers = {name: _layer(name) for name in named}
-    order = list(dict.fromkeys(layers.values()))
-    return {name: decay ** (len(order) - 1 - order.index(layer)) for name, layer in layers.items()}
+    # Names in a row that belong to one layer; a name such as encoder.norm may stand before and after the blocks.
+    runs = [list(run) for _, run in itertools.groupby(named, _layer)]
+    return {name: decay ** (len(runs) - 1 - number) for number, run in enumerate(runs) for name in run}
 
 
 def _layer(name: str) -> str:
-    """The layer of a tensor: its name up to the first number, such as blocks.3, or else its first part."""
-    match = re.match(r"(.*?\.\d+)\.", name)
+    """The layer of a tensor: its name up to the first number, such as blocks.3 or layer_3, or else its first part."""
+    match = re.match(r"(.*?[._]\d+|\d+)\.", name)
     return match[1] if match else name.partition(".")[0]

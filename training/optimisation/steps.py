@@ -163,7 +163,11 @@ class OneNetwork:
 
     def collected(self) -> list[State]:
         """See Steps."""
-        return [{**self._network.state_dict(), **(self._average or {})}]
+        average = self._average or {}
+        name_of = {id(one): name for name, one in self._named.items()}
+        every = self._network.named_parameters(remove_duplicate=False)  # shared tensors have several names
+        averaged = {name: average[name_of[id(one)]] for name, one in every if average and id(one) in name_of}
+        return [{**self._network.state_dict(), **averaged}]
 
 
 @dataclass(frozen=True)

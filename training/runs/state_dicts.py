@@ -17,6 +17,17 @@ AVERAGED = ("ema", "model_ema", "ema_state_dict", "state_dict_ema", "swa_state_d
 # Names that tools leave among the weights.
 LEFT_BEHIND = ("total_ops", "total_params", "_extra_state", "n_averaged", "num_updates", "decay")
 COMPILED = "_orig_mod."  # torch.compile adds it, also in the middle of names
+# Places and prefixes that hold what an optimizer keeps for each weight.
+OF_OPTIMIZERS = (
+    "optimizer",
+    "optimizers",
+    "optimizer_states",
+    "optimizer_state_dict",
+    "momentum",
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+)
 DEPTH = 4  # of wrappers around wrappers
 
 
@@ -94,7 +105,7 @@ def _state_dicts(content: Any, place: str = "", depth: int = DEPTH) -> Iterator[
     if tensors:
         yield _Held(place, {str(key): value for key, value in tensors.items()})
     for key, value in content.items():
-        if isinstance(key, str):
+        if isinstance(key, str) and key not in OF_OPTIMIZERS:
             yield from _state_dicts(value, f"{place}.{key}".lstrip("."), depth - 1)
 
 
@@ -108,17 +119,25 @@ def _fits(network: nn.Module, held: _Held, reset_head: bool) -> Iterator[_Fit]:
         for name, tensor in held.weights.items()
         if name.rpartition(".")[2] not in LEFT_BEHIND
     }
-    for prefix in dict.fromkeys(_prefixes(needed, named)):
-        of_prefix = {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
+    parts = {_part(name) for name in own}
+    # A wrapper of the network, such as one for grey images, may have put a prefix before all names.
+    wrapper = f"{next(iter(parts))}." if len(parts) == 1 and all("." in name for name in own) else ""
+    inner = [name.removeprefix(wrapper) for name in needed]
+    prefixes = [*_prefixes(needed, named), *_prefixes(inner, named)]
+    ways = [(prefix, added) for prefix in dict.fromkeys(prefixes) for added in dict.fromkeys(("", wrapper))]
+    for prefix, added in ways:
+        of_prefix = {added + name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
         of_prefix = _with_tied(own, of_prefix)
-        wrong = [name for name in needed if name not in of_prefix or of_prefix[name].shape != own[name].shape]
+        wrong = [name for name in needed if name not in of_prefix or not _alike(of_prefix[name], own[name])]
         head = [name for name in wrong if reset_head and name in _head(network, own)]
         if len(head) < len(wrong):
             continue
         beside = [name for name in named if not name.startswith(prefix)]
         unknown = [name for name in of_prefix if name not in own]
         # Unknown names within the network's own parts are those of a larger network.
-        if any(name.partition(".")[0] in {one.partition(".")[0] for one in own} for name in unknown):
+        if any(
+            _part(name.removeprefix(wrapper)) in {_part(one.removeprefix(wrapper)) for one in own} for name in unknown
+        ):
             continue
         kept = {name: tensor for name, tensor in of_prefix.items() if name in own and name not in head}
         yield _Fit(held.place, prefix, kept, tuple(beside + unknown), tuple(head))
@@ -129,8 +148,18 @@ def _prefixes(needed: list[str], named: Weights) -> Iterator[str]:
     yield ""
     for own in (needed[0], needed[len(needed) // 2]):
         for name in named:
-            if name.endswith("." + own):
+            if name.endswith("." + own) and name[: -len(own)].split(".")[0] not in OF_OPTIMIZERS:
                 yield name[: -len(own)]
+
+
+def _part(name: str) -> str:
+    """The first part of a name; all numbers are one, because they count the layers of one part."""
+    first = name.partition(".")[0]
+    return "0" if first.isdecimal() else first
+
+
+def _alike(given: torch.Tensor, own: torch.Tensor) -> bool:
+    return given.shape == own.shape and given.is_floating_point() == own.is_floating_point()
 
 
 def _with_tied(own: Mapping[str, torch.Tensor], given: Weights) -> Weights:
@@ -194,6 +223,11 @@ def _why_not(network: nn.Module, state: Weights, what: str) -> str:
     foreign = [name for name in state if name not in own]
     wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
     shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in wrong]
+    shapes += [
+        f"{name} of {state[name].dtype} instead of {own[name].dtype}"
+        for name in own
+        if name in state and state[name].shape == own[name].shape and not _alike(state[name], own[name])
+    ]
     told = [
         f"{how} {_some(names)}"
         for how, names in (("lacks", missing), ("has besides", foreign), ("has", shapes))
@@ -201,7 +235,7 @@ def _why_not(network: nn.Module, state: Weights, what: str) -> str:
     ]
     head = (
         " Only its last layer has another size: --reset-head takes the others."
-        if wrong and not missing and set(wrong) <= _head(network, own)
+        if wrong and not missing and not foreign and set(wrong) <= _head(network, own)
         else " Give the --network (and --network-options) it was trained with."
     )
     return f"{what} belongs to another network: it {', '.join(told)}.{head}"

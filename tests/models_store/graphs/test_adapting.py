@@ -234,3 +234,31 @@ class _nothing:  # noqa: N801
 
     def __exit__(self, *error):
         return None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("opset", [9, 13, 17])
+@pytest.mark.parametrize("batch", ["open", "fixed"])
+def test_files_of_torchs_older_exporter_answer_as_torch_does(tmp_path, opset, batch):
+    torch = pytest.importorskip("torch", reason="the training extra is not installed")
+    pytest.importorskip("torchvision", reason="the training extra is not installed")
+    from torch import nn
+
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ).eval()
+    axes = {"x": {0: "batch"}, "y": {0: "batch"}} if batch == "open" else None
+    torch.onnx.export(
+        network, (torch.zeros(1, 3, 4, 4),), tmp_path / "m.onnx", dynamo=False, opset_version=opset, input_names=["x"],
+        output_names=["y"], dynamic_axes=axes,
+    )  # fmt: skip
+    found = adapt(tmp_path / "m.onnx", ImportOptions())
+    with torch.no_grad():
+        expected = network(torch.from_numpy(IMAGES)).numpy()
+    assert answers(found, IMAGES) == pytest.approx(expected, abs=1e-5)

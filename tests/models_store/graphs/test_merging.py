@@ -158,3 +158,36 @@ def test_equal_members_are_each_an_output(tmp_path):
     ).run(None, {"images": images})
     assert len(found) == 3
     assert (found[0] == found[2]).all()
+
+
+def test_nodes_that_leave_out_different_outputs_are_not_joined(tmp_path):
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    tensors = {"w": rng.normal(size=(1, 12, 4)), "r": rng.normal(size=(1, 12, 3)), "shape": None}
+
+    def member(*outputs):
+        nodes = [
+            helper.make_node("Squeeze", ["images", "one"], ["rows"]),
+            helper.make_node("Transpose", ["rows"], ["steps"], perm=[1, 0, 2]),
+            helper.make_node("LSTM", ["steps", "w", "r"], list(outputs), hidden_size=3),
+            helper.make_node("Squeeze", ["h", "zero"], ["raw"]),
+            helper.make_node("Clip", ["raw", "", "most"], ["logits"]),
+        ]
+        made = [onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in tensors.items() if v is not None]
+        made += [onnx.numpy_helper.from_array(np.array([v]), k) for k, v in (("one", 1), ("zero", 0))]
+        made.append(onnx.numpy_helper.from_array(np.float32(0.5), "most"))
+        graph = helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", *SHAPE])],
+            [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])],
+            made,
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+    for order in (("", "h"), ("y", "h")), (("y", "h"), ("", "h")):
+        files = save(tmp_path, [member(*outputs) for outputs in order])
+        found = onnxruntime.InferenceSession(
+            merging.merged(merging.load_to_merge(files)), providers=["CPUExecutionProvider"]
+        ).run(None, {"images": images})
+        for file, logits in zip(files, found, strict=True):
+            assert logits == pytest.approx(MemberSession(file, "cpu").logits(images), abs=1e-6)

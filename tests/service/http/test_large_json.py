@@ -83,3 +83,12 @@ def test_rows_with_named_fields_are_bounded_and_left_whole():
         cut(orjson.dumps({"inputs": [{"size": 1.5}] * 50}), specs, 5)
     with pytest.raises(BadRequestError, match="more fields than 5 rows"):
         cut(orjson.dumps({"inputs": [{f"f{i}": 0 for i in range(500)}]}), specs, 5)
+
+
+def test_marks_in_the_texts_of_categories_are_no_lists_or_fields():
+    fields = [TableField(name="age", categories=["[0-9, young]", "{10}"]), TableField(name="size")]
+    specs = [InputSpec(kind="features", shape=(3,), fields=fields)]
+    body = orjson.dumps({"inputs": [{"age": "[0-9, young]", "size": 1}, {"age": "{10}", "size": 2}] * 50})
+    assert cut(body, specs, 100) == (body, None)
+    with pytest.raises(BadRequestError, match="lists in rows"):
+        cut(orjson.dumps({"inputs": [{"age": [[0]] * 200}]}), specs, 100)

@@ -100,3 +100,38 @@ def test_arrays_are_features_images_or_tokens_by_their_type(tmp_path):
     np.savez(tmp_path / "none.npz", a=y)
     with pytest.raises(DataError, match="it needs x"):
         data.load(DataOptions(f"npz:{tmp_path / 'none.npz'}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a,label\n1,x\n2,\n3,y\n", "1 of the train rows .* have no class"),
+        (",a,label\n0,1,x\n1,2,y\n", "column without a name"),
+        ("a,label\n", "no rows"),
+        ("a,label\n" + "".join(f"{i if i else 'NA'},{'xy'[i % 2]}\n" for i in range(40)), "seems to hold numbers, but also the text 'NA'"),
+    ],
+)  # fmt: skip
+def test_tables_as_tools_write_them_are_told_what_is_wrong(tmp_path, text, told):
+    with pytest.raises(DataError, match=told):
+        table(tmp_path, text)
+
+
+def test_nan_is_missing_and_whole_numbers_are_one_class_however_they_are_written(tmp_path):
+    rows = [f"{'NaN' if i % 7 == 0 else i},{i % 2}" for i in range(60)]
+    (tmp_path / "train.csv").write_text(
+        "a,label\n" + "\n".join(row.replace(",0", ",0.0").replace(",1", ",1.0") for row in rows)
+    )
+    (tmp_path / "test.csv").write_text("a,label\n" + "\n".join(rows))
+    found = data.load(DataOptions(f"csv:{tmp_path}"))
+    assert found.classes == ["0", "1"]
+    assert found.input.missing == "mean"
+
+
+def test_features_of_any_scale_keep_their_spread(tmp_path):
+    rng = np.random.default_rng(0)
+    x = np.stack([3e-6 + 1e-7 * rng.normal(size=500), 1e6 + rng.normal(size=500), np.full(500, 5.0)], axis=1)
+    np.savez(tmp_path / "x.npz", x=x.astype(np.float64), y=np.arange(500) % 2)
+    found = data.load(DataOptions(f"npz:{tmp_path / 'x.npz'}"))
+    assert found.std[0] == pytest.approx(1e-7, rel=0.1)
+    assert found.mean[0] == pytest.approx(3e-6, rel=0.01)
+    assert found.std[2] == 1.0  # a constant feature is left as it is

@@ -188,3 +188,35 @@ def test_warm_up_and_cosine_shape_the_plain_schedule():
     assert rates[50] == pytest.approx(0.05)
     assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[-1] < 1e-4
+
+
+def test_blocks_of_a_transformer_are_its_layers_and_what_follows_them_is_above():
+    names = ["class_token", "conv_proj.weight", "encoder.pos_embedding", "encoder.layers.encoder_layer_0.ln_1.weight",
+             "encoder.layers.encoder_layer_0.mlp.0.weight", "encoder.layers.encoder_layer_1.mlp.3.weight", "encoder.ln.weight", "heads.head.weight"]  # fmt: skip
+    scales = optimizers._scales({name: torch.zeros(1) for name in names}, 0.5)
+    assert [scales[name] for name in names] == [2.0**-k for k in (6, 5, 4, 3, 3, 2, 1, 0)]
+
+
+def test_the_average_of_a_shared_weight_is_collected_under_each_of_its_names(data):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = (torch.nn.Linear(36, n) for n in (36, 36, 3))
+            self.second.weight = self.first.weight
+
+        def forward(self, images):
+            return self.head(self.second(self.first(images.flatten(1)).relu()))
+
+    from training.optimisation.steps import Training
+
+    config = Config(batch_size=16, precision="32", ema=0.9)
+    steps = OneNetwork(Training(config, hardware.launch(config), Tied(), data))
+    from training.optimisation.steps import Step, pull_of
+
+    for number in range(3):
+        images, labels = data.train.images[:16], data.train.labels[:16]
+        loss = pull_of(lambda i=images, t=labels: torch.nn.functional.cross_entropy(steps._network(i), t))
+        steps.take(loss, Step(number + 1, 0.1, np.random.default_rng(0), 64))
+    (found,) = steps.collected()
+    assert torch.equal(found["first.weight"], found["second.weight"])
+    assert not torch.equal(found["first.weight"], steps._network.first.weight)

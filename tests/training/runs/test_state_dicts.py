@@ -194,3 +194,47 @@ def test_a_folder_of_transformers_is_read(tmp_path):
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         assert torch.equal(network.eval()(ids).logits, source.eval()(ids).logits)
+
+
+def layers(count, width=10):
+    sizes = [width] * count
+    return nn.Sequential(
+        nn.Flatten(), *(one for size in sizes for one in (nn.Linear(width, size), nn.ReLU())), nn.Linear(width, 10)
+    )
+
+
+@pytest.mark.parametrize("reset_head", [False, True])
+def test_a_deeper_network_of_numbered_layers_is_another_one(tmp_path, reset_head):
+    torch.save(layers(3).state_dict(), tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"has besides 5\.weight") as refused:
+        load_into(layers(1), tmp_path / "c.pt", reset_head=reset_head)
+    assert "--reset-head takes" not in str(refused.value)
+
+
+def test_what_an_optimizer_keeps_is_not_taken_for_weights(tmp_path):
+    other = {name: tensor[:1] for name, tensor in STATE.items()}
+    torch.save({"model": other, "optimizer": {"exp_avg": STATE}}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="another network"):
+        load_into(Net(), tmp_path / "c.pt")
+    save_file({**below("network."), **below("momentum.", AVERAGED)}, tmp_path / "c.pt")
+    assert "prefix 'network.'" in loaded(tmp_path, None)
+
+
+def test_integers_are_no_weights(tmp_path):
+    torch.save({name: tensor.to(torch.int8) for name, tensor in STATE.items()}, tmp_path / "c.pt")
+    with pytest.raises(
+        CheckpointError, match=r"another network: it has body\.0\.weight of torch\.int8 instead of torch\.float32"
+    ):
+        load_into(Net(), tmp_path / "c.pt")
+
+
+def test_a_network_in_a_wrapper_takes_the_weights_of_the_network(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = Net()
+
+    torch.save({"state_dict": below("model.")}, tmp_path / "c.pt")
+    wrapped = Wrapped()
+    load_into(wrapped, tmp_path / "c.pt")
+    assert torch.equal(wrapped.network.head.weight, SOURCE.head.weight)
