@@ -187,7 +187,7 @@ def test_a_row_that_breaks_the_contract_is_named(kind, fault, cause):
 @pytest.mark.parametrize(
     ("item", "cause"),
     [
-        ((torch.rand(1, 4, 4), 0, "a.png"), "row 0 has 3 values"),
+        ((torch.rand(1, 4, 4),), "row 0 has 1 value"),
         ({"pixels": 1, "label": 2}, "row 0 is dict with the keys 'pixels', 'label'"),
         (torch.rand(1, 4, 4), "row 0 is Tensor"),
         (None, "row 0 is NoneType"),
@@ -196,3 +196,10 @@ def test_a_row_that_breaks_the_contract_is_named(kind, fault, cause):
 def test_items_that_are_no_pairs_are_refused(item, cause):
     with pytest.raises(DataError, match=cause):
         CONTRACT.read([item], [0])
+
+
+def test_what_a_data_set_gives_beside_image_and_label_is_left_out():
+    image = torch.rand(1, 4, 4)
+    images, labels = CONTRACT.read([(image, 1, "a.png", {"size": 3})], [0])
+    assert torch.equal(images[0], image)
+    assert labels.tolist() == [1]
