@@ -1,4 +1,4 @@
-"""Heads on one frozen backbone: rate, memory and answers of 12 members, beside one member alone; size of a bank of 256 heads.
+"""Heads on one frozen backbone: rate, memory and answers of 12 members, compared with one member; size of a bank of 256 heads.
 
     python -m benchmarks.serving.shared_backbone            needs wrk; writes results/shared_backbone.md; about 8 minutes on 2 cores
 

@@ -24,7 +24,7 @@ from models_store.graphs.runtime import MemberSession, Original
 from models_store.inputs import kinds
 from models_store.manifest import ONNX_OPSET, OUTPUT_NAME, InputSpec
 
-# Inputs of text classifiers beside the token ids, and what they are made of; None: zeros.
+# Further inputs of text classifiers, and what they are computed from: the mask of the token ids, or zeros.
 _BESIDE_TOKENS = {"attention_mask": "mask", "input_mask": "mask", "token_type_ids": "zeros", "segment_ids": "zeros"}
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
 _INTEGERS = {TensorProto.INT64, TensorProto.INT32}
@@ -150,7 +150,7 @@ def _output(file: Path, graph: onnx.GraphProto, options: ImportOptions) -> onnx.
                 f"{file.name} has no output {options.output_name!r}; its outputs are {', '.join(v.name for v in outputs)}."
             )
         return chosen[0]
-    # A label beside the scores, as scikit-learn gives it, is computed from them.
+    # scikit-learn also gives the label, which is computed from the scores.
     scores = [value for value in outputs if value.type.tensor_type.elem_type in _FLOATS]
     if len(scores) != 1:
         listed = ", ".join(f"{value.name} {dimensions(value)}" for value in outputs)
@@ -165,7 +165,7 @@ def _given(file: Path, inputs: Sequence[onnx.ValueInfoProto]) -> onnx.ValueInfoP
     own = [value for value in inputs if value.name not in _BESIDE_TOKENS]
     if len(own) != 1 or (len(inputs) > 1 and own[0].type.tensor_type.elem_type not in _INTEGERS):
         raise MemberError(
-            f"{file.name} has the inputs {', '.join(v.name for v in inputs)}; a member has one, beside token ids also "
+            f"{file.name} has the inputs {', '.join(v.name for v in inputs)}; a member has one, and with token ids also "
             f"{' and '.join(_BESIDE_TOKENS)}. Export the classifier with one input."
         )
     return own[0]

@@ -9,7 +9,7 @@ from typing import Any, cast
 from models_store.manifest import Manifest
 
 Difference = tuple[str, Any, Any]  # field, value in the first version, value in the second; None where it is missing
-_NUMBERED = ("members", "files", "digest")  # told in a summary, or different in any two versions
+_NUMBERED = ("members", "files", "digest")  # summarised, or different in any two versions
 _WIDTH = 60  # characters of a value
 
 

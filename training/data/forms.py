@@ -233,7 +233,7 @@ def tensor(value: Any, where: str) -> torch.Tensor:
     """A plain strided tensor on the CPU, without copying where that is possible.
 
     Raises:
-        DataError: the value is no array of numbers.
+        DataError: the value is not an array of numbers.
     """
     try:
         if isinstance(value, torch.Tensor):

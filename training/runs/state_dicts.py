@@ -1,4 +1,4 @@
-"""Finds a network's weights in what people save: wrappers, prefixes, averages, and things that lie beside them."""
+"""Finds a network's weights in what people save: wrappers, prefixes, averages, and what else is in the same file."""
 
 from __future__ import annotations
 
