@@ -32,17 +32,22 @@ class Options(TypedDict, total=False):
     warmup: float
     schedule: Literal["plain", "cosine"]
     label_smoothing: float
+    class_weights: tuple[str, ...]
+    draw: Literal["uniform", "balanced", "weights"]
     adversarial_epsilon: float
     adversarial_steps: int
     adversarial_share: float
     validation: float
     split_seed: int
+    stratify: bool
+    group: str | None
     limit: int | None
     label: str | None
     drop: tuple[str, ...]
     missing: Literal["refuse", "mean"]
     hold_out: tuple[str, ...]
     augment: Literal["auto", "none", "crop", "flip", "crop-flip"]
+    transforms: tuple[str, ...]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     image_size: int | None

@@ -88,6 +88,12 @@ class Config:
     """The plain schedule as described at --lr, or a cosine from --lr to 0."""
     label_smoothing: float = 0.0
     """Amount of label smoothing in the cross-entropy, in [0, 1)."""
+    class_weights: tuple[str, ...] = later(())
+    """Weights of the classes in the cross-entropy: balanced (the inverse of the number of their training rows), or a
+    number for each class. The predicted probabilities then no longer match the shares of the classes in the data."""
+    draw: Literal["uniform", "balanced", "weights"] = later("uniform")
+    """How the rows of an epoch are drawn. uniform: each once; balanced: with replacement, each class equally often;
+    weights: with replacement, by the `weights` that the data set gives."""
     loss: str | None = None
     """Loss that replaces the cross-entropy: package.module:function or path/to/file.py:function, which is called with
     (logits, labels) and returns a scalar."""
@@ -103,6 +109,11 @@ class Config:
     """Share of the training images set aside for validation if the data set has no validation split."""
     split_seed: int = 0
     """Seed of the random choice of images that are set aside for validation."""
+    stratify: bool = later(False)
+    """Set the same share of each class aside for validation."""
+    group: str | None = later(None)
+    """Rows of one group, such as one patient, stay in one split. Data sets csv and parquet: the column that holds the
+    group. imagefolder: a regular expression that finds it in the path of an image, such as 'patient(\\d+)'."""
     limit: int | None = None
     """Use only this many training images, chosen at random (default: all)."""
     label: str | None = later(None)
@@ -117,6 +128,10 @@ class Config:
     `python -m training.evaluate`, which measures how many of them are detected."""
     augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
     """Random crops and flips of training images; auto uses those that suit the data set."""
+    transforms: tuple[str, ...] = later(())
+    """Transforms of training images after --augment: names in torchvision.transforms.v2, with arguments after a colon,
+    such as RandAugment, ColorJitter:hue=0.1 or mixup:alpha=0.2. With mixup or cutmix, a --loss of your own receives
+    labels as shares of the classes (batch, classes)."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel, in [0, 1], used to normalise images (default: measured on the training split). Set it when
     you start from weights that were trained with another mean."""
@@ -201,6 +216,10 @@ class Config:
         if self.loss is not None and self.label_smoothing:
             raise ConfigError(
                 "--label-smoothing applies to the cross-entropy only; a --loss of your own must do its own smoothing."
+            )
+        if self.loss is not None and self.class_weights:
+            raise ConfigError(
+                "--class-weights applies to the cross-entropy only; a --loss of your own must weigh classes itself."
             )
 
     @property

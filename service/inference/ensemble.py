@@ -24,6 +24,7 @@ from service.inference.policy import Closed, Known, Policy
 from service.inference.relations import Relations
 from service.inference.trial import NOT_COMPARED, NOT_SERVED, Direct, Trial, failed, load_exactly
 from service.inference.verdicts import Refusal, RefusedError, Verdicts
+from service.operations import memory
 
 AT_ONCE = 2  # versions that are loaded in parallel
 OVERTAKEN_SECONDS = 3.0  # after this time, a version still in its trial no longer delays others
@@ -376,7 +377,10 @@ class Ensembles:
     def _opened(self, candidate: Candidate) -> Ensemble:
         version = load_exactly(self._store, candidate)
         self._store.verify(version)
-        return open_version(version, self._recipe(candidate.name), self._keyed, self._warm)
+        try:
+            return open_version(version, self._recipe(candidate.name), self._keyed, self._warm)
+        finally:
+            memory.release()
 
     def _recipe(self, name: str) -> Recipe:
         return Recipe(policy.of(name, self._policies), self._providers, self._threads, self._pool_bytes)

@@ -15,7 +15,7 @@ COMMON = [
 # Every method must have options here: each is killed and resumed.
 OPTIONS = {
     "fge": "--epochs 12 --members 3",
-    "independent": "--epochs 4 --runs 2",
+    "independent": "--epochs 4 --runs 2 --transforms RandAugment mixup --draw balanced --class-weights balanced",
     "snapshot": "--epochs 4 --cycles 2 --runs 2",
     "csgmcmc": "--epochs 6 --cycles 2 --samples 2 --runs 2",
     "curve": "--epochs 6 --end-epochs 2 --bends 2 --bank 40 --members 3",

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,21 +28,24 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from models_store.inputs import kinds
 from models_store.manifest import InputSpec
-from training.data import classes, embedded, held_out, image_folder, sources, tables
+from training.data import classes, held_out, splitting, transforms
 from training.data.augment import Augment
 from training.data.contract import Contract
-from training.data.forms import FeatureForm, Form, Missing, TokenForm
-from training.data.import_string import import_string
+from training.data.forms import FeatureForm, Form, TokenForm
 from training.data.in_memory import InMemory
+from training.data.options import DataOptions
+from training.data.sources import Part, image_folder
+from training.data.sources.find import FOLDER, find
 from training.data.streaming import Streamed
+from training.data.transforms import Apply, Mixing, Transformed
 from training.errors import DataError
 
 SAMPLED = 16  # rows that are read twice, to detect a data set that returns random images
 READ_AT_ONCE = 256
 SEEN_IMAGES, SEEN_OF_EACH_CLASS = 5000, 50  # images that novelty is fitted on: the larger number
-FOLDER = "imagefolder:"
 NUMBERS_SHOWN = 12  # means in a note
 
+NO_MIXING = Mixing()
 
 Split = InMemory | Streamed
 
@@ -58,37 +61,18 @@ class Data:
     input: InputSpec  # kind and shape of the inputs
     mean: tuple[float, ...]  # along the first axis (channels, features), by default measured on the train split
     std: tuple[float, ...]  # as `mean`; both are empty for tokens
-    augment: Augment
+    augment: Apply
     fingerprint: str
     validation_cut: bool = False  # True if the source has no validation split, so that training images were set aside
     notes: tuple[str, ...] = ()  # information for the log
     warnings: tuple[str, ...] = ()  # problems that will probably spoil a training
+    mix: Mixing = NO_MIXING  # mixup and cutmix of training batches
+    weights: torch.Tensor | None = None  # (N,): how often each row of the train split is drawn, if the source says so
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one input: (C, H, W) of images."""
         return self.input.shape
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """The command-line options that concern the data set."""
-
-    dataset: str
-    validation: float = 0.1
-    split_seed: int = 0
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
-    limit: int | None = None  # images of the train split, after validation is set aside
-    in_memory: Literal["auto", "yes", "no"] = "auto"
-    memory_gib: float = 4.0
-    workers: int = 0
-    image_size: int | None = None
-    hold_out: tuple[str, ...] = ()
-    label: str | None = None  # the column of a table that holds the classes
-    drop: tuple[str, ...] = ()  # columns of a table that are not used
-    missing: Missing = "refuse"
 
 
 def load(options: DataOptions) -> Data:
@@ -98,7 +82,7 @@ def load(options: DataOptions) -> Data:
         DataError: the data set is unknown, missing or malformed.
         ImportStringError: the data set's import string cannot be imported.
     """
-    found = _find(options)
+    found = find(options)
     notes, warnings = list(found.notes), list[str]()
     form = found.form
     if options.missing == "mean":
@@ -118,8 +102,15 @@ def load(options: DataOptions) -> Data:
     names = classes.settle(
         options.dataset, found.classes, {name: split.labels for name, split in given.items() if split is not None}
     )
+    rows = in_order(train)  # of the source's train split
+    for what, values in (("groups", found.groups), ("weights", found.weights)):
+        if values is not None and len(values) != len(rows):
+            raise DataError(
+                f"{options.dataset!r} gives {len(values)} {what} for {len(rows)} training {kinds.NOUNS[form.spec(train.shape).kind]}s."
+            )
     if options.hold_out:
         left = held_out.remaining(options.dataset, names, options.hold_out)
+        rows = held_out.kept(train, f"The train split of {options.dataset!r}", names, options.hold_out)
         train, validation, test = (
             split and held_out.without(split, f"The {name} split of {options.dataset!r}", names, options.hold_out)
             for name, split in given.items()
@@ -127,10 +118,13 @@ def load(options: DataOptions) -> Data:
         names = left
     validation_cut = validation is None
     if validation is None:
-        train, validation = _split_off(train, options)
+        stay, aside = _set_aside(
+            train, options, None if found.groups is None else [found.groups[i] for i in rows.tolist()]
+        )
+        train, validation, rows = train.take(stay), train.take(aside), rows[stay]
     if options.limit is not None:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.split_seed + 1))
-        train = train.take(order[: options.limit])
+        train, rows = train.take(order[: options.limit]), rows[order[: options.limit]]
     for name, split in (("train", train), ("validation", validation), ("test", test)):
         if len(split) == 0:
             raise DataError(f"The {name} split of {options.dataset!r} is empty.")
@@ -161,6 +155,10 @@ def load(options: DataOptions) -> Data:
         raise DataError(
             f"mean and std need {shape[0]} numbers, one for each {what}, and std must be positive; got {mean} and {std}."
         )
+    augment = _augment(options, found.augment, spec)
+    if options.transforms and spec.kind != "image":
+        raise DataError(f"--transforms are for images; {options.dataset!r} has {spec.kind}.")
+    each, mix = transforms.parse(options.transforms, shape, len(names))
     return Data(
         train=train,
         validation=validation,
@@ -169,7 +167,9 @@ def load(options: DataOptions) -> Data:
         input=spec,
         mean=tuple(mean),
         std=tuple(std),
-        augment=_augment(options, found.augment, spec),
+        augment=Transformed(augment, each) if each else augment,
+        mix=mix,
+        weights=None if found.weights is None else torch.as_tensor(found.weights, dtype=torch.float64)[rows],
         fingerprint=_fingerprint(train, validation, test),
         validation_cut=validation_cut,
         notes=tuple(notes),
@@ -203,7 +203,7 @@ def foreign(options: DataOptions, limit: int | None = None) -> tuple[np.ndarray[
         if unreadable:
             notes = (*notes, f"warning: {len(unreadable)} files cannot be read and are left out, as {unreadable[0]}")
         return torch.stack(images).numpy(), list(notes)
-    found = _find(options)
+    found = find(options)
     split = _hold(found.parts[2], "test", options, found.classes, found.form)
     if split is None:
         raise DataError(f"Data set {options.dataset!r} has no test split.")
@@ -244,29 +244,7 @@ def on_device(data: Data, device: torch.device) -> Data:
     return replace(data, **{name: split.to(device) for name, split in held.items()})
 
 
-def _find(options: DataOptions) -> sources.Source:
-    name = options.dataset
-    if name.startswith(FOLDER):
-        return image_folder.source(name.removeprefix(FOLDER), options.image_size or image_folder.SIZE)
-    if tables.is_one(name):
-        return tables.source(name, options.label, options.drop, options.split_seed)
-    if ":" in name:
-        factory = import_string(name)
-        try:
-            made = factory()
-        except Exception as error:
-            raise DataError(f"Data factory {name!r} failed with {type(error).__name__}: {error}") from error
-        return sources.from_user(name, made)
-    known = {**sources.BUILT_IN, **embedded.BUILT_IN}
-    if name in known:
-        return known[name]()
-    raise DataError(
-        f"Unknown data set {name!r}. Known: {', '.join(known)}, imagefolder:PATH, npz:PATH, csv:PATH, parquet:PATH, or your own as "
-        "package.module:factory."
-    )
-
-
-def _hold(part: sources.Part, name: str, options: DataOptions, names: Sequence[str] | None, form: Form) -> Split | None:
+def _hold(part: Part, name: str, options: DataOptions, names: Sequence[str] | None, form: Form) -> Split | None:
     """Load a split into memory if it fits and two reads agree; otherwise stream it."""
     if part is None:
         return None
@@ -322,12 +300,25 @@ def _expecting(split: Split, number: int) -> Split:
     return replace(split, contract=replace(split.contract, classes=number))
 
 
-def _split_off(train: Split, options: DataOptions) -> tuple[Split, Split]:
+def _set_aside(train: Split, options: DataOptions, groups: Sequence[Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that stay in the train split, and those set aside for validation."""
     if not 0 < options.validation < 1:
         raise DataError(f"--validation is the share set aside, between 0 and 1; got {options.validation}.")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.split_seed))
-    size = max(1, round(len(train) * options.validation))
-    return train.take(order[size:]), train.take(order[:size])
+    if groups is None and not options.stratify:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.split_seed))
+        size = max(1, round(len(train) * options.validation))
+        return order[size:], order[:size]
+    if train.labels is None:
+        raise DataError(
+            f"The labels of {options.dataset!r} are unknown before its images are read, so it cannot be divided by class. Give the data set an "
+            "attribute `targets` with all labels, or --in-memory yes."
+        )
+    labels = train.labels.cpu().numpy()
+    if groups is None:
+        stay, aside = splitting.stratified(labels, options.validation, options.split_seed)
+    else:
+        stay, aside = splitting.by_group(labels, groups, options.validation, options.split_seed)
+    return torch.from_numpy(stay), torch.from_numpy(aside)
 
 
 def _measure(train: Split, spec: InputSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:

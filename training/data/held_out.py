@@ -43,12 +43,18 @@ def without(split: Split, what: str, names: Sequence[str], held: Sequence[str]) 
     """
     numbers = iter(range(len(names)))
     new = torch.tensor([-1 if name in held else next(numbers) for name in names])
-    kept = split.take(torch.nonzero(new[_labels(split, what)] >= 0).flatten())
-    if isinstance(kept, InMemory):
-        return replace(kept, labels=new[kept.labels])
-    assert kept.labels is not None
-    contract = replace(kept.contract, classes=len(names))
-    return replace(kept, contract=contract, labels=new[kept.labels], new_labels=new)
+    left = split.take(kept(split, what, names, held))
+    if isinstance(left, InMemory):
+        return replace(left, labels=new[left.labels])
+    assert left.labels is not None
+    contract = replace(left.contract, classes=len(names))
+    return replace(left, contract=contract, labels=new[left.labels], new_labels=new)
+
+
+def kept(split: InMemory | Streamed, what: str, names: Sequence[str], held: Sequence[str]) -> torch.Tensor:
+    """The rows of the other classes; arguments as for `without`."""
+    stays = torch.tensor([name not in held for name in names])
+    return torch.nonzero(stays[_labels(split, what)]).flatten()
 
 
 def only(split: InMemory | Streamed, what: str, names: Sequence[str], held: Sequence[str]) -> InMemory | Streamed:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from training import logger
 from training.config import Config
-from training.data import Data, in_order
+from training.data import Data, balance, in_order
 from training.data.import_string import import_string
 from training.errors import ConfigError, DivergenceError
 from training.members import member
@@ -80,7 +80,7 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
     wrapped = fabric.setup_module(compiled)
     done = run.progress()
     log = epoch_log(config.log if fabric.is_global_zero else "none", run.folder, run.identity, config.deciding())
-    job = _Job(config, fabric, run, network, wrapped, data, loss_of(config), log)
+    job = _Job(config, fabric, run, network, wrapped, data, loss_of(config, data), log)
     steps: Steps | None = None
     seconds = done.seconds
     for index in range(done.leg, len(legs)):
@@ -141,7 +141,7 @@ class _Job:
     def _epoch(self, index: int, leg: Leg, steps: Steps, epoch: int, an_epoch: int) -> float:
         device, size = self.fabric.device, self.config.batch_size
         seed = derive(self.config.seed, Stream.ORDER, index, epoch)
-        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))[: an_epoch * size]
+        order = order_of(self.config, self.data, torch.Generator().manual_seed(seed))[: an_epoch * size]
         rank, world = self.fabric.global_rank, self.fabric.world_size
         if world > 1:  # each process takes its share of every batch
             order = order.view(an_epoch, -1)[:, rank::world].reshape(-1)
@@ -163,7 +163,8 @@ class _Job:
         for step, (images, labels) in enumerate(bar, 1):
             i = epoch * an_epoch + step
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            images = layout.arrange(normalise(self.data.augment(images, generator)), memory_format)
+            images, labels = self.data.mix(self.data.augment(images, generator), labels, generator)
+            images = layout.arrange(normalise(images), memory_format)
 
             def pull(images: torch.Tensor = images, labels: torch.Tensor = labels) -> torch.Tensor:
                 if adversary is not None:
@@ -232,15 +233,46 @@ class _Job:
         self.run.save_checkpoint(state, Progress(index, epoch, seconds))
 
 
-def loss_of(config: Config) -> Loss:
-    """Returns the loss function of logits (batch, classes) and labels (batch,).
+def order_of(config: Config, data: Data, generator: torch.Generator) -> torch.Tensor:
+    """The rows of an epoch in their order, as many as the train split has.
 
     Raises:
-        ConfigError: --loss names something that cannot be called.
+        ConfigError: --draw weights, but the data set gives none.
+        DataError: --draw balanced, but the labels are unknown.
+    """
+    rows = len(data.train)
+    if config.draw == "uniform":
+        return torch.randperm(rows, generator=generator)
+    if config.draw == "balanced":
+        weights = balance.row_weights(data.train.labels, len(data.classes))
+    elif (weights := data.weights) is None:
+        raise ConfigError(f"--draw weights: {config.dataset!r} gives no `weights`, one number for each training row.")
+    return balance.drawn(weights, rows, generator)
+
+
+def loss_of(config: Config, data: Data) -> Loss:
+    """Returns the loss function of logits (batch, classes) and labels (batch,), or of shares of the classes (batch, classes).
+
+    Raises:
+        ConfigError: --loss names something that cannot be called, or --class-weights are wrong.
+        DataError: --class-weights need labels that are unknown.
         ImportStringError: --loss cannot be imported.
     """
     if config.loss is None:
-        return lambda logits, labels: functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        weights = balance.class_weights(config.class_weights, data.train.labels, data.classes)
+        if weights is None:
+            return lambda logits, labels: functional.cross_entropy(
+                logits, labels, label_smoothing=config.label_smoothing
+            )
+
+        def weighted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            # Not torch's mean, which divides by the weights of the batch: the parts of a batch would weigh differently.
+            total = functional.cross_entropy(
+                logits, labels, weights.to(logits.device), reduction="sum", label_smoothing=config.label_smoothing
+            )
+            return total / len(logits)
+
+        return weighted
     loss: Any = import_string(config.loss)
     if not callable(loss):
         raise ConfigError(f"--loss {config.loss} must be a function of (logits, labels).")

@@ -140,6 +140,8 @@ def _step(
     size = _step_size(config, fabric, data)
     images, labels = next(data.train.batches(torch.arange(size), size))
     images, labels = images.to(device), labels.to(device)
+    if size > 1:
+        images, labels = data.mix(images, labels, torch.Generator().manual_seed(0))
     usual = layout.arrange(Normaliser.of(data).to(device)(images), torch.contiguous_format)
     laid_out = layout.arrange(usual, layout.of(network))
     autocast = contextlib.nullcontext() if in_float32 else fabric.autocast()
@@ -152,7 +154,7 @@ def _step(
             f"In training mode the network gives {given} for {size} images; it must give logits ({size}, {len(data.classes)}) as in eval mode. "
             "Auxiliary outputs are for a --loss of your own; else switch them off (torchvision: --network-options aux_logits=False)."
         )
-    loss = loop.loss_of(config)
+    loss = loop.loss_of(config, data)
     try:
         found = loss(logits.float() if isinstance(logits, torch.Tensor) else logits, labels)
     except Exception as error:

@@ -103,7 +103,7 @@ def test_a_run_that_is_taken_up_again_is_bit_identical_to_an_undisturbed_one(dat
         return torch.nn.functional.cross_entropy(logits, labels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "loss_of", lambda config: dying)
+        patch.setattr(loop, "loss_of", lambda config, data: dying)
         for _ in range(2):
             with pytest.raises(ValueError, match="killed"):
                 train(data, legs, "parts")
@@ -216,6 +216,42 @@ def test_the_loss_can_be_the_users(data):
     assert any(not torch.equal(a, b) for a, b in zip(default.parameters(), own.parameters(), strict=True))
     with pytest.raises(ConfigError, match="must be a function"):
         train(data, plain(4), "wrong", loss="tests.training.optimisation.test_loop:__name__")
+
+
+def test_weighted_classes_pull_the_same_in_one_part_and_in_several(data):
+    once, _ = train(data, plain(4), "once", class_weights=("1", "5", "2"))
+    parts, _ = train(data, plain(4), "parts", class_weights=("1", "5", "2"), accumulate=4)
+    default, _ = train(data, plain(4), "default")
+    for one, other, without in zip(once.parameters(), parts.parameters(), default.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(one, without)
+
+
+def test_class_weights_scale_the_loss_of_each_row(data):
+    logits, labels = torch.randn(64, 3), data.train.labels
+    config = Config(class_weights=("balanced",), label_smoothing=0.1)
+    counts = torch.bincount(labels, minlength=3)
+    own = torch.stack([torch.nn.functional.cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(64)])
+    expected = (own * (64 / (3 * counts))[labels]).mean()
+    torch.testing.assert_close(
+        loop.loss_of(dataclasses.replace(config, label_smoothing=0.0), data)(logits, labels), expected
+    )
+    shares = torch.nn.functional.one_hot(labels, 3).float()
+    torch.testing.assert_close(loop.loss_of(config, data)(logits, shares), loop.loss_of(config, data)(logits, labels))
+
+
+def test_an_epoch_of_balanced_rows_has_each_class_equally_often(data):
+    labels = torch.tensor([0] * 56 + [1] * 6 + [2] * 2)
+    rare = dataclasses.replace(data, train=dataclasses.replace(data.train, labels=labels))
+    config = Config(draw="balanced")
+    orders = [loop.order_of(config, rare, torch.Generator().manual_seed(seed)) for seed in range(60)]
+    assert {len(order) for order in orders} == {64}
+    shares = torch.bincount(labels[torch.cat(orders)], minlength=3) / (60 * 64)
+    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), rtol=0, atol=0.04)
+    with pytest.raises(ConfigError, match="gives no `weights`"):
+        loop.order_of(Config(draw="weights"), rare, torch.Generator())
+    weighted = dataclasses.replace(rare, weights=torch.arange(64.0))
+    assert 0 not in loop.order_of(Config(draw="weights"), weighted, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ Files and their order are those of torchvision's ImageFolder, without hidden fil
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset, Subset
 from models_store import decoding
 from models_store.errors import DecodeError
 from models_store.manifest import InputSpec
+from training.data import splitting
 from training.data.augment import Augment
 from training.data.classes import listed
 from training.data.forms import ImageForm
@@ -63,12 +65,13 @@ class ImageFiles(Dataset[Any]):
             raise DataError(f"{file}: {error} Repair or remove it.") from None
 
 
-def source(path: str, size: int) -> Source:
+def source(path: str, size: int, group: str | None = None) -> Source:
     """The splits of a folder of images.
 
     Args:
         path: the folder.
         size: side length of the images in pixels. The shorter side is scaled to it, and the centre is cropped.
+        group: regular expression; what it finds in the path of an image below PATH is the image's group (its first bracket, if it has one).
 
     Raises:
         DataError: not a folder, or without classes; broken links; splits with different classes.
@@ -79,9 +82,15 @@ def source(path: str, size: int) -> Source:
     if splits is None:
         classes = search.classes(root)
         whole = _files(classes, sorted(classes), size)
-        order = np.random.default_rng(0).permutation(len(whole)).tolist()
-        held_out = len(order) // 5
-        parts = Subset(whole, order[held_out:]), None, Subset(whole, order[:held_out])
+        groups = _groups(whole, root, group)
+        if groups is None:
+            order = np.random.default_rng(0).permutation(len(whole)).tolist()
+            held_out = len(order) // 5
+            stay, aside = order[held_out:], order[:held_out]
+        else:
+            stay, aside = (rows.tolist() for rows in splitting.by_group(np.array(whole.targets), groups, 0.2, 0))
+            groups = [groups[i] for i in stay]
+        parts = Subset(whole, stay), None, Subset(whole, aside)
         names = sorted(classes)
     else:
         if len(splits) == 1:
@@ -102,8 +111,9 @@ def source(path: str, size: int) -> Source:
         every = {name: _files(classes, names, size) for name, classes in found.items()}
         validation, test = (every.get("val"), every["test"]) if "test" in every else (None, every["val"])
         parts = every["train"], validation, test
+        groups = _groups(every["train"], root, group)
     return Source(
-        parts, names, augment=Augment(crop=size // 8, flip=True), form=ImageForm("crop"), notes=search.said(f"imagefolder:{path}")
+        parts, names, augment=Augment(crop=size // 8, flip=True), form=ImageForm("crop"), notes=search.said(f"imagefolder:{path}"), groups=groups,
     )  # fmt: skip
 
 
@@ -141,6 +151,22 @@ def _root(path: str) -> Path:
 def _files(classes: dict[str, list[str]], names: Sequence[str], size: int) -> ImageFiles:
     pairs = [(file, label) for label, name in enumerate(names) for file in classes.get(name, ())]
     return ImageFiles([file for file, _ in pairs], [label for _, label in pairs], size)
+
+
+def _groups(files: ImageFiles, root: Path, pattern: str | None) -> list[str] | None:
+    if pattern is None:
+        return None
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise DataError(f"--group {pattern!r} is not a regular expression: {error}.") from None
+    found: list[str] = []
+    for file in files.files:
+        name = os.path.relpath(file, root)
+        if (match := expression.search(name)) is None:
+            raise DataError(f"--group {pattern!r} finds nothing in {name!r}; it must find the group of every image.")
+        found.append(match.group(1 if expression.groups else 0) or "")
+    return found
 
 
 def _splits(root: Path, search: _Search) -> dict[str, Path] | None:

@@ -4,7 +4,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from training import data
-from training.data import DataOptions, image_folder, load
+from training.data import DataOptions, load
+from training.data.sources import image_folder
 from training.errors import DataError
 
 COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}

@@ -17,6 +17,7 @@ import torch
 from models_store.errors import FieldError
 from models_store.inputs import fields
 from models_store.manifest import TableField
+from training.data import splitting
 from training.data.forms import FeatureForm
 from training.data.sources import Source, from_user
 from training.errors import DataError
@@ -32,7 +33,7 @@ def is_one(name: str) -> bool:
     return name.startswith(("npz:", "csv:", "parquet:"))
 
 
-def source(name: str, label: str | None, drop: Sequence[str], seed: int) -> Source:
+def source(name: str, label: str | None, drop: Sequence[str], seed: int, group: str | None = None) -> Source:
     """Read a data set.
 
     Args:
@@ -41,14 +42,17 @@ def source(name: str, label: str | None, drop: Sequence[str], seed: int) -> Sour
         label: the column of the classes.
         drop: columns that are not used.
         seed: of the choice of the test rows.
+        group: a column that is not used as a feature; rows with equal values stay in one split.
 
     Raises:
         DataError: the file cannot be read, or does not hold such a data set.
     """
     kind, _, path = name.partition(":")
     if kind == "npz":
+        if group is not None:
+            raise DataError("--group is for tables; an npz file holds the array `groups`, one value for each row of x.")
         return _npz(name, Path(path))
-    return _table(name, kind, Path(path), label or LABEL, drop, seed)
+    return _table(name, kind, Path(path), label or LABEL, drop, seed, group)
 
 
 def _npz(name: str, file: Path) -> Source:
@@ -64,18 +68,29 @@ def _npz(name: str, file: Path) -> Source:
         if f"x_{split}" in arrays and f"y_{split}" in arrays:
             made[split] = arrays[f"x_{split}"], arrays[f"y_{split}"]
     if "test" not in made:
-        train, test = _split(arrays["y"], 0)
+        of_classes = (
+            arrays["y"].argmax(axis=1)
+            if arrays["y"].ndim == 2 and arrays["y"].shape[1] > 1
+            else arrays["y"].reshape(-1)
+        )
+        train, test = _split(of_classes, 0, arrays.get("groups"))
         made["train"], made["test"] = ((arrays["x"][rows], arrays["y"][rows]) for rows in (train, test))
+        for extra in ("groups", "weights"):
+            if extra in arrays:
+                arrays[extra] = arrays[extra][train]
+    for extra in ("groups", "weights"):
+        if extra in arrays:
+            made[extra] = arrays[extra]
     for extra in ("kind", "vocabulary", "classes"):
         if extra in arrays:
             made[extra] = arrays[extra].tolist()
     return from_user(name, made)
 
 
-def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], seed: int) -> Source:
+def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], seed: int, group: str | None) -> Source:
     frames = _frames(kind, path)
     train = frames["train"]
-    columns = [column for column in train.columns if column != label and column not in drop]
+    columns = [column for column in train.columns if column not in (label, group) and column not in drop]
     if "" in columns:
         raise DataError(
             f"{path} has a column without a name, such as the index that pandas writes: leave it out (to_csv(index=False)), or name it."
@@ -87,6 +102,10 @@ def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], se
             raise DataError(
                 f"{path} has no column {label!r} in its {split} rows; name the column of the classes with --label. Its columns: "
                 f"{', '.join(frame.columns)}."
+            )
+        if group is not None and group not in frame.columns:
+            raise DataError(
+                f"--group: {path} has no column {group!r} in its {split} rows. Its columns: {', '.join(frame.columns)}."
             )
         if missing := [column for column in columns if column not in frame.columns]:
             raise DataError(f"The {split} rows of {path} lack the column {missing[0]!r} of the training rows.")
@@ -112,11 +131,14 @@ def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], se
             encoded[split] = torch.from_numpy(fields.encode(rows, spec)), _labels(frame[label].to_list(), names)
         except FieldError as error:
             raise DataError(f"The {split} rows of {path}: {error}.") from None
+    groups = frames["train"][group].to_list() if group is not None else None
     if "test" not in encoded:
         x, y = encoded["train"]
-        of_train, of_test = _split(y.numpy(), seed)
+        of_train, of_test = _split(y.numpy(), seed, groups)
         encoded |= {"train": (x[of_train], y[of_train]), "test": (x[of_test], y[of_test])}
+        groups = groups and [groups[i] for i in of_train.tolist()]
     notes = [f"{len(columns)} columns become {spec.shape[0]} features; the class is {label!r}"]
+    notes += _shared_groups(group, frames)
     for field in described:
         seen = (
             {_text(value) if value is not None else "" for value in train[field.name].to_list()}
@@ -128,7 +150,17 @@ def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], se
                 f"warning: no training row has {unseen[0]!r} in {field.name}: what the networks answer to it is not learnt"
             )
     notes += [f"missing numbers in {', '.join(gaps)} are replaced by the mean"] if gaps else []
-    return Source((encoded["train"], encoded.get("validation"), encoded["test"]), names, form=form, notes=tuple(notes))
+    parts = encoded["train"], encoded.get("validation"), encoded["test"]
+    return Source(parts, names, form=form, notes=tuple(notes), groups=groups)
+
+
+def _shared_groups(group: str | None, frames: dict[str, Any]) -> list[str]:
+    own = {split: set(frame[group].to_list()) for split, frame in frames.items()} if group is not None else {}
+    return [
+        f"warning: {len(shared)} groups of the {split} rows are in the training rows, too: their scores are too good"
+        for split in SPLITS[1:]
+        if (shared := own.get(split, set()) & own.get("train", set()))
+    ]
 
 
 def _frames(kind: str, path: Path) -> dict[str, Any]:
@@ -200,13 +232,10 @@ def _labels(values: Sequence[Any], names: Sequence[str]) -> torch.Tensor:
     return torch.tensor([number[_text(value)] for value in values])
 
 
-def _split(labels: np.ndarray[Any, Any], seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _split(
+    labels: np.ndarray[Any, Any], seed: int, groups: Sequence[Any] | None = None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Rows for training and for the test, in the same shares of each class."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(labels))
-    flat = labels.argmax(axis=1) if labels.ndim == 2 and labels.shape[1] > 1 else labels.reshape(-1)
-    is_test = np.zeros(len(labels), bool)
-    for value in np.unique(flat):
-        own = order[flat[order] == value]
-        is_test[own[: round(TEST * len(own))]] = True
-    return order[~is_test[order]], order[is_test[order]]
+    if groups is not None:
+        return splitting.by_group(labels, groups, TEST, seed)
+    return splitting.stratified(labels, TEST, seed)

@@ -38,6 +38,8 @@ class Source:
     augment: Augment = NO_AUGMENT
     form: Form = IMAGES  # of the inputs, in all splits
     notes: tuple[str, ...] = ()  # for the log: parts of the source that are not used
+    groups: Sequence[Any] | None = None  # of each training row: rows with equal values are not divided
+    weights: Sequence[float] | None = None  # of each training row: how often it is drawn, with --draw weights
 
 
 def data_root() -> Path:
@@ -131,6 +133,8 @@ def from_user(name: str, made: Any) -> Source:
         std=_channels(name, "std", made),
         augment=augment,  # pyright: ignore[reportArgumentType]
         form=_form(name, made, train),
+        groups=_of_rows(name, "groups", made),
+        weights=_weights(name, made),
     )
 
 
@@ -155,6 +159,27 @@ def _form(name: str, made: Any, train: Part) -> Form:
             f"{vocabulary!r}."
         )
     return TokenForm(vocabulary, getattr(made, "longest", None))
+
+
+def _of_rows(name: str, what: str, made: Any) -> list[Any] | None:
+    value = getattr(made, what, None)
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.ndim != 1:
+        raise DataError(
+            f"Data factory {name!r}: {what} must be one value for each training row; got shape {array.shape}."
+        )
+    return array.tolist()
+
+
+def _weights(name: str, made: Any) -> list[float] | None:
+    found = _of_rows(name, "weights", made)
+    if found is not None and not (
+        all(isinstance(one, int | float) and 0 <= one < np.inf for one in found) and any(found)
+    ):
+        raise DataError(f"Data factory {name!r}: weights must be finite numbers of at least 0, and not all 0.")
+    return found
 
 
 def _named(made: Any) -> Any:

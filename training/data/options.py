@@ -1,0 +1,32 @@
+"""The command-line options that concern the data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from training.data.forms import Missing
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The command-line options that concern the data set."""
+
+    dataset: str
+    validation: float = 0.1
+    split_seed: int = 0
+    stratify: bool = False  # whether the rows set aside for validation have the shares of the classes
+    group: str | None = None  # column of a table, or pattern of image files: rows of one group are not divided
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
+    transforms: tuple[str, ...] = ()
+    limit: int | None = None  # images of the train split, after validation is set aside
+    in_memory: Literal["auto", "yes", "no"] = "auto"
+    memory_gib: float = 4.0
+    workers: int = 0
+    image_size: int | None = None
+    hold_out: tuple[str, ...] = ()
+    label: str | None = None  # the column of a table that holds the classes
+    drop: tuple[str, ...] = ()  # columns of a table that are not used
+    missing: Missing = "refuse"
