@@ -8,7 +8,7 @@ from models_store.graphs.runtime import EnsembleSession
 from models_store.store import Store
 from training import curve, data, evaluate, fge
 from training.config import data_options
-from training.data.embedded import BUILT_IN
+from training.data.sources.embedded import BUILT_IN
 
 CSV = "age,colour,label\n" + "".join(
     f"{'' if i % 9 == 0 else 20 + i},{['red', 'blue'][i % 2]},{['no', 'yes'][(i // 2) % 2]}\n" for i in range(200)
