@@ -93,7 +93,10 @@ def build(tag: str, version: Version, unpacked: Path) -> str:
             version=tag.partition(":")[2],
             include=["**"],
             description=DESCRIPTION.format(name=version.name, members=len(version.manifest.members)),
-            python={"packages": pinned_requirements(), "lock_packages": False},
+            python={
+                "packages": pinned_requirements(*(("texts",) if version.manifest.input.tokenizer else ())),
+                "lock_packages": False,
+            },
             build_ctx=str(context),
         )
         shutil.copytree(bento.path, unpacked)
@@ -108,10 +111,12 @@ def copy_sources(context: Path, version: Version) -> None:
     Store(context / "models_store" / "ensembles").adopt(version)
 
 
-def pinned_requirements() -> list[str]:
-    """The service's requirements, each pinned to the installed version if it is installed."""
+def pinned_requirements(*extras: str) -> list[str]:
+    """The requirements of the service and of these extras, each pinned to the installed version if it is installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [_pinned(Requirement(r)) for r in (*project["dependencies"], *project["optional-dependencies"]["service"])]
+    optional = project["optional-dependencies"]
+    needed = [*project["dependencies"], *optional["service"], *(one for extra in extras for one in optional[extra])]
+    return [_pinned(Requirement(requirement)) for requirement in needed]
 
 
 def _pinned(requirement: Requirement) -> str:

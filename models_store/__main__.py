@@ -128,6 +128,13 @@ def _card(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error.strerror}.") from None
+
+
 def _import(store: Store, args: argparse.Namespace) -> int:
     classes = args.classes.split(",") if args.classes else None
     options = ImportOptions(
@@ -139,6 +146,7 @@ def _import(store: Store, args: argparse.Namespace) -> int:
         resize=args.resize,
         kind=args.kind,
         vocabulary=args.vocabulary,
+        tokenizer=_content(args.tokenizer) if args.tokenizer else None,
         channels_last=args.channels_last,
         pixels=args.pixels,
         output_name=args.output_name,
@@ -249,6 +257,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what the models take (default: floats with four axes and bytes are images, other floats features, integers tokens)",
     )  # fmt: skip
     command.add_argument("--vocabulary", type=int, help="tokens: number of ids; 0 fills texts up")
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="FILE",
+        help="tokens: tokenizer.json of the package tokenizers, published with the members: requests may then send texts",
+    )  # fmt: skip
     command.add_argument("--channels-last", action="store_true", help="the models take images (H, W, C)")
     command.add_argument(
         "--pixels", choices=[1, 255], type=int, default=1, help="largest value of a pixel that the models take"

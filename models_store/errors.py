@@ -64,5 +64,9 @@ class DecodeError(ModepathError):
     """An image file that cannot be decoded. The message begins in lower case, so that callers can prefix the file."""
 
 
+class TextError(ModepathError):
+    """A text that cannot become token ids. The message begins with its number."""
+
+
 class FieldError(ModepathError):
     """A row of a table that does not have the fields that an ensemble takes. The message begins with the row's number."""

@@ -12,7 +12,7 @@ from models_store.errors import MemberError
 from models_store.graphs import output_kind
 from models_store.graphs.adapting import Adapted, ImportOptions, adapt
 from models_store.inputs import kinds
-from models_store.manifest import Draft, Member, Origin
+from models_store.manifest import TOKENIZER_FILE, Draft, Member, Origin
 from models_store.store import Store, Version
 
 
@@ -44,6 +44,8 @@ def import_members(
             path = f"members/{index:03d}.onnx"
             (staged / path).write_bytes(one.model)
             members.append(Member(file=path, origin=Origin(source=file.name), weight=1 / len(files)))
+        if spec.tokenizer and options.tokenizer:
+            (staged / TOKENIZER_FILE).write_bytes(options.tokenizer)
         draft = Draft(
             method="import",
             input=spec,

@@ -44,6 +44,7 @@ VertexFile = Annotated[str, Field(pattern=r"^vertices/[0-9]{3,6}\.safetensors$")
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
 CALIBRATION_FILE = "calibration.safetensors"
 NOVELTY_FILE = "novelty.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
 BANK_FILES = ("bank/template.onnx", "bank/vertices.safetensors", "bank/points.safetensors")
 
 
@@ -106,6 +107,9 @@ class InputSpec(_Record):
         default=False,
         description="tokens: whether the members take any length up to the largest; otherwise rows are filled up to it",
     )
+    tokenizer: bool = Field(
+        default=False, description="tokens: whether the version has a tokenizer, so that requests may send texts"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> InputSpec:
@@ -115,6 +119,8 @@ class InputSpec(_Record):
             raise ValueError("the input shape of images has three axes (C, H, W), that of tokens one")
         if (self.kind == "tokens") != (self.vocabulary is not None):
             raise ValueError("tokens, and only tokens, have a vocabulary")
+        if self.tokenizer and self.kind != "tokens":
+            raise ValueError("only tokens have a tokenizer")
         if self.kind != "features" and (self.low, self.high, self.missing, self.fields) != (None, None, "refuse", None):
             raise ValueError("only features have a range, missing values or named fields")
         if self.low is not None and self.high is not None and self.low >= self.high:
@@ -141,7 +147,7 @@ class InputSpec(_Record):
 _FIELDS_OF_KIND = {
     "image": ("shape", "resize"),
     "features": ("kind", "shape", "low", "high", "missing", "fields"),
-    "tokens": ("kind", "shape", "vocabulary", "open_length"),
+    "tokens": ("kind", "shape", "vocabulary", "open_length", "tokenizer"),
 }
 
 
@@ -330,6 +336,7 @@ class Manifest(Draft):
         if self.schema_version < 3 and self.input.kind != "image":
             raise ValueError("inputs other than images need schema version 3")
         named = [*(self.geometry.vertices if self.geometry else ()), *(BANK_FILES if self.bank else ())]
+        named += [TOKENIZER_FILE] if self.input.tokenizer else []
         named += [CALIBRATION_FILE] if self.calibration else []
         named += [NOVELTY_FILE] if self.calibration and self.calibration.novelty else []
         for file in named:

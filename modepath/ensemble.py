@@ -15,10 +15,11 @@ from models_store import decoding
 from models_store.decisions.calibration import Calibration, by_probability, decide, load_calibrations, uniform
 from models_store.decisions.conformal import Method
 from models_store.decisions.leaving import Rule, steps
-from models_store.errors import DecodeError
+from models_store.errors import DecodeError, TextError
 from models_store.graphs.runtime import EnsembleSession, Group
 from models_store.inputs import fields, kinds
-from models_store.manifest import InputSpec, Manifest
+from models_store.inputs.texts import Tokenizer
+from models_store.manifest import TOKENIZER_FILE, InputSpec, Manifest
 from models_store.store import Store, Version
 from models_store.uncertainty import Prediction, softmax
 
@@ -192,10 +193,21 @@ class Ensemble:
     def _session(self) -> EnsembleSession:
         return EnsembleSession(self.folder, self.manifest)
 
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        return Tokenizer((self.folder / TOKENIZER_FILE).read_bytes()) if self.manifest.input.tokenizer else None
+
     def _rows(self, images: Images) -> kinds.Inputs:
         spec = self.manifest.input
         if spec.fields and (rows := _named(images)):
             return fields.encode(rows, spec)
+        if spec.kind == "tokens" and isinstance(images, list) and all(isinstance(one, str) for one in images):
+            if self._tokenizer is None:
+                raise ValueError(f"{self.name} takes token ids and has no tokenizer; give lists of ids.")
+            try:
+                images = self._tokenizer.fitting(images, spec)  # pyright: ignore[reportArgumentType] - checked above
+            except TextError as error:
+                raise ValueError(f"{error}.") from None
         if spec.kind == "tokens" and isinstance(images, list):
             images = kinds.from_texts(spec, images)  # pyright: ignore[reportArgumentType] - checked there
         if spec.kind == "image" and (files := _files(images)):

@@ -44,6 +44,9 @@ class Options(TypedDict, total=False):
     limit: int | None
     label: str | None
     drop: tuple[str, ...]
+    tokenizer: str | None
+    text: str | None
+    longest: int | None
     missing: Literal["refuse", "mean"]
     hold_out: tuple[str, ...]
     augment: Literal["auto", "none", "crop", "flip", "crop-flip"]

@@ -23,7 +23,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models_store.manifest import InputSpec
 from models_store.store import Store
 from service.feedback.answers import of_answer
 from service.feedback.database import new_id
@@ -44,7 +43,7 @@ from service.http.errors import (
     TooLargeError,
 )
 from service.http.hosts import Hosts
-from service.http.images import Encoded, Images
+from service.http.images import Encoded, Images, from_texts
 from service.http.intake import Body
 from service.http.schemas import (
     EnsembleInfo,
@@ -70,6 +69,7 @@ from service.worker import Worker
 
 # Up to these sizes work is done on the event loop, because handing it to a thread would take longer.
 INLINE_BYTES = 64 * 1024  # to parse and decode
+INLINE_TEXT_BYTES = 4096  # to turn into token ids
 INLINE_ROWS = 32  # to write and count
 INLINE_NUMBERS = 4096
 MAX_ADDRESS_BYTES = 4096  # path and query together
@@ -142,7 +142,7 @@ class _Routes:
             _refuse_members(ensemble, mode, options)
             ensemble.decisions.check(mode, options)
             ensemble.session(mode, options.rule)
-            images = await _images(worker, body, asked, ensemble.manifest.input)
+            images = await _images(worker, body, asked, ensemble)
             self._bound_answer(ensemble, len(images), options.members)
             draw = partial(ensemble.rows, mode, images, self._caller(request))
             rows = (
@@ -272,7 +272,7 @@ class _Routes:
             async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
                 worker.batcher.refuse_if_full()
                 asked = read_request(content_type, [], body.data, [manifest.input], 1)
-                images = await _images(worker, body, asked, manifest.input)
+                images = await _images(worker, body, asked, ensemble)
                 if len(images) != 1:
                     raise TooLargeError(f"{len(images)} images; a path is shown for one image at a time.")
                 rows = ensemble.along_path(images)
@@ -327,15 +327,21 @@ class _Routes:
         )  # fmt: skip
 
 
-async def _images(worker: Worker, body: Body, asked: Asked, spec: InputSpec) -> Images:
+async def _images(worker: Worker, body: Body, asked: Asked, ensemble: Ensemble) -> Images:
     """Decode the images: small arrays on the event loop, the rest in threads, with a lane for large encoded images."""
-    limits = replace(worker.limits, hold=partial(worker.intake.decode, body))
+    limits, spec = replace(worker.limits, hold=partial(worker.intake.decode, body)), ensemble.manifest.input
 
     def opened() -> Images | Encoded:
+        if asked.texts is not None:
+            return from_texts(asked.texts, spec, ensemble.tokenizer, limits)
         found = asked.open(spec, limits)
         return found.decode() if isinstance(found, Encoded) and found.pixels <= SMALL_PIXELS else found
 
-    long = asked.encoded or len(body.data) > INLINE_BYTES or asked.named * len(spec.fields or ()) > INLINE_NUMBERS
+    long = (
+        asked.encoded
+        or len(body.data) > (INLINE_BYTES if asked.texts is None else INLINE_TEXT_BYTES)
+        or asked.named * len(spec.fields or ()) > INLINE_NUMBERS
+    )
     found = await worker.offload.run(body, opened) if long else opened()
     return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
 

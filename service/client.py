@@ -104,7 +104,7 @@ class Client:
         **decisions: Unpack[Decisions],
     ) -> Answer:
         """Classify images: an array (batch, C, H, W) in [0, 1], or the bytes of PNG or JPEG files. Or other inputs: features
-        (batch, *shape), rows with named fields, or texts as lists of token ids.
+        (batch, *shape), rows with named fields, or texts: strings, or lists of token ids.
 
         Args:
             images: what to classify.
@@ -220,6 +220,8 @@ def _request(images: Images, options: dict[str, Any]) -> dict[str, Any]:
         return {"json": {"images": encoded, **given}}
     if isinstance(images, Sequence) and images and all(isinstance(row, Mapping) for row in images):
         return {"json": {"inputs": list(images), **given}}  # named fields
+    if isinstance(images, Sequence) and images and all(isinstance(text, str) for text in images):
+        return {"json": {"texts": list(images), **given}}
     try:
         values = np.asarray(images)
     except ValueError:  # texts of several lengths

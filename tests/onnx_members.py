@@ -136,10 +136,13 @@ def publish(
     member=linear,
     shape_of_path="simplex",
     spec=None,
+    tokenizer=None,
 ):
     """Publish an ensemble of linear members, or of those that `member` makes of a seed and a shape; optionally with a bank."""
     with store.staging(name) as staged:
         (staged / "members").mkdir()
+        if tokenizer:
+            (staged / manifest.TOKENIZER_FILE).write_bytes(tokenizer)
         members = []
         for index, seed in enumerate(seeds):
             file = f"members/{index:03d}.onnx"

@@ -120,6 +120,14 @@ class Config:
     """Data sets csv and parquet: the column that holds the classes (default: label)."""
     drop: tuple[str, ...] = later(())
     """Data sets csv and parquet: columns that are not used."""
+    tokenizer: str | None = later(None)
+    """Data sets csv and parquet: the rows are texts, which this file turns into token ids: tokenizer.json of the package
+    tokenizers. It is published with the ensemble, so that requests may send texts."""
+    text: str | None = later(None)
+    """With --tokenizer: the column that holds the text (default: text)."""
+    longest: int | None = later(None)
+    """With --tokenizer: number of tokens to which longer texts are cut, in training and in serving (default: as the file
+    says, or never)."""
     missing: Literal["refuse", "mean"] = later("refuse")
     """Features: refuse missing numbers (NaN), or let the network replace them by the feature's mean over the training
     rows. Tables with missing numbers use the mean."""

@@ -22,6 +22,7 @@ from models_store.graphs import independence, output_kind
 from models_store.graphs.onnx_contract import dimensions, domains_in_use, graph_inputs, load, refuse_unknown_domains
 from models_store.graphs.runtime import MemberSession, Original
 from models_store.inputs import kinds
+from models_store.inputs.texts import Tokenizer
 from models_store.manifest import ONNX_OPSET, OUTPUT_NAME, InputSpec
 
 # Further inputs of text classifiers, and what they are computed from: the mask of the token ids, or zeros.
@@ -45,6 +46,7 @@ class ImportOptions:
     resize: str = "refuse"
     kind: Literal["image", "features", "tokens"] | None = None  # None: by the type and the axes of the input
     vocabulary: int | None = None  # tokens: number of ids
+    tokenizer: bytes | None = None  # tokens: content of a tokenizer.json, which is published with the members
     channels_last: bool = False  # images (H, W, C) instead of (C, H, W)
     pixels: Literal[1, 255] = 1  # largest value of a pixel
     output_name: str | None = None  # which output gives the classes, if there are several
@@ -190,11 +192,20 @@ def _spec(file: Path, value: onnx.ValueInfoProto, options: ImportOptions) -> Inp
             f"{file.name} takes {value.name!r} with axes {found}, which cannot be {options.kind or kind}; leave out --kind."
         )
     if kind == "tokens":
-        if options.vocabulary is None:
-            raise MemberError(f"{file.name} takes token ids; say how many ids there are with --vocabulary NUMBER.")
+        vocabulary = options.vocabulary or (Tokenizer(options.tokenizer).vocabulary if options.tokenizer else None)
+        if vocabulary is None:
+            raise MemberError(
+                f"{file.name} takes token ids; say how many ids there are with --vocabulary NUMBER, or give --tokenizer FILE."
+            )
         if (longest := found[1] or (options.input_shape or (None,))[0]) is None:
             raise MemberError(f"{file.name} takes texts of any length; give the largest one with --input-shape LENGTH.")
-        return InputSpec(kind="tokens", shape=(longest,), vocabulary=options.vocabulary, open_length=found[1] is None)
+        return InputSpec(
+            kind="tokens",
+            shape=(longest,),
+            vocabulary=vocabulary,
+            open_length=found[1] is None,
+            tokenizer=options.tokenizer is not None,
+        )
     shape = _image_shape(file, found, options) if kind == "image" else _features_shape(file, found, options)
     return InputSpec.model_validate(
         {"kind": kind, "shape": shape, "resize": options.resize if kind == "image" else "refuse"}

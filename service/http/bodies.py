@@ -37,6 +37,7 @@ class Asked:
     open: Open  # returns arrays, or encoded images that remain to be decoded
     encoded: bool = False  # True if `open` returns encoded images
     named: int = 0  # number of rows with named fields, which take longer than their bytes suggest
+    texts: Sequence[str] | None = None  # which the ensemble's tokenizer turns into ids; `open` is not used then
 
 
 def read_request(
@@ -94,8 +95,12 @@ def _read_json(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> Asked:
     if body.count(b":") != len(fields):
         _refuse_duplicates(body)
     request = _validated(PredictRequest, PredictRequest.model_validate, fields)
-    if (request.inputs is None) == (request.images is None):
-        raise BadRequestError(f'A request has either `inputs` or `images`: {EXAMPLE} or {{"images": [base64, ...]}}.')
+    if sum(given is not None for given in (request.inputs, request.images, request.texts)) != 1:
+        raise BadRequestError(
+            f'A request has one of `inputs`, `images` and `texts`: {EXAMPLE}, {{"images": [base64, ...]}} or {{"texts": ["..."]}}.'
+        )
+    if request.texts is not None:
+        return Asked(request, images.none, texts=request.texts)
     if request.inputs is not None:
         if not (request.inputs and isinstance(request.inputs[0], dict)):  # values of named fields may be texts
             _refuse_texts(body, fields)

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models_store import decoding
-from models_store.errors import DecodeError, FieldError
+from models_store.errors import DecodeError, FieldError, TextError
 from models_store.inputs import fields, kinds
 from models_store.inputs.kinds import Inputs
+from models_store.inputs.texts import Tokenizer
 from models_store.manifest import InputSpec
 from service.http.errors import BadRequestError, TooLargeError
 from service.http.large_json import Row, lists_of
@@ -86,6 +87,32 @@ def _from_fields(rows: list[Any], spec: InputSpec) -> Images:
         return fields.encode(rows, spec)
     except FieldError as error:
         raise BadRequestError(f"`inputs`: {error}.") from None
+
+
+def from_texts(texts: Sequence[str], spec: InputSpec, tokenizer: Tokenizer | None, limits: Limits) -> Images:
+    """Turn texts into token ids.
+
+    Raises:
+        BadRequestError: the ensemble takes no texts, or a text has no token or too many.
+        TooLargeError: too many texts.
+    """
+    if tokenizer is None:
+        what = "token ids" if spec.kind == "tokens" else spec.kind
+        raise BadRequestError(
+            f"This ensemble takes {what} and has no tokenizer; send `inputs` {kinds.batch_shown(spec)}."
+        )
+    if not texts:
+        raise BadRequestError("`texts` is empty; send at least one.")
+    _bound(len(texts), spec, limits)
+    try:
+        return _checked("`texts`", kinds.from_texts(spec, tokenizer.fitting(texts, spec)), spec)
+    except TextError as error:
+        raise BadRequestError(f"`texts`: {error}.") from None
+
+
+def none(spec: InputSpec, limits: Limits) -> Images:
+    """Stand for the inputs of a request that has texts."""
+    raise BadRequestError(f"This is answered for inputs {kinds.batch_shown(spec)} only; send `inputs`.")
 
 
 def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:

@@ -20,6 +20,8 @@ from service.http.errors import BadRequestError, TooLargeError
 LARGE_BYTES = 64 * 1024  # smaller bodies are parsed at once
 _FIELDS = 32  # generous bound on the brackets, names, strings and commas of the other fields of a request
 _INPUTS = re.compile(rb'"inputs"\s*:\s*\[')
+# Not within a text, where quotes have a backslash.
+_TEXTS = re.compile(rb'"texts"\s*:\s*\[')
 _NAMED = re.compile(rb'"inputs"\s*:\s*\[\s*\{')
 
 
@@ -55,6 +57,9 @@ def cut(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> tuple[bytes, 
     """
     if _NAMED.search(body) is not None:
         _bound_named(body, specs, max_rows)
+        return body, None
+    if _TEXTS.search(body) is not None:
+        _bound_texts(body, max_rows)
         return body, None
     if max(body.count(b"["), body.count(b"]")) > _most_lists(len(body), specs, max_rows) + _FIELDS:
         raise BadRequestError(
@@ -100,6 +105,21 @@ def _bound_named(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> None
         raise BadRequestError(f"The body has more fields than {max_rows} rows of an ensemble that is served have.")
     if body.count(b"[") > max_rows * _marks(specs, "[") + _FIELDS:
         raise BadRequestError("The body has lists in rows with named fields; a field is a number or a text.")
+
+
+def _bound_texts(body: bytes, max_rows: int) -> None:
+    """Texts may hold any marks, so only those outside of strings count."""
+    plain = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")  # now every quote begins or ends a string
+    codes = np.frombuffer(plain, np.uint8)
+    outside = np.cumsum(codes == ord('"'), dtype=np.uint8) % 2 == 0
+    commas = int(np.count_nonzero(outside & (codes == ord(","))))
+    opened = int(np.count_nonzero(outside & ((codes == ord("[")) | (codes == ord("{")))))
+    if commas > max_rows + _FIELDS:
+        raise TooLargeError(f"More than {max_rows} texts in one request. Send them in parts.")
+    if opened > _FIELDS:
+        raise BadRequestError(
+            "The body has more lists than a request with `texts` can have; `texts` is a list of strings."
+        )
 
 
 def _marks(specs: Sequence[InputSpec], mark: str) -> int:

@@ -157,6 +157,13 @@ def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -
         "maxItems": max_rows,
         "items": {"type": "string", "contentEncoding": "base64", "format": "base64-image"},
     }
+    properties["texts"] = {
+        "description": properties["texts"]["description"],
+        "type": "array",
+        "minItems": 1,
+        "maxItems": max_rows,
+        "items": {"type": "string", "minLength": 1},
+    }
     properties["ensemble"] = {
         "description": properties["ensemble"]["description"],
         "anyOf": [{"type": "string", "enum": [manifest.name for manifest in served]}, {"type": "null"}],
@@ -164,7 +171,7 @@ def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -
     return {
         **schema,
         "properties": properties,
-        "oneOf": [{"required": ["inputs"]}, {"required": ["images"]}],
+        "oneOf": [{"required": ["inputs"]}, {"required": ["images"]}, {"required": ["texts"]}],
     }
 
 

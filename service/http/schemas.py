@@ -83,7 +83,7 @@ class Options(BaseModel):
 
 
 class PredictRequest(Options):
-    """The JSON body of POST /predict: either `inputs` or `images`."""
+    """The JSON body of POST /predict: one of `inputs`, `images` and `texts`."""
 
     # images.py checks the pixels: pydantic would visit each of them in Python.
     inputs: list[Any] | None = Field(
@@ -91,6 +91,9 @@ class PredictRequest(Options):
         description="images (batch, C, H, W) of floats in [0, 1]; features (batch, …), or rows with named fields; or texts of token ids",
     )
     images: list[str] | None = Field(default=None, fail_fast=True, description="PNG or JPEG files in base64")
+    texts: list[str] | None = Field(
+        default=None, fail_fast=True, description="texts, which the tokenizer of the ensemble turns into token ids"
+    )
 
 
 # Answers are plain dictionaries: they are written for every row of every request and never parsed here, so models
@@ -263,6 +266,7 @@ class EnsembleInfo(BaseModel):
     resize: str
     fields: list[FieldInfo] | None = Field(description="named fields of a row; null if it has none")
     vocabulary: int | None = Field(description="number of token ids; null if it takes no tokens")
+    texts: bool = Field(description="whether requests may send `texts` instead of token ids")
     classes: list[str]
     validation: Scores | None
     providers: list[str]
@@ -458,6 +462,7 @@ def describe(
         resize=manifest.input.resize,
         fields=[FieldInfo(name=one.name, categories=one.categories) for one in manifest.input.fields or ()] or None,
         vocabulary=manifest.input.vocabulary,
+        texts=manifest.input.tokenizer,
         classes=manifest.classes,
         validation=manifest.validation,
         providers=providers,

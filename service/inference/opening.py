@@ -17,7 +17,8 @@ from models_store.decisions.leaving import Rule
 from models_store.errors import MemberError
 from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default_threads
 from models_store.inputs import kinds
-from models_store.manifest import Manifest
+from models_store.inputs.texts import Tokenizer
+from models_store.manifest import TOKENIZER_FILE, Manifest
 from models_store.store import Version
 from service.http.errors import BadRequestError, ForbiddenError, NoRouteError
 from service.http.images import Images
@@ -61,6 +62,7 @@ class Ensemble:
     draws: dict[Mode, Draw]
     decisions: Decisions
     cascades: dict[Rule, Stage]  # first stages; empty if the mode is closed, or the version has no cascade
+    tokenizer: Tokenizer | None = None  # of a version that answers texts
     path: Points | None = None  # the points of its curve, if the policy shows which one answers; all are open
 
     def mode(self, asked: Mode | None) -> Mode:
@@ -183,7 +185,8 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         draws,
         Decisions.of(version, recipe.policy, draws_all=pool is None or len(pool) == pool.source.count),
         cascades,
-        _path(version, recipe.policy, pool),
+        tokenizer=_tokenizer(version),
+        path=_path(version, recipe.policy, pool),
     )
     _check_listing(ensemble)
     black, noise = kinds.blank(version.manifest.input), kinds.noise(version.manifest.input, 2)
@@ -196,6 +199,12 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
             _check_answer(ensemble, mode, images)
         warm(sessions[mode], ensemble.rows(mode, black))
     return ensemble
+
+
+def _tokenizer(version: Version) -> Tokenizer | None:
+    if not version.manifest.input.tokenizer:
+        return None
+    return Tokenizer((version.folder / TOKENIZER_FILE).read_bytes())
 
 
 def _path(version: Version, policy: Policy, pool: Pool | None) -> Points | None:

@@ -58,6 +58,7 @@ function describe() {
 // An input to begin with: zeros, the first categories, or one token.
 function plain(one) {
   if (one.fields) return Object.fromEntries(one.fields.map((field) => [field.name, field.categories ? field.categories[0] : 0]));
+  if (one.texts) return "a text";
   if (one.input_kind === "tokens") return [1];
   return one.input_shape.reduceRight((inner, size) => Array.from({ length: size }, () => inner), 0);
 }
@@ -113,7 +114,8 @@ async function send(one, options) {
     } catch {
       throw Object.assign(new Error("The input is not JSON. Numbers are separated by commas, texts are in double quotes."), { status: 400 });
     }
-    const body = JSON.stringify({ inputs: [row], ensemble: one.name, ...options });
+    const given = typeof row === "string" ? { texts: [row] } : { inputs: [row] };
+    const body = JSON.stringify({ ...given, ensemble: one.name, ...options });
     return read(await fetch("/predict", { method: "POST", headers: { "Content-Type": "application/json" }, body }));
   }
   const [, height, width] = one.input_shape;

@@ -34,6 +34,7 @@ function card(one) {
 }
 
 export function takes(one) {
+  if (one.texts) return "texts";
   if (one.input_kind === "tokens") return `texts of at most ${one.input_shape[0]} tokens, ids 1 to ${one.vocabulary - 1}`;
   if (one.input_kind === "image") return `images of ${one.input_shape.join(" × ")} (channels, height, width)`;
   return one.fields ? `rows with the fields ${one.fields.map((field) => field.name).join(", ")}` : `features of ${one.input_shape.join(" × ")}`;

@@ -20,7 +20,8 @@ FIELDS = [TableField(name="age"), TableField(name="colour", categories=["blue", 
 SPECS = {
     "table": InputSpec(kind="features", shape=(4,), low=-100, high=100, fields=FIELDS),
     "signal": InputSpec(kind="features", shape=(6, 50), missing="mean"),
-    "text": InputSpec(kind="tokens", shape=(12,), vocabulary=30, open_length=True),
+    "text": InputSpec(kind="tokens", shape=(12,), vocabulary=30, open_length=True, tokenizer=True),
+    "ids": InputSpec(kind="tokens", shape=(12,), vocabulary=30, open_length=True),
 }
 RNG = np.random.default_rng(0)
 TABLE = [{"age": 31.5, "colour": "red", "size": 2}, {"age": -4, "colour": "blue", "size": 0.5}]
@@ -29,13 +30,27 @@ TEXTS = [RNG.integers(1, 30, length).tolist() for length in (1, 12, 5, 3)]
 POLICY = {"modes": ["average", "random", "keyed"], "probabilities": "exact"}
 
 
+def of_letters():
+    """A tokenizer whose words are a, b, …, with the ids 2, 3, …"""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[PAD]": 0, "[UNK]": 1} | {chr(ord("a") + i): 2 + i for i in range(26)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return made.to_str().encode()
+
+
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
     from models_store.store import Store
 
     store = Store(tmp_path_factory.mktemp("inputs") / "store")
-    made = {name: of_tokens if name == "text" else of_features for name in SPECS}
-    return {name: publish(store, name, spec=spec, member=made[name]) for name, spec in SPECS.items()}
+    return {
+        name: publish(
+            store, name, spec=spec, member=of_tokens if spec.kind == "tokens" else of_features,
+            tokenizer=of_letters() if spec.tokenizer else None,
+        )
+        for name, spec in SPECS.items()
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +221,53 @@ def test_an_image_is_refused_by_an_ensemble_that_takes_none(server):
     headers = {"Content-Type": "image/png"}
     answer = httpx.post(server.url + "/predict?ensemble=table", content=b"\x89PNG", headers=headers)
     assert (answer.status_code, "takes features" in answer.json()["error"]) == (400, True)
+
+
+def test_texts_are_answered_as_their_token_ids_are(server, versions):
+    texts = ["a b z", "q", "c  c\nd é"]
+    ids = [[2, 3, 27], [18], [4, 4, 5, 1]]
+    wanted = expected(versions["text"], kinds.from_texts(SPECS["text"], ids))
+    sent = {"texts": texts, "ensemble": "text"}
+    assert probs(httpx.post(server.url + "/predict", json=sent)) == pytest.approx(wanted, abs=1e-5)
+    many = {"texts": texts * 20, "ensemble": "text", "mode": "average"}
+    assert probs(httpx.post(server.url + "/predict", json=many)) == pytest.approx(np.tile(wanted, (20, 1)), abs=1e-5)
+    marks = ['a, "b" [z] {' + ",[{" * 300, "q \\\\", "é\\"] * 100  # a large body whose texts look like JSON
+    with Client(server.url) as client:
+        assert len(client.predict(marks, ensemble="text").probs) == len(marks)
+    blank = ["a" + " " * 800 + '"', "\\" + " " * 800 + "[", ", " + " " * 800 + "b"] * 60
+    with Client(server.url) as client:
+        found = client.predict(blank, ensemble="text").probs
+    assert found[:3] == pytest.approx(
+        expected(versions["text"], kinds.from_texts(SPECS["text"], [[2, 1], [1, 1], [1, 3]])), abs=1e-5
+    )
+    assert probs(ask(server, "text", ids)) == pytest.approx(wanted, abs=1e-5)
+    with Client(server.url) as client:
+        assert client.predict(texts, ensemble="text").probs == pytest.approx(wanted, abs=1e-5)
+    assert modepath.ensemble.of_version(versions["text"]).predict(texts).probs == pytest.approx(wanted, abs=1e-5)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        modepath.ensemble.of_version(versions["ids"]).predict(texts)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"texts": ["a", " "], "ensemble": "text"}, "text 1 has no token"),
+        ({"texts": ["a " * 13], "ensemble": "text"}, "text 0 has 13 tokens; at most 12"),
+        ({"texts": ["a" * 100_000], "ensemble": "text"}, "text 0 has 100000 characters"),
+        ({"texts": [], "ensemble": "text"}, "`texts` is empty"),
+        ({"texts": ["a"], "ensemble": "ids"}, "takes token ids and has no tokenizer"),
+        ({"texts": ["a"], "ensemble": "table"}, "takes features and has no tokenizer"),
+        ({"texts": [1], "ensemble": "text"}, "texts.0"),
+        ({"texts": "a", "ensemble": "text"}, "texts"),
+        ({"texts": ["a"], "inputs": [[2]], "ensemble": "text"}, "one of `inputs`, `images` and `texts`"),
+    ],
+)
+def test_a_text_that_cannot_be_answered_is_refused_with_the_cause(server, body, told):
+    response = httpx.post(server.url + "/predict", json=body)
+    assert response.status_code == 400
+    assert told in response.json()["error"]
+
+
+def test_which_ensembles_take_texts_is_shown(server):
+    shown = {one["name"]: one["texts"] for one in httpx.get(server.url + "/ensembles").json()["ensembles"]}
+    assert shown == {"table": False, "signal": False, "text": True, "ids": False}

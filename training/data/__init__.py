@@ -67,6 +67,7 @@ class Data:
     notes: tuple[str, ...] = ()  # information for the log
     warnings: tuple[str, ...] = ()  # problems that will probably spoil a training
     mix: Mixing = NO_MIXING  # mixup and cutmix of training batches
+    tokenizer: bytes | None = None  # content of a tokenizer.json, if the inputs are texts
     weights: torch.Tensor | None = None  # (N,): how often each row of the train split is drawn, if the source says so
 
     @property
@@ -169,6 +170,7 @@ def load(options: DataOptions) -> Data:
         std=tuple(std),
         augment=Transformed(augment, each) if each else augment,
         mix=mix,
+        tokenizer=form.tokenizer if isinstance(form, TokenForm) else None,
         weights=None if found.weights is None else torch.as_tensor(found.weights, dtype=torch.float64)[rows],
         fingerprint=_fingerprint(train, validation, test),
         validation_cut=validation_cut,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from models_store.inputs import kinds
+from models_store.inputs.texts import Tokenizer
 from models_store.manifest import PADDING, InputSpec, TableField
 from training.errors import DataError
 
@@ -174,9 +176,17 @@ class TokenForm:
 
     vocabulary: int
     longest: int | None = None  # tokens; None: as in the train split
+    tokenizer: bytes | None = None  # content of a tokenizer.json; then texts may be strings
 
     def whole(self, inputs: Any, what: str) -> torch.Tensor:
         """See Form. int64 (N, longest)."""
+        if (
+            self.tokenizer
+            and isinstance(inputs, list | tuple | np.ndarray)
+            and len(inputs)
+            and isinstance(inputs[0], str)
+        ):
+            inputs = [np.array(ids, np.int64) for ids in _tokenizer(self.tokenizer).ids([str(text) for text in inputs])]
         if isinstance(inputs, list | tuple):
             found = [self._ids(text, f"{what}, row {row},") for row, text in enumerate(inputs)]
             inputs = self._filled(found, max(map(len, found), default=0))
@@ -187,6 +197,8 @@ class TokenForm:
 
     def one(self, value: Any, where: str) -> torch.Tensor:
         """See Form. int64 (longest,)."""
+        if self.tokenizer and isinstance(value, str):
+            value = np.array(_tokenizer(self.tokenizer).ids([value])[0], np.int64)
         ids = self._ids(value, where)
         return self._fitted(ids[None], where)[0] if self.longest else ids
 
@@ -201,7 +213,13 @@ class TokenForm:
 
     def spec(self, shape: Sequence[int]) -> InputSpec:
         """See Form."""
-        return InputSpec(kind="tokens", shape=tuple(shape), vocabulary=self.vocabulary, open_length=True)
+        return InputSpec(
+            kind="tokens",
+            shape=tuple(shape),
+            vocabulary=self.vocabulary,
+            open_length=True,
+            tokenizer=self.tokenizer is not None,
+        )
 
     def of_length(self, longest: int) -> Self:
         """The same form with this length."""
@@ -227,6 +245,11 @@ class TokenForm:
                 f"{what} has a text of more than {self.longest} tokens, the longest of the train split. Cut it, or give `longest`."
             )
         return self._filled(list(ids[:, : self.longest]), self.longest)
+
+
+@cache
+def _tokenizer(content: bytes) -> Tokenizer:
+    return Tokenizer(content)
 
 
 def tensor(value: Any, where: str) -> torch.Tensor:

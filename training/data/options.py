@@ -29,4 +29,7 @@ class DataOptions:
     hold_out: tuple[str, ...] = ()
     label: str | None = None  # the column of a table that holds the classes
     drop: tuple[str, ...] = ()  # columns of a table that are not used
+    text: str | None = None  # the column of a table that holds a text, for the tokenizer
+    tokenizer: str | None = None  # file tokenizer.json
+    longest: int | None = None  # tokens of a text; the tokenizer cuts longer ones
     missing: Missing = "refuse"

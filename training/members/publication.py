@@ -102,6 +102,8 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
     # Temperatures and weights come from one half of the validation images; the other half calibrates decisions.
     fitting, _ = halves(len(labels))
     with job.store.staging(config.published_name) as staged:
+        if data.tokenizer is not None:
+            (staged / manifest.TOKENIZER_FILE).write_bytes(data.tokenizer)
         states = [load_weights(file) for file, _ in vertices] if points else []
         parameters = [name for name, _ in job.network.named_parameters()]
         positions = coordinates(states, parameters) if points else np.zeros((0, 0))

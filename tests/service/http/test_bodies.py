@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 
 from models_store.manifest import InputSpec
 from service.http import bodies
-from service.http.errors import BadRequestError, MediaTypeError
+from service.http.errors import BadRequestError, MediaTypeError, TooLargeError
 from service.http.images import Encoded, Limits
 
 SPEC = InputSpec(shape=(1, 2, 2))
@@ -77,9 +78,9 @@ def test_options_come_in_the_json_body_or_in_the_query():
         (b'\xff{"inputs": [1]}', "not JSON"),
         (b"[1]", "JSON list"),
         (b"null", "JSON NoneType"),
-        (b"{}", "either `inputs` or `images`"),
-        (b'{"inputs": [1], "images": ["a"]}', "either `inputs` or `images`"),
-        (b'{"inputs": null}', "either `inputs` or `images`"),
+        (b"{}", "one of `inputs`, `images` and `texts`"),
+        (b'{"inputs": [1], "images": ["a"]}', "one of `inputs`, `images` and `texts`"),
+        (b'{"inputs": null}', "one of `inputs`, `images` and `texts`"),
         (b'{"inputs": [], "extra": 1}', "'extra'"),
         (b'{"inputs": {"a": 1}}', "'inputs'"),
         (b'{"inputs": [], "mode": "any"}', "'mode'"),
@@ -147,3 +148,22 @@ def test_a_json_request_has_no_query():
 def test_other_media_types_are_refused(content_type):
     with pytest.raises(MediaTypeError, match="application/x-npy"):
         read_request(content_type, [], b"{}")
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"texts": [' + b"[" * 100_000, "more lists than a request with `texts`"),
+        (b'{"texts": ["' + b"a" * 100_000 + b'"' + b',"b"' * 1000 + b"]}", "texts in one request"),
+        (b'{"texts": ["' + b"a" * 100_000 + b'"], "x": ' + b'{"a":' * 1000 + b"1" + b"}" * 1001, "more lists"),
+    ],
+)
+def test_a_large_body_with_texts_is_bounded_before_it_is_parsed(body, told):
+    with pytest.raises((BadRequestError, TooLargeError), match=told):
+        read_request("application/json", [], body)
+
+
+def test_marks_within_texts_do_not_count():
+    texts = ['[{,"' * 10_000 + "\\", '\\\\"[', 'x"' * 3] * 2
+    asked = read_request("application/json", [], json.dumps({"texts": texts}).encode())
+    assert asked.texts == texts

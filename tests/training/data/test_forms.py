@@ -63,3 +63,37 @@ def test_what_are_no_token_ids_is_refused(x, told):
     contract = Contract("Texts", form=TEXTS)
     with pytest.raises(DataError, match=told):
         contract.arrays(x, np.zeros(len(x), int))
+
+
+def test_the_tokenizer_of_bytes_gives_the_bytes_of_any_text():
+    from models_store.inputs.texts import Tokenizer
+    from training.data import texts
+
+    made = Tokenizer(texts.of_bytes())
+    every = "".join(map(chr, [*range(0x20, 0x250), 0x20AC, 0x1F600])) + "\n\t"
+    assert made.ids([every, "Köln  a"]) == [[b + 1 for b in text.encode()] for text in (every, "Köln  a")]
+    assert made.vocabulary == 257
+
+
+def test_texts_of_a_table_become_ids_and_longer_ones_are_cut_in_training_and_serving(tmp_path):
+    from models_store.inputs.texts import Tokenizer
+    from training import data
+    from training.data import texts
+
+    (tmp_path / "tokenizer.json").write_bytes(texts.of_bytes())
+    lines = [f"{'ja' if i % 2 else 'yes'} {i},{['de', 'en'][(i + 1) % 2]},{i // 3}" for i in range(120)]
+    (tmp_path / "t.csv").write_text("\n".join(["said,language,speaker", *lines]))
+    options = {"tokenizer": str(tmp_path / "tokenizer.json"), "text": "said", "label": "language", "group": "speaker"}
+    found = data.load(data.DataOptions(f"csv:{tmp_path / 't.csv'}", longest=4, **options))
+    assert found.classes == ["de", "en"]
+    assert (found.input.kind, found.shape, found.input.vocabulary, found.input.tokenizer) == ("tokens", (4,), 257, True)
+    first = bytes((found.train.images[0] - 1).tolist())[: int((found.train.images[0] > 0).sum())]
+    assert first.startswith(b"ja ") or first == b"yes "
+    assert (found.train.labels == (found.train.images[:, 0] - 1 == ord("y"))).all()
+    assert Tokenizer(found.tokenizer).fitting(["a long text"], found.input) == [[b + 1 for b in b"a lo"]]
+    with pytest.raises(DataError, match="has no column 'text'"):
+        data.load(data.DataOptions(f"csv:{tmp_path / 't.csv'}", tokenizer=options["tokenizer"], label="language"))
+    with pytest.raises(DataError, match="give --tokenizer FILE"):
+        data.load(data.DataOptions(f"csv:{tmp_path / 't.csv'}", text="said", label="language"))
+    with pytest.raises(DataError, match="cannot be read"):
+        data.load(data.DataOptions(f"csv:{tmp_path / 't.csv'}", tokenizer=str(tmp_path / "none.json")))

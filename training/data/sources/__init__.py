@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from training.data import texts
 from training.data.augment import Augment
 from training.data.forms import IMAGES, FeatureForm, Form, ImageForm, TokenForm
 from training.errors import DataError
@@ -143,6 +144,8 @@ def _form(name: str, made: Any, train: Part) -> Form:
     resize = getattr(made, "resize", "refuse")
     if resize not in ("refuse", "stretch", "crop"):
         raise DataError(f"Data factory {name!r}: resize must be refuse, stretch or crop; got {resize!r}.")
+    if (tokenizer := getattr(made, "tokenizer", None)) is not None:
+        return texts.form(tokenizer, getattr(made, "longest", None))
     kind, vocabulary = getattr(made, "kind", None), getattr(made, "vocabulary", None)
     if kind is None:
         inputs = train[0] if isinstance(train, tuple | list) and len(train) == 2 else None

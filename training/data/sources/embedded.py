@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.data import sources
+from training.data import sources, texts
 from training.data.forms import FeatureForm, TokenForm
 from training.data.sources import Source
 from training.errors import DataError
@@ -53,14 +53,16 @@ def languages() -> Source:
             if 2 <= len(name.encode()) <= LONGEST:
                 found.setdefault(name, set()).add(label)
     names = sorted(name for name, labels in found.items() if len(labels) == 1)
-    texts = torch.zeros(len(names), LONGEST, dtype=torch.int64)
-    for row, name in zip(texts, names, strict=True):
+    ids = torch.zeros(len(names), LONGEST, dtype=torch.int64)
+    for row, name in zip(ids, names, strict=True):
         content = torch.tensor(list(name.encode())) + 1
         row[: len(content)] = content
     y = torch.tensor([min(found[name]) for name in names])
     train, test = _halves(len(y))
     return Source(
-        ((texts[train], y[train]), None, (texts[test], y[test])), list(LANGUAGES), form=TokenForm(BYTES, LONGEST)
+        ((ids[train], y[train]), None, (ids[test], y[test])),
+        list(LANGUAGES),
+        form=TokenForm(BYTES, LONGEST, texts.of_bytes()),
     )
 
 

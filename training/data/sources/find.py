@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from training.data import texts
 from training.data.import_string import import_string
 from training.data.options import DataOptions
 from training.data.sources import BUILT_IN, Source, embedded, from_user, image_folder, tables
 from training.errors import DataError
 
 FOLDER = "imagefolder:"
+
+
+def _texts(options: DataOptions) -> tables.Texts | None:
+    if options.tokenizer is None:
+        if options.text is not None or options.longest is not None:
+            raise DataError("--text and --longest are for texts that a tokenizer reads: give --tokenizer FILE.")
+        return None
+    return tables.Texts(options.text or "text", texts.form(options.tokenizer, options.longest))
 
 
 def find(options: DataOptions) -> Source:
@@ -21,7 +30,11 @@ def find(options: DataOptions) -> Source:
     if name.startswith(FOLDER):
         return image_folder.source(name.removeprefix(FOLDER), options.image_size or image_folder.SIZE, options.group)
     if tables.is_one(name):
-        return tables.source(name, options.label, options.drop, options.split_seed, options.group)
+        return tables.source(name, options.label, options.drop, options.split_seed, options.group, _texts(options))
+    if options.tokenizer is not None:
+        raise DataError(
+            f"--tokenizer is for csv and parquet files with a column of texts; {name!r} is neither. A data set of your own gives `tokenizer`."
+        )
     if options.group is not None:
         raise DataError(
             f"--group is a column of a csv or parquet file, or a pattern of file names of an imagefolder; {name!r} is neither. A data set of your "

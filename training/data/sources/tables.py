@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from models_store.errors import FieldError
 from models_store.inputs import fields
 from models_store.manifest import TableField
 from training.data import splitting
-from training.data.forms import FeatureForm
+from training.data.forms import FeatureForm, TokenForm
 from training.data.sources import Source, from_user
 from training.errors import DataError
 
@@ -33,7 +34,17 @@ def is_one(name: str) -> bool:
     return name.startswith(("npz:", "csv:", "parquet:"))
 
 
-def source(name: str, label: str | None, drop: Sequence[str], seed: int, group: str | None = None) -> Source:
+@dataclass(frozen=True)
+class Texts:
+    """A table of which one column is a text."""
+
+    column: str
+    form: TokenForm
+
+
+def source(
+    name: str, label: str | None, drop: Sequence[str], seed: int, group: str | None = None, texts: Texts | None = None
+) -> Source:
     """Read a data set.
 
     Args:
@@ -43,6 +54,7 @@ def source(name: str, label: str | None, drop: Sequence[str], seed: int, group: 
         drop: columns that are not used.
         seed: of the choice of the test rows.
         group: a column that is not used as a feature; rows with equal values stay in one split.
+        texts: the column of texts, the only one that is used, and how they are read.
 
     Raises:
         DataError: the file cannot be read, or does not hold such a data set.
@@ -52,6 +64,8 @@ def source(name: str, label: str | None, drop: Sequence[str], seed: int, group: 
         if group is not None:
             raise DataError("--group is for tables; an npz file holds the array `groups`, one value for each row of x.")
         return _npz(name, Path(path))
+    if texts is not None:
+        return _texts(kind, Path(path), label or LABEL, texts, seed, group)
     return _table(name, kind, Path(path), label or LABEL, drop, seed, group)
 
 
@@ -161,6 +175,37 @@ def _shared_groups(group: str | None, frames: dict[str, Any]) -> list[str]:
         for split in SPLITS[1:]
         if (shared := own.get(split, set()) & own.get("train", set()))
     ]
+
+
+def _texts(kind: str, path: Path, label: str, texts: Texts, seed: int, group: str | None) -> Source:
+    frames = _frames(kind, path)
+    for split, frame in frames.items():
+        for column in (texts.column, label, *([group] if group is not None else [])):
+            if column not in frame.columns:
+                raise DataError(
+                    f"{path} has no column {column!r} in its {split} rows (--text, --label, --group). Its columns: {', '.join(frame.columns)}."
+                )
+        if gone := frame[texts.column].null_count() + frame[label].null_count():
+            raise DataError(f"{gone} of the {split} rows of {path} lack a text or a class; leave these rows out.")
+    names = sorted({_text(value) for frame in frames.values() for value in frame[label].to_list()})
+    parts = {
+        split: ([str(value) for value in frame[texts.column].to_list()], _labels(frame[label].to_list(), names))
+        for split, frame in frames.items()
+    }
+    groups = frames["train"][group].to_list() if group is not None else None
+    if "test" not in parts:
+        x, y = parts["train"]
+        of_train, of_test = _split(y.numpy(), seed, groups)
+        parts |= {"train": ([x[i] for i in of_train], y[of_train]), "test": ([x[i] for i in of_test], y[of_test])}
+        groups = groups and [groups[i] for i in of_train.tolist()]
+    notes = [f"texts are in {texts.column!r}; the class is {label!r}", *_shared_groups(group, frames)]
+    return Source(
+        (parts["train"], parts.get("validation"), parts["test"]),
+        names,
+        form=texts.form,
+        notes=tuple(notes),
+        groups=groups,
+    )
 
 
 def _frames(kind: str, path: Path) -> dict[str, Any]:
