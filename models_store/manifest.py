@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -66,11 +67,26 @@ class TableField(_Record):
     categories: list[str] | None = Field(
         default=None, min_length=1, description="values of a category: one feature, 0 or 1, for each; null: a number"
     )
+    shape: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="shape of a tensor, whose numbers are features in order; null: a number or a category",
+    )
+    low: float | None = Field(default=None, description="smallest allowed value of this field; null: that of the input")
+    high: float | None = Field(default=None, description="largest allowed value of this field; null: that of the input")
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> TableField:
+        if self.categories is not None and (self.shape, self.low, self.high) != (None, None, None):
+            raise ValueError("a category has neither a shape nor a range")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError("the range of a field must not be empty")
+        return self
 
     @property
     def width(self) -> int:
         """Number of features."""
-        return 1 if self.categories is None else len(self.categories)
+        return math.prod(self.shape) if self.shape else 1 if self.categories is None else len(self.categories)
 
 
 class InputSpec(_Record):

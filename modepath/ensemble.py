@@ -23,7 +23,9 @@ from models_store.manifest import TOKENIZER_FILE, InputSpec, Manifest
 from models_store.store import Store, Version
 from models_store.uncertainty import Prediction, softmax
 
-Images = ArrayLike | Sequence[str | Path | bytes] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
+Images = (
+    ArrayLike | Sequence[str | Path | bytes] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ class Ensemble:
 
     def _rows(self, images: Images) -> kinds.Inputs:
         spec = self.manifest.input
+        if spec.fields and isinstance(images, Mapping):
+            return fields.from_columns(images, spec)
         if spec.fields and (rows := _named(images)):
             return fields.encode(rows, spec)
         if spec.kind == "tokens" and isinstance(images, list) and all(isinstance(one, str) for one in images):

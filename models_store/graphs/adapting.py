@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from models_store.errors import MemberError
-from models_store.graphs import independence, output_kind
+from models_store.graphs import independence, named_inputs, output_kind
 from models_store.graphs.onnx_contract import dimensions, domains_in_use, graph_inputs, load, refuse_unknown_domains
 from models_store.graphs.runtime import MemberSession, Original
+from models_store.graphs.steps import Steps
 from models_store.inputs import kinds
 from models_store.inputs.texts import Tokenizer
 from models_store.manifest import ONNX_OPSET, OUTPUT_NAME, InputSpec
@@ -51,6 +52,12 @@ class ImportOptions:
     pixels: Literal[1, 255] = 1  # largest value of a pixel
     output_name: str | None = None  # which output gives the classes, if there are several
 
+    @property
+    def as_they_are(self) -> bool:
+        """Whether no option says what inputs are or converts them."""
+        given = self.mean, self.std, self.input_shape, self.kind, self.vocabulary, self.tokenizer
+        return all(one is None for one in given) and self.pixels == 1 and not self.channels_last
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -78,9 +85,13 @@ def adapt(file: Path, options: ImportOptions) -> Adapted:
     inputs = graph_inputs(graph)
     output = _output(file, graph, options)
     given = _given(file, inputs)
-    spec = _spec(file, given, options)
+    spec = (
+        _spec(file, given, options)
+        if given is not None
+        else named_inputs.spec_of(file, inputs, as_they_are=options.as_they_are)
+    )
     last = output_kind.last_operator(model, output.name)
-    batch = dimensions(given)[0]
+    batch = dimensions(given or inputs[0])[0]
     if batch is not None:
         _open_batch(graph, batch)
     # Shapes recorded by the exporter may contain a fixed batch size; they are inferred again when a session is created.
@@ -92,7 +103,7 @@ def adapt(file: Path, options: ImportOptions) -> Adapted:
     own = np.exp(answers) if options.output == "probs" else answers
     adapted, kind = model.SerializeToString(), output_kind.kind(own, last)
     if (kind == "probs") == (options.output == "probs"):  # otherwise the caller says what is wrong
-        _compare(file, original, output.name, adapted, spec, given, options)
+        _compare(file, original, output.name, adapted, spec, given, inputs, options)
     return Adapted(adapted, spec, classes, kind)
 
 
@@ -162,21 +173,24 @@ def _output(file: Path, graph: onnx.GraphProto, options: ImportOptions) -> onnx.
     return scores[0]
 
 
-def _given(file: Path, inputs: Sequence[onnx.ValueInfoProto]) -> onnx.ValueInfoProto:
-    """The input that is classified; the others can be made of it."""
+def _given(file: Path, inputs: Sequence[onnx.ValueInfoProto]) -> onnx.ValueInfoProto | None:
+    """The input that is classified, of which the others can be made; None if there are several, which become named fields."""
     own = [value for value in inputs if value.name not in _BESIDE_TOKENS]
-    if len(own) != 1 or (len(inputs) > 1 and own[0].type.tensor_type.elem_type not in _INTEGERS):
+    if len(own) == 1 and (len(inputs) == 1 or own[0].type.tensor_type.elem_type in _INTEGERS):
+        return own[0]
+    if not own:
         raise MemberError(
-            f"{file.name} has the inputs {', '.join(v.name for v in inputs)}; a member has one, and with token ids also "
-            f"{' and '.join(_BESIDE_TOKENS)}. Export the classifier with one input."
+            f"{file.name} has the inputs {', '.join(v.name for v in inputs)}, none of which is classified."
         )
-    return own[0]
+    return None
 
 
 def _spec(file: Path, value: onnx.ValueInfoProto, options: ImportOptions) -> InputSpec:
     element, found = value.type.tensor_type.elem_type, dimensions(value)
     if element == TensorProto.UINT8 and len(found) == 4:
         kind = "image"
+    elif options.kind == "features" and element in named_inputs.NUMBERS and len(found) >= 2:
+        kind = "features"
     elif element in _INTEGERS and len(found) == 2:
         kind = "tokens"
     elif element in _FLOATS and len(found) >= 2:
@@ -267,7 +281,7 @@ def _surround(
     graph: onnx.GraphProto,
     spec: InputSpec,
     inputs: Sequence[onnx.ValueInfoProto],
-    given: onnx.ValueInfoProto,
+    given: onnx.ValueInfoProto | None,
     output: onnx.ValueInfoProto,
     options: ImportOptions,
 ) -> None:
@@ -279,22 +293,13 @@ def _surround(
     _rename(graph, output.name, "modepath_out")
     for name in (spec.tensor, OUTPUT_NAME):
         _rename(graph, name, f"modepath_inner_{name}")
-    front = _Steps("front", spec.tensor)
-    if options.mean is not None or options.std is not None:
-        _normalise(front, spec, options)
-    if options.pixels == 255 or given.type.tensor_type.elem_type == TensorProto.UINT8:
-        front.add("Mul", np.float32(255))
-    if options.channels_last:
-        front.add("Transpose", perm=[0, 2, 3, 1])
-    element = given.type.tensor_type.elem_type
-    if element == TensorProto.UINT8:
-        front.add("Round")
-    if element != (TensorProto.INT64 if spec.kind == "tokens" else TensorProto.FLOAT):
-        front.add("Cast", to=element)
-    front.end(own[given.name])
-    for value in inputs:
+    front = Steps("front", spec.tensor) if given is not None else named_inputs.unpacked(spec, inputs, own)
+    if given is not None:
+        _convert(front, spec, given, options)
+        front.end(own[given.name])
+    for value in inputs if given is not None else ():
         if value.name in _BESIDE_TOKENS:
-            beside = _Steps(own[value.name], spec.tensor)
+            beside = Steps(own[value.name], spec.tensor)
             if _BESIDE_TOKENS[value.name] == "mask":
                 beside.add("Greater", np.int64(0))
                 beside.add("Cast", to=value.type.tensor_type.elem_type)
@@ -304,7 +309,7 @@ def _surround(
             beside.end(own[value.name])
             front.nodes += beside.nodes
             front.tensors += beside.tensors
-    back = _Steps("back", "modepath_out")
+    back = Steps("back", "modepath_out")
     if output.type.tensor_type.elem_type != TensorProto.FLOAT:
         back.add("Cast", to=TensorProto.FLOAT)
     if len(dimensions(output)) > 2:  # (batch, classes, 1, 1)
@@ -325,27 +330,21 @@ def _surround(
     graph.output.append(helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, ["batch", None]))
 
 
-class _Steps:
-    """Operators in a row, from a value to a value."""
-
-    def __init__(self, label: str, value: str):
-        self._label, self._value = label, value
-        self.nodes: list[onnx.NodeProto] = []
-        self.tensors: list[onnx.TensorProto] = []
-
-    def add(self, operator: str, *constants: Any, **attributes: Any) -> None:
-        """Apply an operator to the value so far and to constants."""
-        names = [f"modepath_{self._label}_{len(self.nodes)}_{i}" for i in range(len(constants) + 1)]
-        self.tensors += [numpy_helper.from_array(np.asarray(c), n) for c, n in zip(constants, names[1:], strict=True)]
-        self.nodes.append(helper.make_node(operator, [self._value, *names[1:]], [names[0]], **attributes))
-        self._value = names[0]
-
-    def end(self, name: str) -> None:
-        """Give the value so far this name."""
-        self.nodes.append(helper.make_node("Identity", [self._value], [name]))
+def _convert(front: Steps, spec: InputSpec, given: onnx.ValueInfoProto, options: ImportOptions) -> None:
+    if options.mean is not None or options.std is not None:
+        _normalise(front, spec, options)
+    element = given.type.tensor_type.elem_type
+    if options.pixels == 255 or (element == TensorProto.UINT8 and spec.kind == "image"):
+        front.add("Mul", np.float32(255))
+    if options.channels_last:
+        front.add("Transpose", perm=[0, 2, 3, 1])
+    if element == TensorProto.UINT8 and spec.kind == "image":
+        front.add("Round")
+    if element != (TensorProto.INT64 if spec.kind == "tokens" else TensorProto.FLOAT):
+        front.add("Cast", to=element)
 
 
-def _normalise(front: _Steps, spec: InputSpec, options: ImportOptions) -> None:
+def _normalise(front: Steps, spec: InputSpec, options: ImportOptions) -> None:
     count = spec.shape[0]
     mean, std = options.mean or [0.0] * count, options.std or [1.0] * count
     if spec.kind == "tokens" or len(mean) != count or len(std) != count or min(std) <= 0:
@@ -410,7 +409,8 @@ def _compare(
     output: str,
     adapted: bytes,
     spec: InputSpec,
-    given: onnx.ValueInfoProto,
+    given: onnx.ValueInfoProto | None,
+    inputs: Sequence[onnx.ValueInfoProto],
     options: ImportOptions,
 ) -> None:
     """Compare the adapted model with the original one on rows alone, which a fixed batch size of 1 allows.
@@ -418,12 +418,12 @@ def _compare(
     Raises:
         MemberError: they differ.
     """
-    batch = dimensions(given)[0]
+    batch = dimensions(given or inputs[0])[0]
     if batch not in (None, 1):
         return  # the original takes no single row; the rows of the adapted one were compared with each other
     mine, theirs = MemberSession(adapted, "cpu"), Original(original, "cpu")
-    element = given.type.tensor_type.elem_type
-    half = element in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    element = (given or inputs[0]).type.tensor_type.elem_type
+    half = any(v.type.tensor_type.elem_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for v in inputs)
     for number in range(len(rows := kinds.probes(spec))):
         row = rows[number : number + 1]
         found = mine.logits(row)
@@ -432,14 +432,19 @@ def _compare(
             axes = (1, -1, *([1] * (len(spec.shape) - 1)))
             mean, std = options.mean or [0.0] * spec.shape[0], options.std or [1.0] * spec.shape[0]
             asked = (asked - np.array(mean, np.float32).reshape(axes)) / np.array(std, np.float32).reshape(axes)
-        if options.pixels == 255 or element == TensorProto.UINT8:
+        bytes_of_pixels = element == TensorProto.UINT8 and spec.kind == "image"
+        if options.pixels == 255 or bytes_of_pixels:
             asked = asked * np.float32(255)
         if options.channels_last:
             asked = asked.transpose(0, 2, 3, 1)
-        asked = np.rint(asked) if element == TensorProto.UINT8 else asked
+        asked = np.rint(asked) if bytes_of_pixels else asked
         beside = {"mask": (row > 0).astype(np.int64), "zeros": np.zeros_like(row)} if spec.kind == "tokens" else {}
         values = {name: beside[_BESIDE_TOKENS[name]] for name in theirs.inputs if name in _BESIDE_TOKENS}
-        expected = theirs.run(output, {given.name: asked, **values}).reshape(found.shape)
+        if given is not None:
+            values[given.name] = asked
+        else:
+            values = named_inputs.cut(spec, inputs, row)
+        expected = theirs.run(output, values).reshape(found.shape)
         found = np.exp(found) if options.output == "probs" else found
         limit = (_HALF_TOLERANCE if half else _TOLERANCE) * max(1.0, float(np.nan_to_num(np.abs(expected)).max()))
         if (np.abs(np.nan_to_num(found) - np.nan_to_num(expected)) > limit).any():

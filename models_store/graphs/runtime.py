@@ -88,7 +88,14 @@ class Original:
 
     def run(self, output: str, values: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Run it; the values are converted to the types of its inputs, and the output to float32."""
-        of_type = {"float16": np.float16, "double": np.float64, "uint8": np.uint8, "int64": np.int64, "int32": np.int32}
+        of_type = {
+            "float16": np.float16,
+            "double": np.float64,
+            "uint8": np.uint8,
+            "int64": np.int64,
+            "int32": np.int32,
+            "bool": np.bool_,
+        }
         types = {name: of_type.get(kind[7:-1], np.float32) for name, kind in self._types.items()}
         given = {name: np.ascontiguousarray(value, types[name]) for name, value in values.items()}
         found: list[Any] = self._session.run(None, given)

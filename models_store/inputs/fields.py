@@ -1,4 +1,4 @@
-"""Rows of a table with named fields, as features: numbers as they are, categories as one feature for each value."""
+"""Named fields and tensors as features: numbers as they are, categories as one feature for each value, tensors number by number."""
 
 from __future__ import annotations
 
@@ -43,28 +43,93 @@ def encode(rows: Sequence[Mapping[str, Any]], spec: InputSpec) -> NDArray[np.flo
     return out
 
 
+def from_columns(columns: Mapping[str, Any], spec: InputSpec) -> NDArray[np.float32]:
+    """Turn a batch of each field into features (rows, features).
+
+    Args:
+        columns: by name: arrays or lists (batch, *shape) of tensors, (batch,) of numbers, and lists of texts of categories.
+        spec: the input.
+
+    Raises:
+        FieldError: a field is missing or unknown, has another number of rows or another shape, or holds a wrong value.
+    """
+    assert spec.fields is not None, "the input has named fields"
+    known = [field.name for field in spec.fields]
+    if (wrong := next((name for name in columns if name not in known), None)) is not None:
+        raise FieldError(f"the field {wrong[:80]!r} is unknown. The fields are {', '.join(map(repr, known))}")
+    if (missing := next((name for name in known if name not in columns), None)) is not None:
+        raise FieldError(f"the field {missing!r} is missing. The fields are {', '.join(map(repr, known))}")
+    try:
+        sizes = {name: len(columns[name]) for name in known}
+    except TypeError:
+        raise FieldError("a field is not a list; each is a batch") from None
+    if len(set(sizes.values())) > 1:
+        raise FieldError(
+            f"the fields have different numbers of rows: {', '.join(f'{n} {size}' for n, size in sizes.items())}"
+        )
+    out = np.zeros((next(iter(sizes.values())), *spec.shape), np.float32)
+    column = 0
+    for field in spec.fields:
+        writer, given = _Writer(field, spec), columns[field.name]
+        try:
+            if field.categories is None:
+                out[:, column : column + writer.width] = writer.batch(given)
+            else:
+                for number, (row, value) in enumerate(zip(out, given, strict=True)):
+                    try:
+                        writer.write(row, column, value.item() if isinstance(value, np.generic) else value)
+                    except FieldError as error:
+                        raise FieldError(f"row {number}, {error}") from None
+        except FieldError as error:
+            raise FieldError(f"field {field.name!r}, {error}") from None
+        column += writer.width
+    return out
+
+
 class _Writer:
     """Writes the features of one field."""
 
     def __init__(self, field: TableField, spec: InputSpec):
         self.name, self.width = field.name, field.width
-        self._categories = field.categories
+        self._categories, self._shape = field.categories, field.shape
         self._column = {text: index for index, text in enumerate(field.categories or ())}
         self._missing = spec.missing == "mean"
         most = float(np.finfo(np.float32).max)
-        self._low = -most if spec.low is None else max(-most, spec.low)
-        self._high = most if spec.high is None else min(most, spec.high)
+        self._low = max([-most, *(low for low in (spec.low, field.low) if low is not None)])
+        self._high = min([most, *(high for high in (spec.high, field.high) if high is not None)])
 
     def write(self, row: NDArray[np.float32], column: int, value: Any) -> None:
         """Write a value of the field into the features of a row, from this column on."""
         if self._categories is not None:
             row[column + self._index(value, self._categories)] = 1
+        elif self._shape is not None:
+            row[column : column + self.width] = self.batch([value])[0]
         elif value is None:
             if not self._missing:
                 raise FieldError("is missing; it must be a number")
             row[column] = np.nan
         else:
             row[column] = self._number(value)
+
+    def batch(self, values: Any) -> NDArray[np.float32]:
+        """The features (batch, width) of many values of a number or a tensor."""
+        try:
+            array = np.asarray(values)
+            if array.dtype.kind == "O" and self._missing:  # numbers, some of which are null
+                array = np.array(values, np.float64)
+        except (TypeError, ValueError):
+            array = np.empty(0, object)
+        shape = self._shape or ()
+        if array.dtype.kind not in "iuf" or (array.shape[1:] != shape and not (not shape and array.shape[1:] == (1,))):
+            shown = f"it must hold numbers of the shape {shape}" if shape else "it must be a number"
+            raise FieldError(f"has {_what(array)}; {shown}")
+        inside = (array >= self._low) & (array <= self._high)
+        if self._missing:
+            inside |= np.isnan(array)
+        if not inside.all():
+            strange = array[~inside].flat[0]
+            raise FieldError(f"has the value {strange!s}; it must hold numbers from {self._low:g} to {self._high:g}")
+        return array.reshape(len(array), self.width).astype(np.float32)
 
     def _index(self, value: Any, categories: list[str]) -> int:
         text = str(value).lower() if isinstance(value, bool) else "" if value is None else value
@@ -85,6 +150,18 @@ class _Writer:
         if not self._low <= number <= self._high:  # false for NaN
             raise FieldError(f"is {_short(value)}; it must be a number from {self._low:g} to {self._high:g}")
         return number
+
+
+def _what(array: NDArray[Any]) -> str:
+    if array.dtype.kind in "iuf":
+        return f"rows of the shape {array.shape[1:]}"
+    return "lists of different lengths" if array.dtype.kind == "O" else "values that are not numbers"
+
+
+def split(spec: InputSpec) -> list[tuple[TableField, slice]]:
+    """The fields and the features of each."""
+    ends = np.cumsum([field.width for field in spec.fields or ()]).tolist()
+    return [(field, slice(end - field.width, end)) for field, end in zip(spec.fields or (), ends, strict=True)]
 
 
 def _short(value: Any) -> str:

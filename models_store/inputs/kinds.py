@@ -75,6 +75,21 @@ def fault(spec: InputSpec, inputs: NDArray[Any]) -> str | None:
     with np.errstate(over="ignore"):
         if not np.isfinite(np.float32(low)) or not np.isfinite(np.float32(high)):
             return f"has values from {low!r} to {high!r}, which float32 cannot hold"
+    return _fault_of_fields(spec, inputs)
+
+
+def _fault_of_fields(spec: InputSpec, inputs: NDArray[Any]) -> str | None:
+    end = 0
+    for field in spec.fields or ():
+        begin, end = end, end + field.width
+        if field.low is None and field.high is None:
+            continue
+        own = inputs[:, begin:end]
+        low, high = (float(f(own, initial=v, where=~np.isnan(own))) for f, v in ((np.min, np.inf), (np.max, -np.inf)))
+        bottom = -np.inf if field.low is None else min(field.low, float(np.float32(field.low)))
+        top = np.inf if field.high is None else max(field.high, float(np.float32(field.high)))
+        if low < bottom or high > top:
+            return f"has values from {low!r} to {high!r} in the field {field.name!r}, which takes numbers from {bottom:g} to {top:g}"
     return None
 
 
@@ -159,7 +174,14 @@ def identity(row: Inputs) -> bytes:
 
 
 def _within(spec: InputSpec, features: Inputs) -> Inputs:
-    return features.clip(-np.inf if spec.low is None else spec.low, np.inf if spec.high is None else spec.high)
+    found = features.clip(-np.inf if spec.low is None else spec.low, np.inf if spec.high is None else spec.high)
+    end = 0
+    for field in spec.fields or ():
+        begin, end = end, end + field.width
+        if field.low is not None or field.high is not None:
+            low = -np.inf if field.low is None else field.low
+            found[:, begin:end] = found[:, begin:end].clip(low, np.inf if field.high is None else field.high)
+    return found
 
 
 def blank(spec: InputSpec) -> Inputs:

@@ -23,6 +23,7 @@ from service.http.schemas import Options, PredictRequest
 
 JSON = "application/json"
 NPY = "application/x-npy"
+NPZ = "application/x-npz"
 ENCODED = ("image/png", "image/jpeg")
 EXAMPLE = '{"inputs": [[[[0.0, ...]]]]}'
 Model = TypeVar("Model", bound=BaseModel)
@@ -70,10 +71,12 @@ def read_request(
         return _read_json(bytes(body), specs, max_rows)
     if media_type == NPY:
         return Asked(_read_query(query), partial(images.from_npy, bytes(body)))
+    if media_type == NPZ:
+        return Asked(_read_query(query), partial(images.from_npz, bytes(body)))
     if media_type in ENCODED:
         return Asked(_read_query(query), partial(images.open_encoded, [bytes(body)], "The body"), encoded=True)
     raise MediaTypeError(
-        f"Content-Type {media_type[:80] or 'none'!r} is not supported; send {JSON}, {NPY} (numpy.save), {' or '.join(ENCODED)}."
+        f"Content-Type {media_type[:80] or 'none'!r} is not supported; send {JSON}, {NPY} (numpy.save), {NPZ} (numpy.savez, for named fields), {' or '.join(ENCODED)}."
     )
 
 
@@ -101,6 +104,8 @@ def _read_json(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> Asked:
         )
     if request.texts is not None:
         return Asked(request, images.none, texts=request.texts)
+    if isinstance(request.inputs, dict):
+        return Asked(request, partial(images.from_columns, request.inputs), named=len(request.inputs))
     if request.inputs is not None:
         if not (request.inputs and isinstance(request.inputs[0], dict)):  # values of named fields may be texts
             _refuse_texts(body, fields)
@@ -130,7 +135,8 @@ def _validated(model: type[Model], validate: Callable[[Any], Model], record: dic
         return validate(record)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:80]
+        # Without pydantic's names of alternatives, such as list[any].
+        place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))[:80]
         raise BadRequestError(f"Field {place!r}: {first['msg']}. The fields of a request are {known}.") from None
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
@@ -113,6 +114,57 @@ def from_texts(texts: Sequence[str], spec: InputSpec, tokenizer: Tokenizer | Non
 def none(spec: InputSpec, limits: Limits) -> Images:
     """Stand for the inputs of a request that has texts."""
     raise BadRequestError(f"This is answered for inputs {kinds.batch_shown(spec)} only; send `inputs`.")
+
+
+def from_columns(columns: Mapping[str, Any], spec: InputSpec, limits: Limits) -> Images:
+    """Convert a batch of each named field.
+
+    Raises:
+        BadRequestError: a field is unknown, missing or wrong.
+        TooLargeError: too many rows.
+    """
+    if spec.fields is None:
+        raise BadRequestError(
+            f"`inputs` is an object, but this ensemble has no named fields; send lists {kinds.batch_shown(spec)}."
+        )
+    first: Any = next(iter(columns.values()), ())
+    _bound(len(first) if hasattr(first, "__len__") else 1, spec, limits)
+    try:
+        rows = fields.from_columns(columns, spec)
+    except FieldError as error:
+        raise BadRequestError(f"`inputs`: {error}.") from None
+    return _checked("`inputs`", rows, spec)
+
+
+def from_npz(body: bytes, spec: InputSpec, limits: Limits) -> Images:
+    """Read a file written by numpy.savez: an array for each named field. Compressed files are refused: their size is unknown.
+
+    Raises:
+        BadRequestError: not such a file, or a field that is unknown, missing or wrong.
+        TooLargeError: too many rows.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(body)) as file:
+            entries = file.infolist()
+            if len(entries) > len(spec.fields or ()) + 1 or any(
+                one.compress_type != zipfile.ZIP_STORED for one in entries
+            ):
+                raise ValueError("more arrays than the ensemble has fields, or compressed ones")
+            arrays = {one.filename.removesuffix(".npy"): file.read(one) for one in entries}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, RuntimeError) as error:
+        raise BadRequestError(
+            f"The body is not a file written by numpy.savez ({str(error)[:100]}); send numpy.savez(file, name=array, ...)."
+        ) from None
+    return from_columns({name: _array(name, content) for name, content in arrays.items()}, spec, limits)
+
+
+def _array(name: str, content: bytes) -> NDArray[Any]:
+    shape, fortran, dtype, start = _npy_header(content)
+    if dtype.kind not in "iufU" or not shape or math.prod(shape) * dtype.itemsize != len(content) - start:
+        raise BadRequestError(
+            f"The array {name[:80]!r} holds {dtype} {str(shape)[:80]}; send a batch of numbers, or of texts."
+        )
+    return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
 
 
 def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:

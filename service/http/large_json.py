@@ -22,7 +22,8 @@ _FIELDS = 32  # generous bound on the brackets, names, strings and commas of the
 _INPUTS = re.compile(rb'"inputs"\s*:\s*\[')
 # Not within a text, where quotes have a backslash.
 _TEXTS = re.compile(rb'"texts"\s*:\s*\[')
-_NAMED = re.compile(rb'"inputs"\s*:\s*\[\s*\{')
+# A list of rows with named fields, or an object with a batch of each field.
+_NAMED = re.compile(rb'"inputs"\s*:\s*(\[\s*)?\{')
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,16 @@ def _bound_named(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> None
     most = max((len(spec.fields or ()) for spec in specs), default=0)
     if body.count(b"{") > max_rows * (1 + _marks(specs, "{")) + _FIELDS:
         raise TooLargeError(f"More than {max_rows} rows in one request. Send them in parts.")
-    commas = max_rows * (most + 1 + _marks(specs, ",")) + _FIELDS
+    tensors = [[field.shape for field in spec.fields or () if field.shape] for spec in specs]
+    numbers = max((sum(map(math.prod, shapes)) for shapes in tensors), default=0)
+    lists = max((sum(map(lists_of, shapes)) for shapes in tensors), default=0)
+    commas = max_rows * (most + 1 + numbers + _marks(specs, ",")) + _FIELDS
     if body.count(b'"') > 4 * (max_rows * most + _FIELDS) or body.count(b",") > commas:
         raise BadRequestError(f"The body has more fields than {max_rows} rows of an ensemble that is served have.")
-    if body.count(b"[") > max_rows * _marks(specs, "[") + _FIELDS:
-        raise BadRequestError("The body has lists in rows with named fields; a field is a number or a text.")
+    if body.count(b"[") > max_rows * (lists + _marks(specs, "[")) + most + _FIELDS:
+        raise BadRequestError(
+            "The body has more lists than the named fields of an ensemble that is served; see /ensembles for their shapes."
+        )
 
 
 def _bound_texts(body: bytes, max_rows: int) -> None:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
 from models_store.manifest import InputSpec, Manifest
-from service.http.bodies import ENCODED, JSON, NPY
+from service.http.bodies import ENCODED, JSON, NPY, NPZ
 from service.http.feedback import MOST_LABELS, Feedback, FeedbackResponse
 from service.http.schemas import (
     EnsembleInfo,
@@ -69,6 +69,7 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
             "content": {
                 JSON: {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
                 NPY: {"schema": _binary("an array (batch, …) written by numpy.save")},
+                NPZ: {"schema": _binary("a batch of each named field, written by numpy.savez")},
                 **{media_type: {"schema": _binary("the bytes of one image file")} for media_type in ENCODED},
             },
         },
@@ -178,8 +179,14 @@ def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -
 def _batches(spec: InputSpec | None, max_rows: int) -> list[dict[str, Any]]:
     """The forms of `inputs` for one ensemble; None stands for images of any size."""
     rows: list[dict[str, Any]] = []
+    columns: list[dict[str, Any]] = []
     if spec is not None and spec.fields is not None:
         rows.append(_named_row(spec))
+        batches = {
+            name: {"type": "array", "items": schema, "minItems": 1, "maxItems": max_rows}
+            for name, schema in rows[0]["properties"].items()
+        }
+        columns.append({"type": "object", "properties": batches, "required": [*batches], "additionalProperties": False})
     schema: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
     if spec is not None and spec.kind == "features":
         bounds = {"minimum": spec.low, "maximum": spec.high}
@@ -194,7 +201,8 @@ def _batches(spec: InputSpec | None, max_rows: int) -> list[dict[str, Any]]:
             else {"minItems": size, "maxItems": size}
         )
         schema = {"type": "array", "items": schema, **fixed}
-    return [{"type": "array", "items": row, "minItems": 1, "maxItems": max_rows} for row in [*rows, schema]]
+    listed = [{"type": "array", "items": row, "minItems": 1, "maxItems": max_rows} for row in [*rows, schema]]
+    return [*listed, *columns]
 
 
 def _named_row(spec: InputSpec) -> dict[str, Any]:
@@ -204,9 +212,13 @@ def _named_row(spec: InputSpec) -> dict[str, Any]:
         if field.categories is not None:
             properties[field.name] = {"enum": field.categories}
             continue
-        bounds = {"minimum": spec.low, "maximum": spec.high}
+        low = spec.low if field.low is None else field.low
+        bounds = {"minimum": low, "maximum": spec.high if field.high is None else field.high}
         kind: Any = "number" if spec.missing == "refuse" else ["number", "null"]
-        properties[field.name] = {"type": kind, **{name: value for name, value in bounds.items() if value is not None}}
+        schema: dict[str, Any] = {"type": kind, **{name: value for name, value in bounds.items() if value is not None}}
+        for size in reversed(field.shape or ()):
+            schema = {"type": "array", "items": schema, "minItems": size, "maxItems": size}
+        properties[field.name] = schema
     required = [
         field.name
         for field in spec.fields

@@ -86,9 +86,10 @@ class PredictRequest(Options):
     """The JSON body of POST /predict: one of `inputs`, `images` and `texts`."""
 
     # images.py checks the pixels: pydantic would visit each of them in Python.
-    inputs: list[Any] | None = Field(
+    inputs: list[Any] | dict[str, Any] | None = Field(
         default=None,
-        description="images (batch, C, H, W) of floats in [0, 1]; features (batch, …), or rows with named fields; or texts of token ids",
+        description="images (batch, C, H, W) of floats in [0, 1]; features (batch, …), rows with named fields, or a batch of each field by "
+        "name; or texts of token ids",
     )
     images: list[str] | None = Field(default=None, fail_fast=True, description="PNG or JPEG files in base64")
     texts: list[str] | None = Field(
@@ -248,7 +249,8 @@ class FieldInfo(BaseModel):
     """A named field of a row."""
 
     name: str
-    categories: list[str] | None = Field(description="allowed texts; null for a number")
+    categories: list[str] | None = Field(description="allowed texts; null for a number or a tensor")
+    shape: tuple[int, ...] | None = Field(description="shape of a tensor; null for a number or a category")
 
 
 class EnsembleInfo(BaseModel):
@@ -460,7 +462,10 @@ def describe(
         input_kind=manifest.input.kind,
         input_shape=manifest.input.shape,
         resize=manifest.input.resize,
-        fields=[FieldInfo(name=one.name, categories=one.categories) for one in manifest.input.fields or ()] or None,
+        fields=[
+            FieldInfo(name=one.name, categories=one.categories, shape=one.shape) for one in manifest.input.fields or ()
+        ]
+        or None,
         vocabulary=manifest.input.vocabulary,
         texts=manifest.input.tokenizer,
         classes=manifest.classes,

@@ -57,10 +57,14 @@ function describe() {
 
 // An input to begin with: zeros, the first categories, or one token.
 function plain(one) {
-  if (one.fields) return Object.fromEntries(one.fields.map((field) => [field.name, field.categories ? field.categories[0] : 0]));
+  if (one.fields) return Object.fromEntries(one.fields.map((field) => [field.name, field.categories ? field.categories[0] : zeros(field.shape ?? [])]));
   if (one.texts) return "a text";
   if (one.input_kind === "tokens") return [1];
-  return one.input_shape.reduceRight((inner, size) => Array.from({ length: size }, () => inner), 0);
+  return zeros(one.input_shape);
+}
+
+function zeros(shape) {
+  return shape.reduceRight((inner, size) => Array.from({ length: size }, () => inner), 0);
 }
 
 function clear() {

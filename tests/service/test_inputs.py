@@ -17,7 +17,13 @@ from tests.onnx_members import of_features, of_tokens, publish
 from tests.service.conftest import Server
 
 FIELDS = [TableField(name="age"), TableField(name="colour", categories=["blue", "red"]), TableField(name="size")]
+NAMED = [
+    TableField(name="photo", shape=(1, 2, 2), low=0, high=1),
+    TableField(name="file"),
+    TableField(name="kind", categories=["a", "b"]),
+]
 SPECS = {
+    "named": InputSpec(kind="features", shape=(7,), fields=NAMED),
     "table": InputSpec(kind="features", shape=(4,), low=-100, high=100, fields=FIELDS),
     "signal": InputSpec(kind="features", shape=(6, 50), missing="mean"),
     "text": InputSpec(kind="tokens", shape=(12,), vocabulary=30, open_length=True, tokenizer=True),
@@ -190,8 +196,8 @@ def test_the_same_text_draws_the_same_network_in_keyed_however_it_is_filled_up(s
 def test_the_description_has_the_fields_and_the_schema_of_each_input(server):
     jsonschema = pytest.importorskip("jsonschema")
     listed = {one["name"]: one for one in httpx.get(server.url + "/ensembles").json()["ensembles"]}
-    assert listed["table"]["fields"] == [
-        {"name": "age", "categories": None}, {"name": "colour", "categories": ["blue", "red"]}, {"name": "size", "categories": None},
+    assert [(one["name"], one["categories"], one["shape"]) for one in listed["table"]["fields"]] == [
+        ("age", None, None), ("colour", ["blue", "red"], None), ("size", None, None),
     ]  # fmt: skip
     assert (listed["text"]["input_kind"], listed["text"]["input_shape"], listed["text"]["vocabulary"]) == (
         "tokens",
@@ -270,4 +276,77 @@ def test_a_text_that_cannot_be_answered_is_refused_with_the_cause(server, body, 
 
 def test_which_ensembles_take_texts_is_shown(server):
     shown = {one["name"]: one["texts"] for one in httpx.get(server.url + "/ensembles").json()["ensembles"]}
-    assert shown == {"table": False, "signal": False, "text": True, "ids": False}
+    assert shown == {"named": False, "table": False, "signal": False, "text": True, "ids": False}
+
+
+PHOTOS = RNG.random((40, 1, 2, 2)).astype(np.float32)
+COLUMNS = {"photo": PHOTOS, "file": np.arange(40.0), "kind": ["a", "b"] * 20}
+
+
+def test_named_tensors_are_answered_by_row_by_column_and_from_an_npz_file(server, versions):
+    wanted = expected(versions["named"], fields.from_columns(COLUMNS, SPECS["named"]))
+    lists = {"photo": PHOTOS.tolist(), "file": list(range(40)), "kind": COLUMNS["kind"]}
+    rows = [{name: column[i] for name, column in lists.items()} for i in range(40)]
+    assert probs(ask(server, "named", rows)) == pytest.approx(wanted, abs=1e-5)
+    assert probs(ask(server, "named", lists)) == pytest.approx(wanted, abs=1e-5)
+    with Client(server.url) as client:
+        assert client.predict(COLUMNS, ensemble="named").probs == pytest.approx(wanted, abs=1e-5)
+        assert client.predict(rows, ensemble="named").probs == pytest.approx(wanted, abs=1e-5)
+    found = httpx.post(
+        server.url + "/predict",
+        content=json.dumps({"inputs": lists, "ensemble": "named"}) + " " * 70_000,
+        headers={"Content-Type": "application/json"},
+    )
+    assert probs(found) == pytest.approx(wanted, abs=1e-5)
+    assert modepath.ensemble.of_version(versions["named"]).predict(COLUMNS).probs == pytest.approx(wanted, abs=1e-5)
+
+
+def npz(**arrays):
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+COMPRESSED = io.BytesIO()
+np.savez_compressed(COMPRESSED, photo=PHOTOS, kind=np.array(COLUMNS["kind"]))
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (npz(photo=PHOTOS, kind=np.array(COLUMNS["kind"])), "the field 'file' is missing"),
+        (npz(photo=PHOTOS + 2, kind=np.array(COLUMNS["kind"])), "'file' is missing"),
+        (npz(photo=PHOTOS, other=PHOTOS), "the field 'other' is unknown"),
+        (npz(photo=np.array([{}], object)), "holds object"),
+        (COMPRESSED.getvalue(), "compressed"),
+        (npz(photo=PHOTOS)[:-40], "not a file written by numpy.savez"),
+        (b"PK\x03\x04", "not a file written by numpy.savez"),
+        (b"", "not a file written by numpy.savez"),
+    ],
+)
+def test_another_npz_body_is_refused_with_the_cause(server, body, told):
+    headers = {"Content-Type": "application/x-npz"}
+    response = httpx.post(server.url + "/predict?ensemble=named", content=body, headers=headers)
+    assert response.status_code == 400
+    assert told in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name", "told"),
+    [
+        (
+            {"photo": (PHOTOS + 1).tolist(), "file": [1] * 40, "kind": ["a"] * 40},
+            "named",
+            "field 'photo', has the value",
+        ),
+        ({"photo": PHOTOS.tolist(), "file": [1] * 39, "kind": ["a"] * 40}, "named", "different numbers of rows"),
+        ({"photo": [], "file": [], "kind": []}, "named", "field 'photo', has rows of the shape ()"),
+        ({}, "named", "is missing"),
+        ({"photo": [[1]]}, "signal", "has no named fields"),
+        ([{"photo": [[0.1]], "file": 1, "kind": "a"}], "named", "row 0, field 'photo', has rows of the shape"),
+    ],
+)
+def test_named_tensors_that_do_not_fit_are_refused_with_the_cause(server, inputs, name, told):
+    response = ask(server, name, inputs)
+    assert response.status_code == 400
+    assert told in response.json()["error"]

@@ -11,7 +11,7 @@
     csv:PATH, parquet:PATH   a table with named columns, one of which is the label
     package.module:factory   the user's own: factory() -> (train, validation, test)
 
-forms.py, contract.py, in_memory.py, streaming.py and classes.py define which forms of splits are accepted, and the requirements on them.
+forms/, contract.py, in_memory.py, streaming.py and classes.py define which forms of splits are accepted, and the requirements on them.
 The validation split is used for choices and calibration; the test split is used for reports only.
 """
 
@@ -31,7 +31,7 @@ from models_store.manifest import InputSpec
 from training.data import classes, held_out, splitting, transforms
 from training.data.augment import Augment
 from training.data.contract import Contract
-from training.data.forms import FeatureForm, Form, TokenForm
+from training.data.forms import FeatureForm, Form, TokenForm, named
 from training.data.in_memory import InMemory
 from training.data.options import DataOptions
 from training.data.sources import Part, image_folder
@@ -335,8 +335,10 @@ def _measure(train: Split, spec: InputSpec) -> tuple[tuple[float, ...], tuple[fl
         squares = squares + wide.square().sum(dim=1)
         count = count + known.sum(dim=1).clamp_min(0)
     count = torch.as_tensor(count).clamp_min(1)
-    mean = total / count
-    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    mean, squares = total / count, squares / count
+    if spec.fields:
+        mean, squares = named.pooled(spec.fields, mean, squares)
+    std = (squares - mean.square()).clamp_min(0).sqrt()
     if spec.kind == "image":
         std = torch.where(std < 1e-6, torch.ones_like(std), std)  # a constant channel is left as it is
         return tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std)

@@ -10,7 +10,7 @@ torchvision:NAME         any classifier of torchvision        networks/libraries
 timm:NAME                any classifier of timm
 transformers:PATH        a classifier of transformers in a local folder, with its weights if they are there
 package.module:factory   a user's factory(num_classes, input_shape, **options) -> nn.Module; for texts it also gets `vocabulary`, the
-                         number of token ids
+                         number of token ids; for several named tensors input_shape is a dict, and forward is called by name
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from models_store.inputs import kinds
 from models_store.manifest import InputSpec
 from training.data.import_string import import_string
 from training.errors import NetworkError
-from training.networks import libraries, mlp, preresnet, signals, transformer, vgg, wide_resnet
+from training.networks import by_name, libraries, mlp, preresnet, signals, transformer, vgg, wide_resnet
 
 Shape = tuple[int, ...]
 SPELT = {"mlp": mlp.make, "cnn1d": signals.cnn1d, "lstm": signals.lstm, "transformer": transformer.make}
@@ -78,7 +78,11 @@ def build(spec: str, num_classes: int, takes: InputSpec | Shape, options: dict[s
     if given.kind == "tokens" and _takes_vocabulary(factory):
         options = {"vocabulary": given.vocabulary, **options}
     try:
-        network = factory(num_classes, input_shape, **options)
+        if by_name.wanted(given) and spec != "mlp":  # which takes all features as one vector
+            inner = factory(num_classes, by_name.shapes(given), **options)
+            network = by_name.ByName(inner, given) if isinstance(inner, nn.Module) else inner
+        else:
+            network = factory(num_classes, input_shape, **options)
     except NetworkError:
         raise
     except Exception as error:

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from models_store.errors import MemberError
 from models_store.graphs.adapting import ImportOptions, adapt
 from models_store.graphs.runtime import MemberSession
-from models_store.inputs import kinds
+from models_store.inputs import fields, kinds
 from models_store.uncertainty import softmax
 
 RNG = np.random.default_rng(0)
@@ -200,13 +200,6 @@ def test_tokens_need_a_vocabulary_and_a_largest_length(tmp_path):
     assert not adapted(tmp_path, closed, vocabulary=20).spec.open_length
 
 
-def test_two_inputs_that_are_not_made_of_each_other_are_refused(tmp_path):
-    original = flat("x")
-    original.graph.input.append(value("age", TensorProto.FLOAT, ["batch", 1]))
-    with pytest.raises(MemberError, match="has the inputs x, age"):
-        adapted(tmp_path, original)
-
-
 @pytest.mark.parametrize("zipmap", [True, False])
 @pytest.mark.parametrize("name", ["LogisticRegression", "RandomForestClassifier", "MLPClassifier"])
 def test_classifiers_of_scikit_learn_answer_as_they_do(tmp_path, name, zipmap):
@@ -262,3 +255,59 @@ def test_files_of_torchs_older_exporter_answer_as_torch_does(tmp_path, opset, ba
     with torch.no_grad():
         expected = network(torch.from_numpy(IMAGES)).numpy()
     assert answers(found, IMAGES) == pytest.approx(expected, abs=1e-5)
+
+
+def several(types=(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64), batch="batch", wave=5):
+    """photo (1, 2, 2), wave (5,) and count () into three classes, by one linear layer."""
+    nodes = [
+        helper.make_node("Flatten", ["photo"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["a"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["wave"], ["b"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["count"], ["number"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["number", "last"], ["c"]),
+        helper.make_node("Concat", ["a", "b", "c"], ["all"], axis=1),
+        helper.make_node("MatMul", ["all", "w"], ["y"]),
+    ]
+    axes = ([batch, 1, 2, 2], [batch, wave], [batch])
+    given = [value(name, kind, axis) for name, kind, axis in zip(("photo", "wave", "count"), types, axes, strict=True)]
+    return model(nodes, given, [value("y", TensorProto.FLOAT, [batch, 3])], {"w": WEIGHTS[:10], "last": np.array([1])})
+
+
+@pytest.mark.parametrize("batch", ["batch", 1])
+@pytest.mark.parametrize("first", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE])
+def test_several_inputs_become_named_fields(tmp_path, batch, first):
+    found = adapted(tmp_path, several((first, TensorProto.DOUBLE, TensorProto.INT64), batch))
+    assert [(field.name, field.shape) for field in found.spec.fields or ()] == [
+        ("photo", (1, 2, 2)),
+        ("wave", (5,)),
+        ("count", None),
+    ]
+    columns = {"photo": RNG.random((4, 1, 2, 2)), "wave": RNG.normal(size=(4, 5)), "count": [3, -1, 0, 7]}
+    packed = fields.from_columns(columns, found.spec)
+    by_hand = np.concatenate(
+        [columns["photo"].reshape(4, 4), columns["wave"], np.array(columns["count"])[:, None]], axis=1
+    )
+    assert answers(found, packed) == pytest.approx(
+        by_hand @ WEIGHTS[:10], abs=1e-2 if first == TensorProto.FLOAT16 else 1e-4
+    )
+
+
+def test_several_inputs_have_fixed_shapes_and_are_taken_as_they_are(tmp_path):
+    with pytest.raises(MemberError, match="leaves an axis of 'wave' open"):
+        adapted(tmp_path, several(wave="n"))
+    with pytest.raises(MemberError, match="leave out --mean"):
+        adapted(tmp_path, several(), mean=[0.0], std=[1.0])
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.INT64, TensorProto.INT32, TensorProto.UINT8])
+def test_integers_that_are_no_token_ids_are_features_on_request(tmp_path, dtype):
+    nodes = [
+        helper.make_node("Cast", ["counts"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    given = [value("counts", dtype, ["batch", 10])]
+    original = model(nodes, given, [value("y", TensorProto.FLOAT, ["batch", 3])], {"w": WEIGHTS[:10]})
+    found = adapted(tmp_path, original, kind="features")
+    assert (found.spec.kind, found.spec.shape) == ("features", (10,))
+    rows = RNG.integers(0, 200, (4, 10)).astype(np.float32)
+    assert answers(found, rows) == pytest.approx(rows @ WEIGHTS[:10], rel=1e-4, abs=1e-3)

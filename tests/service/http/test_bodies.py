@@ -82,7 +82,7 @@ def test_options_come_in_the_json_body_or_in_the_query():
         (b'{"inputs": [1], "images": ["a"]}', "one of `inputs`, `images` and `texts`"),
         (b'{"inputs": null}', "one of `inputs`, `images` and `texts`"),
         (b'{"inputs": [], "extra": 1}', "'extra'"),
-        (b'{"inputs": {"a": 1}}', "'inputs'"),
+        (b'{"inputs": 1}', "'inputs'"),
         (b'{"inputs": [], "mode": "any"}', "'mode'"),
         (b'{"inputs": [], "members": "yes"}', "'members'"),
         (b'{"inputs": [], "members": 1}', "'members'"),

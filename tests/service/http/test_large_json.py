@@ -90,5 +90,5 @@ def test_marks_in_the_texts_of_categories_are_no_lists_or_fields():
     specs = [InputSpec(kind="features", shape=(3,), fields=fields)]
     body = orjson.dumps({"inputs": [{"age": "[0-9, young]", "size": 1}, {"age": "{10}", "size": 2}] * 50})
     assert cut(body, specs, 100) == (body, None)
-    with pytest.raises(BadRequestError, match="lists in rows"):
+    with pytest.raises(BadRequestError, match="more lists than the named fields"):
         cut(orjson.dumps({"inputs": [{"age": [[0]] * 200}]}), specs, 100)

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.data import texts
 from training.data.augment import Augment
-from training.data.forms import IMAGES, FeatureForm, Form, ImageForm, TokenForm
+from training.data.forms import IMAGES, FeatureForm, Form, ImageForm, TokenForm, named, texts
 from training.errors import DataError
 
 # Tensors (images, labels), or a map-style dataset, or None for a split that the source does not have.
@@ -116,6 +115,8 @@ def from_user(name: str, made: Any) -> Source:
     try:
         parts = (made.train, made.validation, made.test) if hasattr(made, "train") else tuple(made)
         train, validation, test = parts
+        train = named.packed(train)
+        validation, test = (named.packed(part, train) for part in (validation, test))
     except (TypeError, ValueError, AttributeError):
         raise DataError(
             f"Data factory {name!r} must return (train, validation, test), or an object with those attributes; "
@@ -147,6 +148,8 @@ def _form(name: str, made: Any, train: Part) -> Form:
     if (tokenizer := getattr(made, "tokenizer", None)) is not None:
         return texts.form(tokenizer, getattr(made, "longest", None))
     kind, vocabulary = getattr(made, "kind", None), getattr(made, "vocabulary", None)
+    if isinstance(train, named.Packed):
+        kind = "features"
     if kind is None:
         inputs = train[0] if isinstance(train, tuple | list) and len(train) == 2 else None
         floats = isinstance(inputs, torch.Tensor | np.ndarray) and "float" in str(inputs.dtype) and inputs.ndim == 2
@@ -155,7 +158,8 @@ def _form(name: str, made: Any, train: Part) -> Form:
         return ImageForm(resize)
     if kind == "features":
         low, high = getattr(made, "low", None), getattr(made, "high", None)
-        return FeatureForm(low, high, getattr(made, "missing", "refuse"))
+        fields = train.fields if isinstance(train, named.Packed) else None
+        return FeatureForm(low, high, getattr(made, "missing", "refuse"), fields)
     if kind != "tokens" or not isinstance(vocabulary, int) or vocabulary < 2:
         raise DataError(
             f"Data factory {name!r}: kind must be image, features or tokens, and tokens need `vocabulary`, the number of ids; got {kind!r} and "

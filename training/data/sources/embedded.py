@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.data import sources, texts
-from training.data.forms import FeatureForm, TokenForm
+from training.data import sources
+from training.data.forms import FeatureForm, TokenForm, texts
 from training.data.sources import Source
 from training.errors import DataError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.data import texts
+from training.data.forms import texts
 from training.data.import_string import import_string
 from training.data.options import DataOptions
 from training.data.sources import BUILT_IN, Source, embedded, from_user, image_folder, tables

@@ -75,12 +75,15 @@ def _npz(name: str, file: Path) -> Source:
             arrays = dict(content)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} is not an npz file: {error}. Write it with numpy.savez(file, x=…, y=…).") from None
-    if not {"x", "y"} <= arrays.keys():
-        raise DataError(f"{file} has the arrays {', '.join(arrays) or 'none'}; it needs x (inputs) and y (labels).")
-    made: dict[str, Any] = {"train": (arrays["x"], arrays["y"]), "validation": None}
+    x = _inputs(arrays, "x")
+    if x is None or "y" not in arrays:
+        raise DataError(
+            f"{file} has the arrays {', '.join(arrays) or 'none'}; it needs x (inputs; or x/NAME for several named ones) and y (labels)."
+        )
+    made: dict[str, Any] = {"train": (x, arrays["y"]), "validation": None}
     for split in SPLITS[1:]:
-        if f"x_{split}" in arrays and f"y_{split}" in arrays:
-            made[split] = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if (own := _inputs(arrays, f"x_{split}")) is not None and f"y_{split}" in arrays:
+            made[split] = own, arrays[f"y_{split}"]
     if "test" not in made:
         of_classes = (
             arrays["y"].argmax(axis=1)
@@ -88,7 +91,7 @@ def _npz(name: str, file: Path) -> Source:
             else arrays["y"].reshape(-1)
         )
         train, test = _split(of_classes, 0, arrays.get("groups"))
-        made["train"], made["test"] = ((arrays["x"][rows], arrays["y"][rows]) for rows in (train, test))
+        made["train"], made["test"] = ((_take(x, rows), arrays["y"][rows]) for rows in (train, test))
         for extra in ("groups", "weights"):
             if extra in arrays:
                 arrays[extra] = arrays[extra][train]
@@ -99,6 +102,16 @@ def _npz(name: str, file: Path) -> Source:
         if extra in arrays:
             made[extra] = arrays[extra].tolist()
     return from_user(name, made)
+
+
+def _inputs(arrays: dict[str, Any], name: str) -> Any:
+    """The array of this name, or the named ones below it; None if there is none."""
+    named = {key.removeprefix(f"{name}/"): array for key, array in arrays.items() if key.startswith(f"{name}/")}
+    return arrays.get(name, named or None)
+
+
+def _take(inputs: Any, rows: Any) -> Any:
+    return {key: array[rows] for key, array in inputs.items()} if isinstance(inputs, dict) else inputs[rows]
 
 
 def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], seed: int, group: str | None) -> Source:

@@ -67,7 +67,7 @@ def test_what_are_no_token_ids_is_refused(x, told):
 
 def test_the_tokenizer_of_bytes_gives_the_bytes_of_any_text():
     from models_store.inputs.texts import Tokenizer
-    from training.data import texts
+    from training.data.forms import texts
 
     made = Tokenizer(texts.of_bytes())
     every = "".join(map(chr, [*range(0x20, 0x250), 0x20AC, 0x1F600])) + "\n\t"
@@ -78,7 +78,7 @@ def test_the_tokenizer_of_bytes_gives_the_bytes_of_any_text():
 def test_texts_of_a_table_become_ids_and_longer_ones_are_cut_in_training_and_serving(tmp_path):
     from models_store.inputs.texts import Tokenizer
     from training import data
-    from training.data import texts
+    from training.data.forms import texts
 
     (tmp_path / "tokenizer.json").write_bytes(texts.of_bytes())
     lines = [f"{'ja' if i % 2 else 'yes'} {i},{['de', 'en'][(i + 1) % 2]},{i // 3}" for i in range(120)]
