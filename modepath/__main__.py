@@ -51,6 +51,7 @@ def main() -> NoReturn:
         "store", help="list, show, verify, activate, import and export published ensembles", add_help=False
     )
     commands.add_parser("feedback", help="export images that were kept for relabelling", add_help=False)
+    commands.add_parser("keys", help="make, list and revoke the API keys of a service", add_help=False)
     commands.add_parser(
         "serve", help="serve all active ensembles over HTTP; takes the options of bentoml serve", add_help=False
     )
@@ -80,6 +81,8 @@ def main() -> NoReturn:
         sys.exit(importlib.import_module("models_store.__main__").main())
     if options.command == "feedback":
         sys.exit(importlib.import_module("service.feedback.export").main())
+    if options.command == "keys":
+        sys.exit(importlib.import_module("service.access.commands").main())
     method = importlib.import_module(f"training.{options.command}")
     importlib.import_module("training.command").main(method.Config, method.run, method.__doc__)
     sys.exit(0)

@@ -6,6 +6,7 @@ Importing this module reads no settings and starts nothing. service/bento.py is 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import time
@@ -18,15 +19,18 @@ import orjson
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models_store.store import Store
+from service.access.guard import KEY, Guard
+from service.access.hosts import Hosts
 from service.feedback.answers import of_answer
 from service.feedback.database import new_id
-from service.http import feedback, openapi, pages
+from service.http import activation, feedback, openapi, pages
 from service.http.access_log import AccessLog
 from service.http.bodies import Asked, read_request
 from service.http.connections import LEFT
@@ -42,7 +46,6 @@ from service.http.errors import (
     ServiceError,
     TooLargeError,
 )
-from service.http.hosts import Hosts
 from service.http.images import Encoded, Images, from_texts
 from service.http.intake import Body
 from service.http.schemas import (
@@ -73,6 +76,12 @@ INLINE_TEXT_BYTES = 4096  # to turn into token ids
 INLINE_ROWS = 32  # to write and count
 INLINE_NUMBERS = 4096
 MAX_ADDRESS_BYTES = 4096  # path and query together
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"cache-control", b"no-store"),
+)
+log = logging.getLogger("bentoml.modepath")
 
 
 class _Routes:
@@ -91,6 +100,7 @@ class _Routes:
             Route("/ensembles/{name}", self.show_ensemble, methods=["GET"]),
             Route("/ensembles/{name}/versions", self.versions, methods=["GET"]),
             Route("/ensembles/{name}/path", self.path, methods=["POST"]),
+            Route("/ensembles/{name}/activate", self.activate, methods=["POST"]),
             *([] if self._settings.metrics_port else [Route("/metrics", show_metrics, methods=["GET"])]),
             Route("/livez", livez, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
@@ -144,6 +154,9 @@ class _Routes:
             ensemble.session(mode, options.rule)
             images = await _images(worker, body, asked, ensemble)
             self._bound_answer(ensemble, len(images), options.members)
+            key = request.scope.get(KEY)
+            if worker.guard is not None:
+                worker.guard.charge(key, len(images))
             draw = partial(ensemble.rows, mode, images, self._caller(request))
             rows = (
                 await worker.offload.run(body, draw)
@@ -151,7 +164,12 @@ class _Routes:
                 else draw()
             )
             decode_seconds = time.perf_counter() - began
-            answer = await worker.batcher.run(ensemble.session(mode, options.rule), rows)
+            try:
+                answer = await worker.batcher.run(ensemble.session(mode, options.rule), rows)
+            except ServiceError:  # what was not answered does not count
+                if worker.guard is not None:
+                    worker.guard.charge(key, -len(images))
+                raise
             request_id = new_id(time.time())
             given_id = _given_id(request)
             if (log_fields := request.scope.get("log_fields")) is not None:
@@ -201,11 +219,13 @@ class _Routes:
         return _json(feedback.response(entries, outcomes, several=several))
 
     def _caller(self, request: Request) -> str:
-        """Return the caller that a trusted proxy names, or "" without a proxy.
+        """Return the caller: the name of the API key, or the one that a trusted proxy names; "" without both.
 
         A request without exactly one such header is refused: a client that could add one would get a draw for each
         name.
         """
+        if (key := request.scope.get(KEY)) is not None:
+            return key.name
         if (header := self._settings.caller_header) is None:
             return ""
         named = request.headers.getlist(header)
@@ -276,6 +296,8 @@ class _Routes:
                 if len(images) != 1:
                     raise TooLargeError(f"{len(images)} images; a path is shown for one image at a time.")
                 rows = ensemble.along_path(images)
+                if worker.guard is not None:
+                    worker.guard.charge(request.scope.get(KEY), len(rows))
                 answer = await worker.batcher.run(ensemble.session("random", None), rows)
                 assert ensemble.path is not None, "otherwise it has no rows"
                 return _json(along_path(manifest, ensemble.path, answer.prediction.mean_probs))
@@ -283,6 +305,20 @@ class _Routes:
             raise DeadlineError(
                 f"Not answered within {self._settings.timeout:g} seconds (MODEPATH_TIMEOUT): the curve has many networks."
             ) from None
+
+    async def activate(self, request: Request) -> Response:
+        """POST /ensembles/{name}/activate: serve another published version."""
+        worker, name = self._worker, request.path_params["name"]
+        if worker.guard is None:
+            raise ForbiddenError(
+                "Versions are activated over HTTP only where API keys are configured (MODEPATH_KEYS_FILE), with one of the scope admin."
+            )
+        _refuse_coded(request)
+        async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
+            wanted = activation.parse(request.headers.get("content-type", ""), bytes(body.data))
+            found = await asyncio.to_thread(activation.activate, Store(self._settings.store), name, wanted.version)
+        log.info("%s@%d activated by the key %s", name, wanted.version, request.scope[KEY].name)
+        return _json(found)
 
     async def list_ensembles(self, request: Request) -> Response:
         """GET /ensembles."""
@@ -309,7 +345,13 @@ class _Routes:
         served = [ensemble.manifest for ensemble in ensembles]
         modes: list[Mode] = sorted({mode for ensemble in ensembles for mode in ensemble.policy.modes})
         return _json(
-            openapi.document(served, modes, worker.limits.rows, has_metrics=self._settings.metrics_port is None)
+            openapi.document(
+                served,
+                modes,
+                worker.limits.rows,
+                has_metrics=self._settings.metrics_port is None,
+                has_keys=worker.guard is not None,
+            )
         )
 
     def _info(self, ensemble: Ensemble) -> EnsembleInfo:
@@ -391,6 +433,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
     metrics.refused(error.reason)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.challenge is not None:
+        headers["WWW-Authenticate"] = error.challenge
     return _json(ErrorBody(error=str(error)), error.status, headers)
 
 
@@ -416,10 +460,12 @@ def create_app(chosen: Settings, worker: Worker) -> ASGIApp:
     )
     # A redirection has no error body, and its target is whatever the client's Host header names.
     routed.router.redirect_slashes = False
-    inner: ASGIApp = AccessLog(routed) if chosen.access_log else routed
+    guarded: ASGIApp = routed if worker.guard is None else _guarded(routed, worker.guard)
+    inner: ASGIApp = AccessLog(guarded) if chosen.access_log else guarded
     hosts = Hosts(chosen.host, chosen.hosts)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        send = _with_headers(send)
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_ADDRESS_BYTES:
             too_long = TooLargeError(f"The address is longer than {MAX_ADDRESS_BYTES} bytes; send images in the body.")
             await _refuse_early(too_long, 414)(scope, receive, send)
@@ -428,7 +474,39 @@ def create_app(chosen: Settings, worker: Worker) -> ASGIApp:
         else:
             await _until_left(inner, scope, receive, send)
 
-    return app
+    if not chosen.cors_origins:
+        return app
+    return CORSMiddleware(
+        app, chosen.cors_origins, allow_methods=("GET", "POST"), allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
+        expose_headers=("Retry-After", "X-Request-ID"), max_age=3600,
+    )  # fmt: skip
+
+
+def _with_headers(send: Send) -> Send:
+    """Keep browsers from guessing another media type, from showing answers in frames, and from caching them."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            own = {name for name, _ in message["headers"]}
+            message["headers"] = [*message["headers"], *(one for one in SECURITY_HEADERS if one[0] not in own)]
+        await send(message)
+
+    return sending
+
+
+def _guarded(inner: ASGIApp, guard: Guard) -> ASGIApp:
+    async def admitted(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            guard.admit(scope)
+        except ServiceError as error:
+            response = await _refuse(Request(scope), error)
+            await response(scope, receive, send)
+            return
+        if (fields := scope.get("log_fields")) is not None and KEY in scope:
+            fields["key"] = scope[KEY].name
+        await inner(scope, receive, send)
+
+    return admitted
 
 
 def _refuse_early(error: ServiceError, status: int) -> Response:

@@ -10,6 +10,9 @@ from service.operations import bentoml_internals  # isort: skip - before BentoML
 import bentoml
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.access import keys
+from service.access.hosts import is_local
+from service.access.quota import Quota
 from service.app import create_app
 from service.inference import verdicts
 from service.operations import log_writer, metrics
@@ -19,6 +22,7 @@ from service.worker import Worker
 
 LOADING_SECONDS = 20
 
+log = logging.getLogger("bentoml.modepath")
 logging.getLogger("uvicorn.error").propagate = False  # otherwise every traceback is printed twice
 try:
     settings()
@@ -80,6 +84,19 @@ class Modepath:
         log_writer.take_over(chosen.log_format)
         verdicts.prepare()
         share_key()
+        if chosen.keys_file is not None:
+            try:
+                keys.read(chosen.keys_file)
+            except keys.KeyFileError as error:
+                raise bentoml_internals.refuse_to_start(str(error)) from None
+            Quota.make()
+        elif not is_local(chosen.host):
+            log.warning(
+                "OPEN TO THE NETWORK: %s:%d answers everybody who can reach it, because no keys are configured (MODEPATH_KEYS_FILE). "
+                "Make one with `modepath keys add`, or let a proxy decide who may ask.",
+                chosen.host,
+                chosen.port,
+            )
         watch = Watch(Board.make(), math.ceil(chosen.hang_seconds))
         try:
             metrics.prepare()

@@ -84,15 +84,18 @@ class Decisions(TypedDict, total=False):
 class Client:
     """Client of one service."""
 
-    def __init__(self, url: str = "http://127.0.0.1:3000", *, timeout: float = 30, attempts: int = 5):
+    def __init__(
+        self, url: str = "http://127.0.0.1:3000", *, timeout: float = 30, attempts: int = 5, key: str | None = None
+    ):
         """Create a client; it connects with the first request.
 
         Args:
             url: address of the service.
             timeout: seconds for one attempt.
             attempts: how often a request is sent at most.
+            key: API key, where the service needs one.
         """
-        self._http = httpx.Client(base_url=url, timeout=timeout)
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers=_authorization(key))
         self._attempts = attempts
 
     def predict(
@@ -162,9 +165,11 @@ class Client:
 class AsyncClient:
     """Client of one service for asyncio; the methods are those of Client."""
 
-    def __init__(self, url: str = "http://127.0.0.1:3000", *, timeout: float = 30, attempts: int = 5):
+    def __init__(
+        self, url: str = "http://127.0.0.1:3000", *, timeout: float = 30, attempts: int = 5, key: str | None = None
+    ):
         """See Client."""
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout)
+        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, headers=_authorization(key))
         self._attempts = attempts
 
     async def predict(
@@ -205,6 +210,10 @@ class AsyncClient:
             return _read(await self._http.request(method, path, **request))
 
         return await tenacity.AsyncRetrying(**_policy(self._attempts))(once)
+
+
+def _authorization(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def _labels(request_id: str, labels: Mapping[int, int] | Sequence[int] | int) -> list[dict[str, Any]]:

@@ -6,6 +6,9 @@ import gc
 import logging
 
 from models_store.store import Store
+from service.access.guard import Guard
+from service.access.keys import Keys
+from service.access.quota import Quota
 from service.feedback.recorder import Limits as FeedbackLimits
 from service.feedback.recorder import Recorder
 from service.feedback.sampler import Sampler
@@ -56,6 +59,7 @@ class Worker:
         limits = FeedbackLimits(chosen.feedback_days, chosen.feedback_bytes)
         self.recorder = None if chosen.feedback == "off" else Recorder(chosen.feedback, limits, metrics)
         self.drift = DriftMonitor(metrics)
+        self.guard = None if chosen.keys_file is None else Guard(Keys(chosen.keys_file), Quota.shared())
         self.tracer = tracer(chosen.otlp_endpoint)
         self.kept_images = Sampler(chosen.feedback_images, uncertain=chosen.feedback_images_of == "uncertain")
 

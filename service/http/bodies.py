@@ -24,7 +24,17 @@ from service.http.schemas import Options, PredictRequest
 JSON = "application/json"
 NPY = "application/x-npy"
 NPZ = "application/x-npz"
-ENCODED = ("image/png", "image/jpeg")
+ENCODED = ("image/png", "image/jpeg", "image/webp")
+SPELLINGS = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
+# What the first bytes of a body say, for clients that do not name its type.
+MAGIC = {
+    b"\x89PNG": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"RIFF": "image/webp",
+    b"\x93NUMPY": NPY,
+    b"PK\x03\x04": NPZ,
+}
+ANY = "application/octet-stream"
 EXAMPLE = '{"inputs": [[[[0.0, ...]]]]}'
 Model = TypeVar("Model", bound=BaseModel)
 Open = Callable[[InputSpec, Limits], Images | Encoded]
@@ -63,6 +73,14 @@ def read_request(
         BadRequestError: invalid JSON, or a field that is unknown, missing, duplicate, or invalid.
     """
     media_type = content_type.partition(";")[0].strip().lower()
+    media_type = SPELLINGS.get(media_type, media_type)
+    if media_type == ANY:
+        media_type = next((kind for magic, kind in MAGIC.items() if body.startswith(magic)), ANY)
+    if media_type == "multipart/form-data":
+        raise MediaTypeError(
+            "Forms (multipart/form-data) are not read. Send the file itself as the body: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' URL; "
+            'several files as JSON: {"images": [base64, ...]}.'
+        )
     if media_type == JSON:
         if query:
             raise BadRequestError(

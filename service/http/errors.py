@@ -2,7 +2,8 @@
 
 ServiceError
 ├── BadRequestError        400  malformed or invalid input
-├── ForbiddenError         403  not allowed by the operator's policy
+├── UnauthorizedError      401  no API key, or one that is not known
+├── ForbiddenError         403  not allowed by the operator's policy, or by the scope of the key
 ├── NoRouteError           404  unknown path, or 405: the path does not have this method
 ├── UnknownEnsembleError   404  no ensemble of that name is served
 ├── NoFeedbackError        404  feedback is switched off, or the answer is unknown; 409: it is counted already; 410: it has expired
@@ -12,10 +13,12 @@ ServiceError
 ├── MisdirectedError       421  the Host header names another host
 ├── TooLargeHeadersError   431  the head of the request is over its limit
 ├── QueueFullError         429  more work is waiting than can be done in time
+├── QuotaError             429  the key has used its quota of rows up
 ├── BrokenEnsembleError    500  a member failed, or returned NaN
 ├── NotImplementedHereError 501  the transfer coding is not supported
 ├── NotReadyError          503  no ensemble can answer yet
 ├── FeedbackError          503  the database of answers cannot be reached
+├── StoreFaultError        503  the store cannot be written
 ├── BusyError              503  the limit on held bytes or open connections is reached
 ├── StoppingError          503  the service is shutting down
 ├── QueueTimeError         503  the request waited too long for its turn
@@ -33,6 +36,7 @@ class ServiceError(ModepathError):
     status: int = 500  # HTTP status
     reason: str = "internal"  # label of the metric refused_total
     retry_after: int | None = None  # seconds, for the header Retry-After
+    challenge: str | None = None  # for the header WWW-Authenticate
 
 
 class BadRequestError(ServiceError):
@@ -42,8 +46,20 @@ class BadRequestError(ServiceError):
     reason = "bad_request"
 
 
+class UnauthorizedError(ServiceError):
+    """The request has no API key, or one that is not known."""
+
+    status = 401
+    reason = "unauthorized"
+
+    def __init__(self, message: str, *, page: bool = False):
+        """With `page`, a browser asks the person in front of it for the key, as a password."""
+        super().__init__(message)
+        self.challenge = 'Basic realm="modepath: the key is the password", charset="UTF-8"' if page else "Bearer"
+
+
 class ForbiddenError(ServiceError):
-    """The operator's policy does not allow the request."""
+    """The operator's policy, or the scope of the key, does not allow the request."""
 
     status = 403
     reason = "forbidden"
@@ -118,6 +134,18 @@ class QueueFullError(ServiceError):
     retry_after = 1
 
 
+class QuotaError(ServiceError):
+    """The key has used its quota of rows up."""
+
+    status = 429
+    reason = "quota"
+
+    def __init__(self, message: str, seconds: int):
+        """Refuse for so many seconds."""
+        super().__init__(message)
+        self.retry_after = seconds
+
+
 class BrokenEnsembleError(ServiceError):
     """A member failed, or returned NaN."""
 
@@ -145,6 +173,14 @@ class FeedbackError(ServiceError):
 
     status = 503
     reason = "feedback_database"
+    retry_after = 5
+
+
+class StoreFaultError(ServiceError):
+    """The store cannot be written."""
+
+    status = 503
+    reason = "store"
     retry_after = 5
 
 

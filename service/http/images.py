@@ -29,7 +29,7 @@ from service.http.errors import BadRequestError, TooLargeError
 from service.http.large_json import Row, lists_of
 
 Images = Inputs  # of any kind; most are images
-FORMATS = ("PNG", "JPEG")
+FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_NPY_HEADER = 4096  # bytes
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -220,7 +220,7 @@ def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """PNG or JPEG files of which only the headers were read; the pixels are not decoded yet."""
+    """PNG, JPEG or WebP files of which only the headers were read; the pixels are not decoded yet."""
 
     images: list[Image.Image]
     where: str
@@ -239,10 +239,10 @@ class Encoded:
 
 
 def open_encoded(files: Sequence[bytes], where: str, spec: InputSpec, limits: Limits) -> Encoded:
-    """Read the headers of PNG or JPEG files. In error messages, `where` names a file; {} in it is the file's index.
+    """Read the headers of PNG, JPEG or WebP files. In error messages, `where` names a file; {} in it is the file's index.
 
     Raises:
-        BadRequestError: no file at all, or a file that is not PNG or JPEG.
+        BadRequestError: no file at all, or a file that is not PNG, JPEG or WebP.
         TooLargeError: too many images, or too many pixels.
     """
     if spec.kind != "image":

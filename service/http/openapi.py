@@ -10,7 +10,9 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
 from models_store.manifest import InputSpec, Manifest
-from service.http.bodies import ENCODED, JSON, NPY, NPZ
+from service.access.guard import OPEN, needed_by
+from service.http.activation import Activated, Activation
+from service.http.bodies import ANY, ENCODED, JSON, NPY, NPZ
 from service.http.feedback import MOST_LABELS, Feedback, FeedbackResponse
 from service.http.schemas import (
     EnsembleInfo,
@@ -29,12 +31,13 @@ _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
     (Options, "validation"), (PredictRequest, "validation"),
     (PredictResponse, "serialization"), (EnsembleInfo, "serialization"), (EnsembleList, "serialization"), (PathResponse, "serialization"),
     (VersionList, "serialization"),
-    (Feedback, "validation"), (FeedbackResponse, "serialization"),
+    (Feedback, "validation"), (FeedbackResponse, "serialization"), (Activation, "validation"), (Activated, "serialization"),
     (ErrorBody, "serialization"), (Status, "serialization"),
 )  # fmt: skip
 REFUSALS = {
     400: "malformed or invalid input",
-    403: "not allowed by the operator's policy",
+    401: "no API key, or one that is not known",
+    403: "not allowed by the operator's policy, or by the scope of the API key",
     404: "unknown ensemble or path",
     408: "the body arrived too slowly",
     409: "a label of this image was counted before",
@@ -42,7 +45,7 @@ REFUSALS = {
     413: "the body, the batch or the answer is too large",
     415: "the media type is not supported",
     421: "the Host header names another host",
-    429: "too much work is waiting",
+    429: "too much work is waiting, or the quota of the API key is used up",
     431: "the head of the request is too large",
     500: "the ensemble or the service is broken",
     501: "the transfer coding is not supported",
@@ -51,10 +54,13 @@ REFUSALS = {
 }
 
 
-def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *, has_metrics: bool) -> dict[str, Any]:
+def document(
+    served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *, has_metrics: bool, has_keys: bool = False
+) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document.
 
-    `served` are the manifests of the served ensembles, `modes` the modes that at least one of them opens.
+    `served` are the manifests of the served ensembles, `modes` the modes that at least one of them opens. With `has_keys`, each
+    route says which scope it needs.
     """
     schemas = dict(_schemas())
     for name in ("Options", "PredictRequest"):
@@ -71,9 +77,10 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
                 NPY: {"schema": _binary("an array (batch, …) written by numpy.save")},
                 NPZ: {"schema": _binary("a batch of each named field, written by numpy.savez")},
                 **{media_type: {"schema": _binary("the bytes of one image file")} for media_type in ENCODED},
+                ANY: {"schema": _binary("any of these files; its first bytes say which")},
             },
         },
-        "responses": _answers("PredictResponse", *(status for status in REFUSALS if status not in (409, 410))),
+        "responses": _answers("PredictResponse", *(status for status in REFUSALS if status not in (401, 409, 410))),
         "parameters": [
             {"name": name, "in": "query", "required": False, "schema": schema}
             for name, schema in schemas["Options"]["properties"].items()
@@ -88,12 +95,12 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
             "required": True,
             "content": {JSON: {"schema": {"anyOf": [one, {"type": "array", "items": one, "maxItems": MOST_LABELS}]}}},
         },
-        "responses": _answers("FeedbackResponse", *(status for status in REFUSALS if status not in (403, 415))),
+        "responses": _answers("FeedbackResponse", *(status for status in REFUSALS if status not in (401, 403, 415))),
     }
     path = {
         "summary": "Ask every network of a curve about one image",
         "description": "For ensembles with `path: true`: a curve with a bank, whose policy shows the points. The body is one image as for /predict.",
-        "responses": _answers("PathResponse", *(status for status in REFUSALS if status not in (409, 410))),
+        "responses": _answers("PathResponse", *(status for status in REFUSALS if status not in (401, 409, 410))),
     }
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths: dict[str, dict[str, Any]] = {
@@ -105,6 +112,7 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
             "get": {**_get("Its newest published versions", "VersionList", 403, 404, 503, 504), "parameters": [name]}
         },
         "/ensembles/{name}/path": {"post": {**predict, **path, "parameters": [name]}},
+        "/ensembles/{name}/activate": {"post": {**_ACTIVATE, "parameters": [name]}},
         "/livez": {"get": _get("Whether the process answers", "Status")},
         "/readyz": {"get": _get("Whether a request would be answered", "Status", 503)},
         "/docs.json": {"get": _get("This document", None)},
@@ -117,6 +125,11 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
                 "responses": {"200": {"description": "the metrics of all workers", "content": text}},
             }
         }
+    if has_keys:
+        _require_keys(paths)
+    components: dict[str, Any] = {"schemas": schemas}
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -125,8 +138,21 @@ def document(served: Sequence[Manifest], modes: Sequence[Mode], max_rows: int, *
             "description": "Averaged predictions of an ensemble, with their uncertainty.",
         },
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": components,
     }
+
+
+def _require_keys(paths: dict[str, dict[str, Any]]) -> None:
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            if path in OPEN:
+                continue
+            scope = needed_by(method.upper(), path)
+            operation["security"] = [{"key": []}]
+            about = f"{operation['description']} " if "description" in operation else ""
+            operation["description"] = f"{about}Needs an API key with the scope {scope}."
+            refusals = {status: answer for status, answer in _answers(None, 401, 403).items() if status != "200"}
+            operation["responses"] = {**operation["responses"], **refusals}
 
 
 @cache
@@ -249,3 +275,11 @@ def _answers(schema: str | None, *refusals: int) -> dict[str, Any]:
 
 def _content(schema: str | None) -> dict[str, Any]:
     return {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"} if schema else {"type": "object"}}}
+
+
+_ACTIVATE: dict[str, Any] = {
+    "summary": "Serve another published version",
+    "description": "Only where API keys are configured.",
+    "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": "#/components/schemas/Activation"}}}},
+    "responses": _answers("Activated", *(status for status in REFUSALS if status not in (401, 409, 410))),
+}

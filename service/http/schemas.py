@@ -91,7 +91,7 @@ class PredictRequest(Options):
         description="images (batch, C, H, W) of floats in [0, 1]; features (batch, …), rows with named fields, or a batch of each field by "
         "name; or texts of token ids",
     )
-    images: list[str] | None = Field(default=None, fail_fast=True, description="PNG or JPEG files in base64")
+    images: list[str] | None = Field(default=None, fail_fast=True, description="PNG, JPEG or WebP files in base64")
     texts: list[str] | None = Field(
         default=None, fail_fast=True, description="texts, which the tokenizer of the ensemble turns into token ids"
     )

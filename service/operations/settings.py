@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import secrets
 import socket
 from functools import cache
@@ -59,6 +60,14 @@ class Settings(BaseSettings):
         default=(),
         description="accepted Host headers, as a JSON list of names without ports. Default: any name if the service is open to the network; "
         "on a loopback address only IP addresses and localhost, so that a web page cannot reach the service under its own domain name",
+    )
+    keys_file: Path | None = Field(
+        default=None,
+        description="file of API keys, made by `modepath keys add`; every request but /livez and /readyz then needs one. Default: no keys",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description='origins whose web pages may use the service, as a JSON list such as ["https://app.example"]. Default: none',
     )
     metrics_port: int | None = Field(
         default=None,
@@ -140,7 +149,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=16 * 2**20, gt=0, description="largest size of a body; beyond: 413")
     max_rows: int = Field(default=1024, gt=0, description="largest number of images in one request; beyond: 413")
     max_pixels: int = Field(
-        default=2**24, gt=0, description="largest number of pixels of the encoded images of one request; beyond: 413"
+        default=2**25, gt=0, description="largest number of pixels of the encoded images of one request; beyond: 413"
     )
     max_numbers: int = Field(
         default=2**21, gt=0, description="largest number of probabilities in one answer; beyond: 413"
@@ -167,7 +176,7 @@ class Settings(BaseSettings):
     batch_seconds: float = Field(default=0.05, gt=0, description="seconds that a batch should take at most")
     queue_rows: int = Field(default=4096, gt=0, description="largest number of rows that may wait; beyond: 429")
     queue_pixels: int = Field(
-        default=2**25,
+        default=2**26,
         gt=0,
         description="largest number of pixels of large encoded images that may wait to be decoded; beyond: 429",
     )
@@ -217,6 +226,20 @@ class Settings(BaseSettings):
             assert self.key_file is not None, "share_key gave a key to this process's parent"
             return self.key_file.read_bytes().strip()
         return os.fsencode(self.key.get_secret_value())
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"{origin!r} is not an origin such as https://app.example, without a path")
+        return origins
+
+    @model_validator(mode="after")
+    def _one_caller(self) -> Self:
+        if self.keys_file is not None and self.caller_header is not None:
+            raise ValueError("keys_file and caller_header both name the caller; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _long_key(self) -> Self:

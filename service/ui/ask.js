@@ -2,7 +2,7 @@
 import { takes } from "/ui/ensembles.js";
 import { element, fill, number, percent } from "/ui/parts.js";
 
-const SENT_AS_THEY_ARE = ["image/png", "image/jpeg"];
+const SENT_AS_THEY_ARE = ["image/png", "image/jpeg", "image/webp"];
 const SHOWN_CLASSES = 10;
 const SHOWN_MEMBERS = 24;
 const MEASURES = [

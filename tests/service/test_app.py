@@ -161,7 +161,8 @@ from service import bento
 from service.app import create_app
 from service.bento import Modepath
 from service.operations.settings import settings
-bento._app = create_app(settings(), None)
+from types import SimpleNamespace
+bento._app = create_app(settings(), SimpleNamespace(guard=None))
 async def received(): return {"type": "http.request", "body": b"", "more_body": False}
 async def ask(app):
     async def sent(message): pass

@@ -142,9 +142,7 @@ def test_a_json_request_has_no_query():
         read_request("application/json", [("ensemble", "a")], b'{"inputs": [1]}')
 
 
-@pytest.mark.parametrize(
-    "content_type", ["", "text/plain", "application/vnd.bentoml+pickle", "image/gif", "multipart/form-data; boundary=x"]
-)
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/vnd.bentoml+pickle", "image/gif"])
 def test_other_media_types_are_refused(content_type):
     with pytest.raises(MediaTypeError, match="application/x-npy"):
         read_request(content_type, [], b"{}")
@@ -167,3 +165,31 @@ def test_marks_within_texts_do_not_count():
     texts = ['[{,"' * 10_000 + "\\", '\\\\"[', 'x"' * 3] * 2
     asked = read_request("application/json", [], json.dumps({"texts": texts}).encode())
     assert asked.texts == texts
+
+
+def test_a_form_is_answered_with_what_to_send_instead():
+    with pytest.raises(MediaTypeError, match=r"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg'"):
+        read_request("multipart/form-data; boundary=x", [], b"--x")
+
+
+def encoded(kind):
+    content = io.BytesIO()
+    Image.new("L", (2, 2), 100).save(content, kind, lossless=True)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "media_types"), [
+    ("PNG", ["image/png", "image/x-png"]), ("JPEG", ["image/jpeg", "image/jpg", "image/pjpeg"]), ("WEBP", ["image/webp"]),
+])  # fmt: skip
+def test_an_image_is_read_under_every_name_of_its_type_and_without_one(kind, media_types):
+    for media_type in [*media_types, "application/octet-stream"]:
+        found = read_request(media_type, [], encoded(kind)).open(SPEC, LIMITS).decode()
+        assert found == pytest.approx(np.full((1, 1, 2, 2), 100 / 255), abs=0.02)
+
+
+def test_an_array_is_read_without_the_name_of_its_type():
+    content = io.BytesIO()
+    np.save(content, np.full((1, 1, 2, 2), 0.5, np.float32))
+    assert read_request("application/octet-stream", [], content.getvalue()).open(SPEC, LIMITS).shape == (1, 1, 2, 2)
+    with pytest.raises(MediaTypeError, match="application/octet-stream"):
+        read_request("application/octet-stream", [], b"GIF89a")

@@ -1,6 +1,6 @@
 import pytest
 
-from service.http.hosts import Hosts
+from service.access.hosts import Hosts
 
 
 def foreign(hosts, name):

@@ -21,7 +21,7 @@ class Hosts:
                 name, and a service on a loopback address to IP addresses and `localhost`.
         """
         self._names = {name.strip().lower().rstrip(".") for name in names}
-        self._any = not names and not _is_local(bound)
+        self._any = not names and not is_local(bound)
         self._known: set[bytes] = set()  # cache of accepted headers
 
     def foreign(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
@@ -57,5 +57,6 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _is_local(bound: str) -> bool:
+def is_local(bound: str) -> bool:
+    """Whether an address is reached from this machine only."""
     return bound == "localhost" or (_is_address(bound) and ipaddress.ip_address(bound).is_loopback)
