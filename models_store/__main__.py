@@ -188,7 +188,8 @@ def _labelled(version: Version, dataset: str | None) -> Labelled:
     recorded = version.manifest.provenance.config
     if dataset is None and "dataset" not in recorded:
         raise StoreError(f"{version.name} was imported, so its data set is unknown: name one with --dataset.")
-    options = config.data_options({**recorded, **({"dataset": dataset} if dataset else {})})
+    options = config.data_options({"dataset": dataset, **recorded})
+    options = options.of_other(dataset) if dataset else options
     loaded = sources.load(options)
     images, labels = sources.as_arrays(loaded.validation)
     seen = sources.seen_images(loaded, options.dataset)

@@ -46,7 +46,7 @@ from service.http.errors import (
     ServiceError,
     TooLargeError,
 )
-from service.http.images import Encoded, Images, from_texts
+from service.http.images import PIXELS_OF_A_CHARACTER, Encoded, Images, from_texts, work_of
 from service.http.intake import Body
 from service.http.schemas import (
     EnsembleInfo,
@@ -72,7 +72,7 @@ from service.worker import Worker
 
 # Up to these sizes work is done on the event loop, because handing it to a thread would take longer.
 INLINE_BYTES = 64 * 1024  # to parse and decode
-INLINE_TEXT_BYTES = 4096  # to turn into token ids
+INLINE_CHARACTERS = 4096  # characters to turn into token ids
 INLINE_ROWS = 32  # to write and count
 INLINE_NUMBERS = 4096
 MAX_ADDRESS_BYTES = 4096  # path and query together
@@ -373,17 +373,18 @@ async def _images(worker: Worker, body: Body, asked: Asked, ensemble: Ensemble) 
     """Decode the images: small arrays on the event loop, the rest in threads, with a lane for large encoded images."""
     limits, spec = replace(worker.limits, hold=partial(worker.intake.decode, body)), ensemble.manifest.input
 
+    if (texts := asked.texts) is not None:
+        read = partial(from_texts, texts, spec, ensemble.tokenizer, limits)
+        work = work_of(texts) if ensemble.tokenizer is not None else 0
+        if work > limits.pixels or work <= INLINE_CHARACTERS * PIXELS_OF_A_CHARACTER:  # refused, or done at once
+            return read()
+        return await worker.offload.decode(body, work, read)
+
     def opened() -> Images | Encoded:
-        if asked.texts is not None:
-            return from_texts(asked.texts, spec, ensemble.tokenizer, limits)
         found = asked.open(spec, limits)
         return found.decode() if isinstance(found, Encoded) and found.pixels <= SMALL_PIXELS else found
 
-    long = (
-        asked.encoded
-        or len(body.data) > (INLINE_BYTES if asked.texts is None else INLINE_TEXT_BYTES)
-        or asked.named * len(spec.fields or ()) > INLINE_NUMBERS
-    )
+    long = asked.encoded or len(body.data) > INLINE_BYTES or asked.named * len(spec.fields or ()) > INLINE_NUMBERS
     found = await worker.offload.run(body, opened) if long else opened()
     return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
 

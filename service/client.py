@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import httpx
 import numpy as np
@@ -238,13 +238,16 @@ def _request(images: Images, options: dict[str, Any]) -> dict[str, Any]:
         return {"content": arrays.getvalue(), "headers": headers, "params": given}
     if isinstance(images, Sequence) and images and all(isinstance(row, Mapping) for row in images):
         return {"json": {"inputs": list(images), **given}}  # named fields
+    if isinstance(images, str):
+        raise TypeError("images is one text; give a list of texts")
+    if isinstance(images, np.ndarray) and images.dtype.kind == "U":
+        return {"json": {"texts": images.tolist(), **given}}
     if isinstance(images, Sequence) and images and all(isinstance(text, str) for text in images):
         return {"json": {"texts": list(images), **given}}
     try:
         values = np.asarray(images)
     except ValueError:  # texts of several lengths
-        texts: Any = images
-        return {"json": {"inputs": [list(text) for text in texts], **given}}
+        return {"json": {"inputs": [list(text) for text in cast("Any", images)], **given}}
     array = io.BytesIO()
     np.save(array, values if values.dtype.kind in "iu" else values.astype(np.float32), allow_pickle=False)
     return {"content": array.getvalue(), "headers": {"Content-Type": "application/x-npy"}, "params": given}

@@ -136,7 +136,8 @@ def _data_of(config: Config, version: Version) -> tuple[data.Data, data.DataOpti
     kept = version.manifest.provenance.config
     if config.dataset is None and "dataset" not in kept:
         raise ConfigError(f"{version.name} does not record what it was trained on; name the data set with --dataset.")
-    options = data_options({**kept, **({"dataset": config.dataset} if config.dataset else {})})
+    options = data_options({"dataset": config.dataset, **kept})
+    options = options.of_other(config.dataset) if config.dataset else options
     found = data.load(options)
     spec = version.manifest.input
     shape = spec.shape

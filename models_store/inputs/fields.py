@@ -59,10 +59,11 @@ def from_columns(columns: Mapping[str, Any], spec: InputSpec) -> NDArray[np.floa
         raise FieldError(f"the field {wrong[:80]!r} is unknown. The fields are {', '.join(map(repr, known))}")
     if (missing := next((name for name in known if name not in columns), None)) is not None:
         raise FieldError(f"the field {missing!r} is missing. The fields are {', '.join(map(repr, known))}")
-    try:
-        sizes = {name: len(columns[name]) for name in known}
-    except TypeError:
-        raise FieldError("a field is not a list; each is a batch") from None
+    if (
+        single := next((name for name in known if not isinstance(columns[name], list | tuple | np.ndarray)), None)
+    ) is not None:
+        raise FieldError(f"the field {single!r} is not a list; each field is a batch")
+    sizes = {name: len(columns[name]) for name in known}
     if len(set(sizes.values())) > 1:
         raise FieldError(
             f"the fields have different numbers of rows: {', '.join(f'{n} {size}' for n, size in sizes.items())}"
@@ -102,6 +103,8 @@ class _Writer:
         """Write a value of the field into the features of a row, from this column on."""
         if self._categories is not None:
             row[column + self._index(value, self._categories)] = 1
+        elif self._shape is not None and value is None:
+            raise FieldError(f"is missing; it must hold numbers of the shape {self._shape}")
         elif self._shape is not None:
             row[column : column + self.width] = self.batch([value])[0]
         elif value is None:
@@ -113,14 +116,12 @@ class _Writer:
 
     def batch(self, values: Any) -> NDArray[np.float32]:
         """The features (batch, width) of many values of a number or a tensor."""
-        try:
-            array = np.asarray(values)
-            if array.dtype.kind == "O" and self._missing:  # numbers, some of which are null
-                array = np.array(values, np.float64)
-        except (TypeError, ValueError):
-            array = np.empty(0, object)
+        if isinstance(values, list | tuple):
+            values = self._numbers(values)
+        array = np.asarray(values)
         shape = self._shape or ()
-        if array.dtype.kind not in "iuf" or (array.shape[1:] != shape and not (not shape and array.shape[1:] == (1,))):
+        fits = array.shape[1:] == shape or (shape in ((), (1,)) and array.shape[1:] in ((), (1,)))
+        if array.dtype.kind not in "iuf" or not fits:
             shown = f"it must hold numbers of the shape {shape}" if shape else "it must be a number"
             raise FieldError(f"has {_what(array)}; {shown}")
         inside = (array >= self._low) & (array <= self._high)
@@ -130,6 +131,19 @@ class _Writer:
             strange = array[~inside].flat[0]
             raise FieldError(f"has the value {strange!s}; it must hold numbers from {self._low:g} to {self._high:g}")
         return array.reshape(len(array), self.width).astype(np.float32)
+
+    def _numbers(self, values: Any) -> NDArray[Any]:
+        """Lists as an array of numbers; as objects if they hold anything else, such as truth values, which numpy would convert."""
+        try:
+            array = np.array(values, object)
+        except ValueError:  # lists of different lengths
+            return np.empty(0, object)
+        kinds: set[Any] = {type(one) for one in array.flat}
+        if kinds <= {int, float}:
+            return np.array(values)
+        if self._missing and kinds <= {int, float, type(None)}:
+            return array.astype(np.float64)
+        return array
 
     def _index(self, value: Any, categories: list[str]) -> int:
         text = str(value).lower() if isinstance(value, bool) else "" if value is None else value
@@ -155,7 +169,11 @@ class _Writer:
 def _what(array: NDArray[Any]) -> str:
     if array.dtype.kind in "iuf":
         return f"rows of the shape {array.shape[1:]}"
-    return "lists of different lengths" if array.dtype.kind == "O" else "values that are not numbers"
+    return (
+        "values that are not numbers, or lists of different lengths"
+        if array.ndim < 2 and not array.size
+        else "values that are not numbers"
+    )
 
 
 def split(spec: InputSpec) -> list[tuple[TableField, slice]]:

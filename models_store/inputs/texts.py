@@ -65,7 +65,8 @@ class Tokenizer:
         assert spec.vocabulary is not None, "tokens have a vocabulary"
         longest = CHARACTERS + CHARACTERS_OF_A_TOKEN * spec.shape[0]
         if self._tokenizer.truncation is not None:
-            found = self.ids([text[:longest] for text in texts])
+            left: bool = self._tokenizer.truncation["direction"] == "left"  # the beginning of a text is cut off
+            found = self.ids([text[-longest:] if left else text[:longest] for text in texts])
         elif (row := next((row for row, text in enumerate(texts) if len(text) > longest), None)) is not None:
             raise TextError(
                 f"text {row} has {len(texts[row])} characters, more than {spec.shape[0]} tokens. Shorten it"

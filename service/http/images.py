@@ -31,6 +31,9 @@ from service.http.large_json import Row, lists_of
 Images = Inputs  # of any kind; most are images
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_NPY_HEADER = 4096  # bytes
+MAX_AXES = 16
+MAX_CODE = 0x10FFFF  # the last character of Unicode
+PIXELS_OF_A_CHARACTER = 16  # the time to find the tokens of a character, in that of decoding a pixel
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -105,10 +108,19 @@ def from_texts(texts: Sequence[str], spec: InputSpec, tokenizer: Tokenizer | Non
     if not texts:
         raise BadRequestError("`texts` is empty; send at least one.")
     _bound(len(texts), spec, limits)
+    if (pixels := work_of(texts)) > limits.pixels:
+        raise TooLargeError(
+            f"{pixels // PIXELS_OF_A_CHARACTER} characters in one request; at most {limits.pixels // PIXELS_OF_A_CHARACTER} are allowed. Send fewer texts at a time."
+        )
     try:
         return _checked("`texts`", kinds.from_texts(spec, tokenizer.fitting(texts, spec)), spec)
     except TextError as error:
         raise BadRequestError(f"`texts`: {error}.") from None
+
+
+def work_of(texts: Sequence[str]) -> int:
+    """The work of turning texts into token ids, in pixels that are decoded in the same time."""
+    return PIXELS_OF_A_CHARACTER * sum(map(len, texts))
 
 
 def none(spec: InputSpec, limits: Limits) -> Images:
@@ -143,28 +155,52 @@ def from_npz(body: bytes, spec: InputSpec, limits: Limits) -> Images:
         BadRequestError: not such a file, or a field that is unknown, missing or wrong.
         TooLargeError: too many rows.
     """
+    limits.hold(len(body))
     try:
+        _bound_zip(body, len(spec.fields or ()) + 1)
         with zipfile.ZipFile(io.BytesIO(body)) as file:
             entries = file.infolist()
-            if len(entries) > len(spec.fields or ()) + 1 or any(
-                one.compress_type != zipfile.ZIP_STORED for one in entries
+            if any(one.compress_type != zipfile.ZIP_STORED for one in entries):
+                raise ValueError("it is compressed")
+            # Entries may overlap: a small file could otherwise be read many times over.
+            if sum(one.file_size for one in entries) > len(body) or len({one.filename for one in entries}) < len(
+                entries
             ):
-                raise ValueError("more arrays than the ensemble has fields, or compressed ones")
+                raise ValueError("its entries overlap")
             arrays = {one.filename.removesuffix(".npy"): file.read(one) for one in entries}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, RuntimeError, EOFError) as error:
         raise BadRequestError(
             f"The body is not a file written by numpy.savez ({str(error)[:100]}); send numpy.savez(file, name=array, ...)."
         ) from None
     return from_columns({name: _array(name, content) for name, content in arrays.items()}, spec, limits)
 
 
+def _bound_zip(body: bytes, most: int) -> None:
+    """Check the end of a zip file, before its directory is read: an object is made for every entry."""
+    end = body[-22:]
+    entries, size = int.from_bytes(end[10:12], "little"), int.from_bytes(end[12:16], "little")
+    if end[:4] != b"PK\5\6":
+        raise ValueError("its end is missing")
+    if entries > most or size > 1024 * most:
+        raise ValueError(f"more than {most} arrays, or names of more than 1000 bytes")
+
+
 def _array(name: str, content: bytes) -> NDArray[Any]:
     shape, fortran, dtype, start = _npy_header(content)
-    if dtype.kind not in "iufU" or not shape or math.prod(shape) * dtype.itemsize != len(content) - start:
+    right_size = math.prod(shape) * dtype.itemsize == len(content) - start
+    if dtype.kind not in "iufU" or not dtype.itemsize or not 1 <= len(shape) <= MAX_AXES or not right_size:
         raise BadRequestError(
             f"The array {name[:80]!r} holds {dtype} {str(shape)[:80]}; send a batch of numbers, or of texts."
         )
-    return np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+    try:
+        array = np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+    except ValueError as error:
+        raise BadRequestError(f"The array {name[:80]!r} cannot be read: {error}.") from None
+    if dtype.kind == "U" and len(content) > start:
+        codes = np.frombuffer(content, np.dtype(np.uint32).newbyteorder(dtype.byteorder), offset=start)
+        if int(np.max(codes)) > MAX_CODE:
+            raise BadRequestError(f"The array {name[:80]!r} holds texts that are not Unicode.")
+    return array
 
 
 def from_rows(rows: Sequence[Row], spec: InputSpec, limits: Limits) -> Images:

@@ -248,7 +248,7 @@ def _named_row(spec: InputSpec) -> dict[str, Any]:
     required = [
         field.name
         for field in spec.fields
-        if (spec.missing == "refuse" if field.categories is None else "" not in field.categories)
+        if (spec.missing == "refuse" or field.shape if field.categories is None else "" not in field.categories)
     ]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -311,6 +312,32 @@ COMPRESSED = io.BytesIO()
 np.savez_compressed(COMPRESSED, photo=PHOTOS, kind=np.array(COLUMNS["kind"]))
 
 
+def overlapping():
+    """A zip file whose entries lie in each other."""
+    inner = b"x" * 1000
+    for number in range(3):
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as file:
+            file.writestr(f"{number}.npy", inner)
+        inner = content.getvalue()
+    entry, end = inner[inner.rindex(b"PK\x01\x02") : -22], bytearray(inner[-22:])
+    body = inner[:-22] + entry.replace(b"2.npy", b"9.npy")
+    end[8:12], end[12:16] = b"\2\0\2\0", (2 * len(entry)).to_bytes(4, "little")
+    return body + bytes(end)
+
+
+def with_header(**changes):
+    header = {"descr": "<f4", "fortran_order": False, "shape": (40,), **changes}
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, header)
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as file:
+        file.writestr("file.npy", content.getvalue() + b"\xff\xff\xff\xff" * 40)
+        file.writestr("photo.npy", b"")
+        file.writestr("kind.npy", b"")
+    return made.getvalue()
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -321,6 +348,12 @@ np.savez_compressed(COMPRESSED, photo=PHOTOS, kind=np.array(COLUMNS["kind"]))
         (COMPRESSED.getvalue(), "compressed"),
         (npz(photo=PHOTOS)[:-40], "not a file written by numpy.savez"),
         (b"PK\x03\x04", "not a file written by numpy.savez"),
+        (overlapping(), "its entries overlap"),
+        (npz(**{f"f{i}": np.zeros(1) for i in range(500)}), "more than 4 arrays"),
+        (with_header(descr="<U0"), "holds <U0"),
+        (with_header(descr="<U1"), "are not Unicode"),
+        (with_header(shape=(1,) * 70), "The array 'file' holds"),
+        (with_header(shape=(0, 2**39, 2**39)), "The array 'file' holds"),
         (b"", "not a file written by numpy.savez"),
     ],
 )
@@ -350,3 +383,16 @@ def test_named_tensors_that_do_not_fit_are_refused_with_the_cause(server, inputs
     response = ask(server, name, inputs)
     assert response.status_code == 400
     assert told in response.json()["error"]
+
+
+def test_more_text_than_can_be_read_in_a_second_is_refused_at_once(server):
+    response = httpx.post(server.url + "/predict", json={"texts": ["a " * 50_000] * 25, "ensemble": "text"}, timeout=30)
+    assert response.status_code == 413
+    assert "characters in one request" in response.json()["error"]
+
+
+def test_a_single_text_is_not_taken_for_a_list_of_them(server):
+    with Client(server.url) as client, pytest.raises(TypeError, match="give a list of texts"):
+        client.predict("a b", ensemble="text")
+    with Client(server.url) as client:
+        assert len(client.predict(np.array(["a b", "c"]), ensemble="text").probs) == 2

@@ -91,12 +91,13 @@ def load(options: DataOptions) -> Data:
             raise DataError(f"--missing mean is for features; {options.dataset!r} has none.")
         form = replace(form, missing="mean")
     train = _hold(found.parts[0], "train", options, found.classes, form)
-    if isinstance(form, TokenForm) and train is not None and form.longest is None:
-        form = form.of_length(train.shape[0])
     validation, test = (
         _hold(part, name, options, found.classes, form)
         for part, name in zip(found.parts[1:], ("validation", "test"), strict=True)
     )
+    if isinstance(form, TokenForm) and form.longest is None:
+        form = form.of_length(max(split.shape[0] for split in (train, validation, test) if split is not None))
+        train, validation, test = (_filled(split, form) for split in (train, validation, test))
     if train is None or test is None:
         raise DataError(f"Data set {options.dataset!r} has no {'train' if train is None else 'test'} split.")
     given = {"train": train, "validation": validation, "test": test}
@@ -122,6 +123,8 @@ def load(options: DataOptions) -> Data:
         stay, aside = _set_aside(
             train, options, None if found.groups is None else [found.groups[i] for i in rows.tolist()]
         )
+        if found.groups is not None:
+            notes += splitting.note(len(aside), len(train), options.validation, "validation")
         train, validation, rows = train.take(stay), train.take(aside), rows[stay]
     if options.limit is not None:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.split_seed + 1))
@@ -172,7 +175,9 @@ def load(options: DataOptions) -> Data:
         mix=mix,
         tokenizer=form.tokenizer if isinstance(form, TokenForm) else None,
         weights=None if found.weights is None else torch.as_tensor(found.weights, dtype=torch.float64)[rows],
-        fingerprint=_fingerprint(train, validation, test),
+        fingerprint=_fingerprint(
+            (train, validation, test), form.tokenizer if isinstance(form, TokenForm) else None, found.weights
+        ),
         validation_cut=validation_cut,
         notes=tuple(notes),
         warnings=tuple(warnings),
@@ -274,6 +279,10 @@ def _hold(part: Part, name: str, options: DataOptions, names: Sequence[str] | No
     return InMemory(images, labels)
 
 
+def _filled(split: Split | None, form: TokenForm) -> Split | None:
+    return replace(split, images=form.filled(split.images)) if isinstance(split, InMemory) else split
+
+
 def _map_style(part: Any, what: str) -> tuple[Any, int]:
     """Returns the data set, which can be read by row, and its length."""
     if isinstance(part, DataLoader):
@@ -357,8 +366,10 @@ def _augment(options: DataOptions, own: Augment, spec: InputSpec) -> Augment:
     return Augment(crop=max(1, spec.shape[1] // 8) if "crop" in choice else 0, flip="flip" in choice)
 
 
-def _fingerprint(*splits: Split) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(splits: Sequence[Split], tokenizer: bytes | None, weights: Sequence[float] | None) -> str:
+    digest = hashlib.sha256(tokenizer or b"")
+    if weights is not None:
+        digest.update(np.asarray(weights, np.float64).tobytes())
     for split in splits:
         rows = in_order(split)[: 64 if isinstance(split, Streamed) else None]
         digest.update(str(len(split)).encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from training.data.forms import Missing
@@ -33,3 +33,10 @@ class DataOptions:
     tokenizer: str | None = None  # file tokenizer.json
     longest: int | None = None  # tokens of a text; the tokenizer cuts longer ones
     missing: Missing = "refuse"
+
+    def of_other(self, dataset: str) -> DataOptions:
+        """The options to read another data set with: without those that only the first one has a meaning for."""
+        kept = replace(self, dataset=dataset, transforms=(), group=None)
+        if dataset.startswith(("csv:", "parquet:")):
+            return kept
+        return replace(kept, label=None, drop=(), text=None, tokenizer=None, longest=None)

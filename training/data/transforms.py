@@ -35,7 +35,12 @@ class Transformed:
 
     def _one(self, image: torch.Tensor) -> torch.Tensor:
         for transform in self.each:
-            image = transform(image)
+            changed = transform(image)
+            if changed.shape != image.shape:
+                raise DataError(
+                    f"--transforms: {type(transform).__name__} made {tuple(changed.shape)} of an image of {tuple(image.shape)}. Images must keep their size."
+                )
+            image = changed
         return image.clamp(0, 1)
 
 
@@ -76,6 +81,8 @@ def parse(names: Sequence[str], shape: Sequence[int], classes: int) -> tuple[lis
         kind = _kind(name)
         kwargs = _arguments(text, given)
         if name.lower() in MIXING:
+            if "num_classes" in kwargs:
+                raise DataError(f"--transforms {text}: leave num_classes out; the data set has {classes} classes.")
             kwargs = {"num_classes": classes, **kwargs}
         try:
             made = kind(**kwargs)

@@ -56,7 +56,7 @@ def measure(
         if name in generated.SETS:
             images, notes = generated.rows(name, spec)[:limit], list[str]()
         else:
-            own = dataclasses.replace(options, dataset=name, mean=None, std=None, limit=None, hold_out=())
+            own = dataclasses.replace(options.of_other(name), mean=None, std=None, limit=None, hold_out=())
             images, notes = data.foreign(own, limit)
         found.append(_of(version, session, name, fit(images, spec, name), notes, average))
     return found

@@ -76,7 +76,12 @@ def test_tensors_become_their_numbers_in_order_row_by_row_and_by_column():
         ({"age": [1, None]}, "field 'age', has"),
         ({"age": [True, False]}, "field 'age', has values that are not numbers"),
         ({"colour": ["red", "green"]}, "field 'colour', row 1, has the unknown category 'green'"),
-        ({"age": 3}, "a field is not a list"),
+        ({"age": 3}, "the field 'age' is not a list"),
+        ({"colour": "rb"}, "the field 'colour' is not a list"),
+        ({"age": [1, True]}, "field 'age', has values that are not numbers"),
+        ({"photo": [[[True] * 3] * 2] * 2}, "field 'photo', has values that are not numbers"),
+        ({"photo": [[["0.5"] * 3] * 2] * 2}, "field 'photo', has values that are not numbers"),
+        ({"photo": [None, None]}, "field 'photo', has values that are not numbers"),
         ({"size": [1, 2]}, "the field 'size' is unknown"),
     ],
 )  # fmt: skip
@@ -107,3 +112,12 @@ def test_the_range_of_a_field_is_checked_in_features_too():
     assert "in the field 'photo', which takes numbers from 0 to 1" in kinds.fault(MIXED, good)
     for rows in (kinds.probes(MIXED), kinds.noise(MIXED, 5), kinds.blank(MIXED)):
         assert kinds.fault(MIXED, rows) is None
+
+
+def test_texts_and_truth_values_are_no_numbers_where_numbers_may_be_missing_either():
+    spec = MIXED.model_copy(update={"missing": "mean"})
+    for ages in (["1.5", None], [True, None]):
+        with pytest.raises(FieldError, match="values that are not numbers"):
+            fields.from_columns({"photo": PHOTOS, "age": ages, "colour": ["red", "red"]}, spec)
+    with pytest.raises(FieldError, match="row 0, field 'photo', is missing"):
+        fields.encode([{"age": 1, "colour": "red"}], spec)

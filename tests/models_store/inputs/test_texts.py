@@ -86,3 +86,10 @@ def test_a_tokenizer_whose_id_0_is_a_word_is_refused():
     with pytest.raises(MemberError, match="The id 0 of the tokenizer is 'good'"):
         Tokenizer(of_words({"good": 0, "[UNK]": 1, "[PAD]": 2}, padding=3))
     assert Tokenizer(of_words({"good": 1, "[UNK]": 2})).vocabulary == 3  # 0 is no token
+
+
+def test_a_tokenizer_that_cuts_the_beginning_sees_the_end_of_a_long_text():
+    raw = json.loads(of_words(truncation=3))
+    raw["truncation"]["direction"] = "Left"
+    made = Tokenizer(json.dumps(raw).encode())
+    assert made.fitting(["good " * 5000 + "bad film"], SPEC) == [[2, 3, 4]]

@@ -105,3 +105,58 @@ def test_an_image_folder_keeps_the_images_that_a_pattern_groups_in_one_split(tmp
 def test_a_group_of_another_data_set_is_refused():
     with pytest.raises(DataError, match="--group is a column of a csv"):
         data.load(DataOptions("digits", group="patient"))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+def test_groups_of_very_different_sizes_come_as_close_to_the_share_as_whole_groups_can(share):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        sizes = np.maximum(1, rng.lognormal(2, 1, 40).astype(int))
+        groups = np.repeat(np.arange(40), sizes)
+        _, aside = splitting.by_group(rng.integers(0, 3, len(groups)), groups.tolist(), share, seed)
+        assert abs(len(aside) / len(groups) - share) < 0.06
+    for seed in range(5):  # one group has most rows: it is never set aside
+        groups = np.repeat([0, 1, 2], [800, 100, 100])
+        _, aside = splitting.by_group(np.arange(1000) % 2, groups.tolist(), 0.2, seed)
+        assert len(aside) in (100, 200)
+
+
+def test_a_share_that_groups_cannot_reach_is_told():
+    assert splitting.note(10, 100, 0.1, "test") == []
+    (told,) = splitting.note(80, 100, 0.1, "test")
+    assert "80% of the rows instead of 10%" in told
+
+
+def test_rows_without_a_group_are_refused(tmp_path):
+    lines = [f"{i},{'' if i < 5 else i // 5},{['no', 'yes'][i % 2]}" for i in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["number,patient,label", *lines]))
+    with pytest.raises(DataError, match=r"5 rows of .* have no group in 'patient'"):
+        data.load(DataOptions(f"csv:{tmp_path / 't.csv'}", group="patient"))
+
+
+def test_the_fingerprint_changes_with_weights_and_not_without_them(monkeypatch):
+    x = torch.rand(20, 3, generator=torch.Generator().manual_seed(0))
+    made = {"train": (x, torch.arange(20) % 2), "test": (x, torch.arange(20) % 2)}
+
+    def fingerprint(**more):
+        monkeypatch.setattr("training.data.sources.find.import_string", lambda _: lambda: {**made, **more})
+        return data.load(DataOptions("a:b")).fingerprint
+
+    assert fingerprint() == fingerprint()
+    assert len({fingerprint(), fingerprint(weights=np.ones(20)), fingerprint(weights=np.arange(20) + 1)}) == 3
+
+
+def test_options_of_one_data_set_are_not_applied_to_another():
+    options = DataOptions(
+        "csv:a.csv", label="y", group="g", tokenizer="t.json", text="x", transforms=("RandAugment",), hold_out=("a",)
+    )
+    assert options.of_other("digits") == DataOptions("digits", hold_out=("a",))
+    assert options.of_other("csv:b.csv") == DataOptions(
+        "csv:b.csv", label="y", tokenizer="t.json", text="x", hold_out=("a",)
+    )
+
+
+@pytest.mark.parametrize("options", [{"longest": 0, "tokenizer": "t.json"}, {"text": "x"}, {"longest": 3}])
+def test_options_that_do_not_apply_are_refused(options):
+    with pytest.raises(DataError):
+        data.load(DataOptions("digits", **options))

@@ -74,6 +74,7 @@ def test_mixup_mixes_images_and_labels_in_the_same_shares():
         ("Normalize:mean=[0.5]*3,std=[0.2]*3", "arguments have the form"),
         ("Normalize:mean=[0.5,0.5,0.5],std=[0.1,0.1,0.1]", "Leave normalisation out"),
         ("Lambda", "It takes"),
+        ("mixup:num_classes=7", "leave num_classes out"),
     ],
 )
 def test_what_cannot_be_applied_is_refused_with_the_cause(name, message):
@@ -84,3 +85,11 @@ def test_what_cannot_be_applied_is_refused_with_the_cause(name, message):
 def test_transforms_are_for_images():
     with pytest.raises(DataError, match="are for images"):
         data.load(DataOptions("wine", transforms=("RandAugment",)))
+
+
+def test_a_transform_that_rarely_changes_the_size_is_named_when_it_does():
+    each, _ = transforms.parse(["RandomZoomOut:p=0.02"], SHAPE, 4)
+    made = transforms.Transformed(Augment(), each)
+    with pytest.raises(DataError, match="RandomZoomOut made"):
+        for seed in range(40):
+            made(torch.rand(16, *SHAPE), generator(seed))

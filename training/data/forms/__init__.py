@@ -221,6 +221,10 @@ class TokenForm:
             tokenizer=self.tokenizer is not None,
         )
 
+    def filled(self, ids: torch.Tensor) -> torch.Tensor:
+        """Texts (N, length) filled up to this form's length."""
+        return self._filled(list(ids), self.longest or ids.shape[1])
+
     def of_length(self, longest: int) -> Self:
         """The same form with this length."""
         return replace(self, longest=longest)

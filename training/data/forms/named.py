@@ -83,5 +83,5 @@ def _array(name: Any, value: Any) -> np.ndarray[Any, Any]:
 def _field(name: str, array: np.ndarray[Any, Any]) -> TableField:
     image = array.ndim == 4 and float(array.min()) >= 0 and float(array.max()) <= 1
     bounds: dict[str, Any] = {"low": 0.0, "high": 1.0} if image else {}
-    shape = None if array.shape[1:] in ((), (1,)) else tuple(array.shape[1:])
+    shape = tuple(array.shape[1:]) or (1,)  # a number is a tensor, too: the network is called by name
     return TableField(name=name, shape=shape, **bounds)

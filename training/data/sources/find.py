@@ -12,6 +12,8 @@ FOLDER = "imagefolder:"
 
 
 def _texts(options: DataOptions) -> tables.Texts | None:
+    if options.longest is not None and options.longest < 1:
+        raise DataError(f"--longest must be at least 1; got {options.longest}.")
     if options.tokenizer is None:
         if options.text is not None or options.longest is not None:
             raise DataError("--text and --longest are for texts that a tokenizer reads: give --tokenizer FILE.")
@@ -27,10 +29,11 @@ def find(options: DataOptions) -> Source:
         ImportStringError: its import string cannot be imported.
     """
     name = options.dataset
+    read_by = _texts(options)
     if name.startswith(FOLDER):
         return image_folder.source(name.removeprefix(FOLDER), options.image_size or image_folder.SIZE, options.group)
     if tables.is_one(name):
-        return tables.source(name, options.label, options.drop, options.split_seed, options.group, _texts(options))
+        return tables.source(name, options.label, options.drop, options.split_seed, options.group, read_by)
     if options.tokenizer is not None:
         raise DataError(
             f"--tokenizer is for csv and parquet files with a column of texts; {name!r} is neither. A data set of your own gives `tokenizer`."

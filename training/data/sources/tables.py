@@ -61,11 +61,13 @@ def source(
     """
     kind, _, path = name.partition(":")
     if kind == "npz":
+        if texts is not None:
+            raise DataError("--tokenizer is for tables; an npz file holds token ids, and `vocabulary`, their number.")
         if group is not None:
             raise DataError("--group is for tables; an npz file holds the array `groups`, one value for each row of x.")
         return _npz(name, Path(path))
     if texts is not None:
-        return _texts(kind, Path(path), label or LABEL, texts, seed, group)
+        return _texts(kind, Path(path), label or LABEL, texts, drop, seed, group)
     return _table(name, kind, Path(path), label or LABEL, drop, seed, group)
 
 
@@ -84,6 +86,7 @@ def _npz(name: str, file: Path) -> Source:
     for split in SPLITS[1:]:
         if (own := _inputs(arrays, f"x_{split}")) is not None and f"y_{split}" in arrays:
             made[split] = own, arrays[f"y_{split}"]
+    _check_lengths(file, x, arrays)
     if "test" not in made:
         of_classes = (
             arrays["y"].argmax(axis=1)
@@ -102,6 +105,18 @@ def _npz(name: str, file: Path) -> Source:
         if extra in arrays:
             made[extra] = arrays[extra].tolist()
     return from_user(name, made)
+
+
+def _check_lengths(file: Path, x: Any, arrays: dict[str, Any]) -> None:
+    own = {f"x/{name}": array for name, array in x.items()} if isinstance(x, dict) else {"x": x}
+    own |= {name: arrays[name] for name in ("y", "groups", "weights") if name in arrays}
+    lengths = {name: len(array) if array.ndim else None for name, array in own.items()}
+    if len(set(lengths.values())) > 1 or None in lengths.values():
+        raise DataError(f"The arrays of {file} must have one row each for each training row; they have {lengths}.")
+    for split in SPLITS[1:]:
+        other = _inputs(arrays, f"x_{split}")
+        if other is not None and isinstance(other, dict) != isinstance(x, dict):
+            raise DataError(f"{file}: x has {'named' if isinstance(x, dict) else 'unnamed'} inputs, x_{split} has not.")
 
 
 def _inputs(arrays: dict[str, Any], name: str) -> Any:
@@ -158,14 +173,15 @@ def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], se
             encoded[split] = torch.from_numpy(fields.encode(rows, spec)), _labels(frame[label].to_list(), names)
         except FieldError as error:
             raise DataError(f"The {split} rows of {path}: {error}.") from None
-    groups = frames["train"][group].to_list() if group is not None else None
+    groups, own_notes = _groups_of(path, frames["train"], group), list[str]()
     if "test" not in encoded:
         x, y = encoded["train"]
         of_train, of_test = _split(y.numpy(), seed, groups)
         encoded |= {"train": (x[of_train], y[of_train]), "test": (x[of_test], y[of_test])}
         groups = groups and [groups[i] for i in of_train.tolist()]
+        own_notes = splitting.note(len(of_test), len(y), TEST, "test") if groups else []
     notes = [f"{len(columns)} columns become {spec.shape[0]} features; the class is {label!r}"]
-    notes += _shared_groups(group, frames)
+    notes += [*_shared_groups(group, frames), *own_notes]
     for field in described:
         seen = (
             {_text(value) if value is not None else "" for value in train[field.name].to_list()}
@@ -181,6 +197,14 @@ def _table(name: str, kind: str, path: Path, label: str, drop: Sequence[str], se
     return Source(parts, names, form=form, notes=tuple(notes), groups=groups)
 
 
+def _groups_of(path: Path, frame: Any, group: str | None) -> list[Any] | None:
+    if group is None:
+        return None
+    if gone := frame[group].null_count():
+        raise DataError(f"{gone} rows of {path} have no group in {group!r}; fill them in or leave these rows out.")
+    return frame[group].to_list()
+
+
 def _shared_groups(group: str | None, frames: dict[str, Any]) -> list[str]:
     own = {split: set(frame[group].to_list()) for split, frame in frames.items()} if group is not None else {}
     return [
@@ -190,7 +214,11 @@ def _shared_groups(group: str | None, frames: dict[str, Any]) -> list[str]:
     ]
 
 
-def _texts(kind: str, path: Path, label: str, texts: Texts, seed: int, group: str | None) -> Source:
+def _texts(
+    kind: str, path: Path, label: str, texts: Texts, drop: Sequence[str], seed: int, group: str | None
+) -> Source:
+    if drop:
+        raise DataError("--drop is for tables of features; of a table of texts only the text is used.")
     frames = _frames(kind, path)
     for split, frame in frames.items():
         for column in (texts.column, label, *([group] if group is not None else [])):
@@ -205,13 +233,14 @@ def _texts(kind: str, path: Path, label: str, texts: Texts, seed: int, group: st
         split: ([str(value) for value in frame[texts.column].to_list()], _labels(frame[label].to_list(), names))
         for split, frame in frames.items()
     }
-    groups = frames["train"][group].to_list() if group is not None else None
+    groups, own_notes = _groups_of(path, frames["train"], group), list[str]()
     if "test" not in parts:
         x, y = parts["train"]
         of_train, of_test = _split(y.numpy(), seed, groups)
         parts |= {"train": ([x[i] for i in of_train], y[of_train]), "test": ([x[i] for i in of_test], y[of_test])}
         groups = groups and [groups[i] for i in of_train.tolist()]
-    notes = [f"texts are in {texts.column!r}; the class is {label!r}", *_shared_groups(group, frames)]
+        own_notes = splitting.note(len(of_test), len(y), TEST, "test") if groups else []
+    notes = [f"texts are in {texts.column!r}; the class is {label!r}", *_shared_groups(group, frames), *own_notes]
     return Source(
         (parts["train"], parts.get("validation"), parts["test"]),
         names,

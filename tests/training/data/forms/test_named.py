@@ -49,7 +49,7 @@ def loaded(monkeypatch):
 
 def test_named_inputs_become_fields_and_bytes_become_pixels(loaded):
     assert loaded.input.fields == [
-        TableField(name="photo", shape=(1, 6, 6), low=0, high=1), TableField(name="age"), TableField(name="wave", shape=(2, 5)),
+        TableField(name="photo", shape=(1, 6, 6), low=0, high=1), TableField(name="age", shape=(1,)), TableField(name="wave", shape=(2, 5)),
     ]  # fmt: skip
     assert loaded.shape == (47,)
     assert loaded.test.images[3, :36].numpy() == pytest.approx(PHOTOS[203].ravel() / 255)
@@ -117,3 +117,25 @@ def test_a_network_without_these_names_is_refused(loaded):
     with pytest.raises(NetworkError, match=r"cannot be built|does not run"):
         networks.build("tests.training.other_networks:viewing", 3, loaded.input, {})
     assert networks.build("mlp", 3, loaded.input, {})(loaded.test.images[:2]).shape == (2, 3)
+
+
+def only_numbers(num_classes, input_shape):
+    assert input_shape == {"age": (1,), "size": (1,)}
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, num_classes)
+
+        def forward(self, age, size):
+            return self.layer(torch.cat([age, size], dim=1))
+
+    return Sum()
+
+
+def test_numbers_alone_are_passed_by_name_too(monkeypatch):
+    made = {name: ({"age": AGES[:40], "size": AGES[:40, None]}, LABELS[:40]) for name in ("train", "test")}
+    monkeypatch.setattr("training.data.sources.find.import_string", lambda _: lambda: made)
+    loaded = data.load(DataOptions("mine:parts"))
+    network = networks.build("tests.training.data.forms.test_named:only_numbers", 3, loaded.input, {})
+    assert network(loaded.test.images).shape == (40, 3)

@@ -135,3 +135,36 @@ def test_features_of_any_scale_keep_their_spread(tmp_path):
     assert found.std[0] == pytest.approx(1e-7, rel=0.1)
     assert found.mean[0] == pytest.approx(3e-6, rel=0.01)
     assert found.std[2] == 1.0  # a constant feature is left as it is
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"y": np.arange(21) % 2}, {"groups": np.arange(19)}, {"groups": np.array(1)}, {"weights": np.ones(3)}, {"x/b": np.ones((25, 1))},
+     {"x_test": np.ones((4, 2)), "y_test": np.arange(4) % 2}],
+)  # fmt: skip
+def test_arrays_of_different_lengths_are_refused(tmp_path, change):
+    arrays = {"x/a": np.ones((20, 2)), "x/b": np.ones((20, 1)), "y": np.arange(20) % 2, **change}
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(DataError, match=r"one row each|named inputs"):
+        data.load(DataOptions(f"npz:{tmp_path / 'd.npz'}"))
+
+
+def test_a_tokenizer_is_not_for_arrays_of_ids(tmp_path):
+    from training.data.forms import texts
+
+    (tmp_path / "t.json").write_bytes(texts.of_bytes())
+    np.savez(tmp_path / "d.npz", x=np.ones((20, 2)), y=np.arange(20) % 2)
+    with pytest.raises(DataError, match="--tokenizer is for tables"):
+        data.load(DataOptions(f"npz:{tmp_path / 'd.npz'}", tokenizer=str(tmp_path / "t.json")))
+
+
+def test_the_longest_text_may_be_in_any_split(tmp_path):
+    from training.data.forms import texts
+
+    (tmp_path / "t.json").write_bytes(texts.of_bytes())
+    lines = [f"{'a' * (1 + i)},{i % 2}" for i in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *lines]))
+    for seed in range(6):
+        found = data.load(DataOptions(f"csv:{tmp_path / 't.csv'}", tokenizer=str(tmp_path / "t.json"), split_seed=seed))
+        assert found.shape == (40,)
+        assert len(found.train) + len(found.validation) + len(found.test) == 40
