@@ -26,7 +26,7 @@ bento: $(VENV)/.installed  ## NAME=…: the service with one published ensemble,
 # The service's tests run once, where torch is not installed; here those that need more, and the service as a whole.
 # A thread a process: those of several processes on the same cores would wait for each other at every step.
 test: lint test-service  ## everything that must hold
-	$(PY) -m pytest tests/test_architecture.py tests/test_docs.py tests/models_store/test_decoding.py tests/models_store/graphs tests/models_store/decisions \
+	$(PY) -m pytest tests/test_architecture.py tests/test_docs.py tests/models_store/inputs/test_decoding.py tests/models_store/graphs tests/models_store/decisions \
 		tests/service/test_app.py tests/service/test_bad_input.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/training tests/benchmarks tests/modepath --numprocesses=auto --maxprocesses=8 --dist=worksteal
 

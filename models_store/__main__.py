@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from models_store import upkeep
 from models_store.decisions.calibrating import Labelled, calibrate, from_npz
 from models_store.errors import EnsembleNotFoundError, ModepathError, StoreError
 from models_store.importing import ImportOptions, import_members
@@ -196,6 +197,40 @@ def _labelled(version: Version, dataset: str | None) -> Labelled:
     return Labelled(images, labels, f"the validation split of {options.dataset}", seen)
 
 
+def _gc(store: Store, args: argparse.Namespace) -> int:
+    if args.keep < 1:
+        raise StoreError(f"--keep must be at least 1; got {args.keep}.")
+    found = upkeep.collect_garbage(store, args.keep, dry=args.dry_run)
+    if found.damaged:
+        name, why = next(iter(found.damaged.items()))
+        raise StoreError(
+            f"{name} cannot be read, so that what it is based on is unknown, and nothing was removed: {why} Repair it, or remove its folder."
+        )
+    for name, why in found.kept.items():
+        print(f"kept {name}: {why}")
+    for name in found.done:
+        print(f"{'would remove' if args.dry_run else 'removed'} {name}")
+    return 0
+
+
+def _backup(store: Store, args: argparse.Namespace) -> int:
+    return _copied(upkeep.copy_all(store, Store(args.dir)), args.dir)
+
+
+def _restore(store: Store, args: argparse.Namespace) -> int:
+    if not args.dir.is_dir():
+        raise StoreError(f"{args.dir} is not a folder.")
+    return _copied(upkeep.copy_all(Store(args.dir), store), store.root)
+
+
+def _copied(found: upkeep.Outcome, where: Path) -> int:
+    for name in found.done:
+        print(f"copied {name} to {where}")
+    for name, why in found.damaged.items():
+        print(f"error: {name} was not copied: {why}", file=sys.stderr)
+    return 1 if found.damaged else 0
+
+
 def _export(store: Store, args: argparse.Namespace) -> int:
     version = store.resolve(args.name)
     store.verify(version)
@@ -296,6 +331,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--no-activate", action="store_true", help="publish without serving it")
     command.set_defaults(run=_calibrate)
+
+    command = commands.add_parser(
+        "gc", help="remove old versions; never those that are active, or that another version was trained from"
+    )
+    command.add_argument(
+        "--keep", type=int, required=True, metavar="N", help="newest versions of each ensemble that stay"
+    )
+    command.add_argument("--dry-run", action="store_true", help="only show what would be removed")
+    command.set_defaults(run=_gc)
+
+    command = commands.add_parser(
+        "backup", help="copy all versions that DIR lacks into it, and what is active; a service may run meanwhile"
+    )
+    command.add_argument("dir", metavar="DIR", type=Path)
+    command.set_defaults(run=_backup)
+
+    command = commands.add_parser(
+        "restore", help="the reverse of backup: copy what the store lacks from DIR, and activate what is active there"
+    )
+    command.add_argument("dir", metavar="DIR", type=Path)
+    command.set_defaults(run=_restore)
 
     command = commands.add_parser("export", help="copy a version into a folder, which becomes a complete store")
     command.add_argument("name", metavar="NAME[@VERSION]")

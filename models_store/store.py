@@ -303,8 +303,8 @@ class Store:
             files.write(staged / MANIFEST, content)
         return self._put(staged, manifest, hashlib.sha256(content).hexdigest(), activate=activate)
 
-    def adopt(self, version: Version) -> Version:
-        """Publish and activate a copy of another store's version, with the same name and number.
+    def adopt(self, version: Version, *, activate: bool = True) -> Version:
+        """Publish, and by default activate, a copy of another store's version, with the same name and number.
 
         Raises:
             StoreError: this store already has that version.
@@ -323,7 +323,7 @@ class Store:
                 ):
                     shutil.copyfileobj(source, copy, 2**20)
             self.verify(Version(staged, version.manifest, version.digest))
-            return self._put(staged, version.manifest, version.digest, activate=True)
+            return self._put(staged, version.manifest, version.digest, activate=activate)
 
     def activate(self, name: str, version: int) -> None:
         """Serve this version from now on.
@@ -364,6 +364,30 @@ class Store:
             return False
         self.load(name, version)
         return self._activate(name, version, only_pending=True)
+
+    def remove(self, name: str, version: int) -> bool:
+        """Remove a published version, unless it is active or about to be. Its number is not given again.
+
+        Returns:
+            Whether it was removed.
+
+        Raises:
+            StoreReadError: the activation cannot be read.
+            StoreWriteError: the store cannot be written.
+        """
+        home = self._folder(name)
+        with files.writing(self.root), self._publishers_lock(name):
+            with self._activations.lock():
+                if version in (self._activations.active(name), self._activations.pending(name)):
+                    return False
+                # A reader sees the whole version or none. If this process is killed, the next publisher removes the rest.
+                gone = home / f"{_STAGING_PREFIX}removed-{version}"
+                shutil.rmtree(gone, ignore_errors=True)
+                numbering.give_number(self.root, name, version)
+                (home / str(version)).rename(gone)
+                files.sync(home)
+            shutil.rmtree(gone)
+        return True
 
     # Checking
 

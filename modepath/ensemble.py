@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from models_store import decoding
 from models_store.decisions.calibration import Calibration, by_probability, decide, load_calibrations, uniform
 from models_store.decisions.conformal import Method
 from models_store.decisions.leaving import Rule, steps
 from models_store.errors import DecodeError, TextError
 from models_store.graphs.runtime import EnsembleSession, Group
-from models_store.inputs import fields, kinds
+from models_store.inputs import decoding, fields, kinds
 from models_store.inputs.texts import Tokenizer
 from models_store.manifest import TOKENIZER_FILE, InputSpec, Manifest
 from models_store.store import Store, Version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -16,11 +17,13 @@ from training import logger
 from training.errors import TrainingError
 
 C = TypeVar("C")
+TERMINATED = 128 + signal.SIGTERM  # the exit code that a shell reports for it, too
 
 
 def main(config: type[C], run: Callable[[C], Any], description: str | None) -> NoReturn:
-    """Parse, run and exit: with code 0 on success, 2 on an error that the user can correct, 130 when interrupted."""
+    """Parse, run and exit: with code 0 on success, 2 on an error that the user can correct, 130 when interrupted, 143 on SIGTERM."""
     show_log()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         run(tyro.cli(config, description=description, config=(tyro.conf.AvoidSubcommands,)))
     except (TrainingError, StoreError, ProviderError) as error:
@@ -31,10 +34,19 @@ def main(config: type[C], run: Callable[[C], Any], description: str | None) -> N
         _fail(
             f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space or fix permissions; the same command resumes."
         )
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last finished epoch", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, _TerminatedError) as stopped:
+        told = "stopped by SIGTERM" if isinstance(stopped, _TerminatedError) else "interrupted"
+        print(f"{told}; the same command resumes from the last finished epoch", file=sys.stderr)
+        sys.exit(TERMINATED if isinstance(stopped, _TerminatedError) else 130)
     sys.exit(0)
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM arrived, as on a machine that is about to be taken away. Not an Exception, which code on the way may catch."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _TerminatedError
 
 
 def show_log() -> None:

@@ -19,9 +19,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from models_store import decoding
 from models_store.errors import DecodeError, FieldError, TextError
-from models_store.inputs import fields, kinds
+from models_store.inputs import decoding, fields, kinds
 from models_store.inputs.kinds import Inputs
 from models_store.inputs.texts import Tokenizer
 from models_store.manifest import InputSpec

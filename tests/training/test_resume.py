@@ -1,5 +1,8 @@
 """Every method, killed at any moment: the repeated command publishes the same bits as an uninterrupted one."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -73,3 +76,26 @@ def test_killed_and_taken_up_again_it_publishes_the_same_bits(method, tmp_path):
     assert not list(store.root.glob("r/.staging-*"))
     assert "already finished: this run published r@1" in run(method, tmp_path / "again.log")
     assert store.versions("r") == [1]
+
+
+def test_stopped_by_sigterm_it_says_so_with_its_own_exit_code_and_resumes_bit_identically(tmp_path):
+    command = [sys.executable, "-m", "training.fge", *COMMON, *OPTIONS["fge"].split()]
+
+    def environment(name):
+        return {**os.environ, "MODELS_STORE": str(tmp_path / name), "MODEPATH_RUNS": str(tmp_path / f"{name}-runs")}
+
+    subprocess.run(command, env=environment("calm"), cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen(
+        command, env=environment("stopped"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while "epoch 2/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.strip().splitlines()[-1] == "stopped by SIGTERM; the same command resumes from the last finished epoch"
+    assert "Traceback" not in said
+    again = subprocess.run(command, env=environment("stopped"), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "resuming" in again.stdout
+    assert contents(Store(tmp_path / "calm")) == contents(Store(tmp_path / "stopped"))

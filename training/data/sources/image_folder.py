@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from models_store import decoding
 from models_store.errors import DecodeError
+from models_store.inputs import decoding
 from models_store.manifest import InputSpec
 from training.data import splitting
 from training.data.augment import Augment

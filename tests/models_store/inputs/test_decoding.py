@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from models_store.decoding import open_image, to_array
 from models_store.errors import DecodeError
+from models_store.inputs.decoding import open_image, to_array
 from models_store.manifest import InputSpec
 
 GREY = InputSpec(shape=(1, 4, 6))
