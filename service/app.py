@@ -100,7 +100,11 @@ class _Routes:
             Route("/ensembles/{name}", self.show_ensemble, methods=["GET"]),
             Route("/ensembles/{name}/versions", self.versions, methods=["GET"]),
             Route("/ensembles/{name}/path", self.path, methods=["POST"]),
-            Route("/ensembles/{name}/activate", self.activate, methods=["POST"]),
+            *(
+                []
+                if self._worker.guard is None
+                else [Route("/ensembles/{name}/activate", self.activate, methods=["POST"])]
+            ),
             *([] if self._settings.metrics_port else [Route("/metrics", show_metrics, methods=["GET"])]),
             Route("/livez", livez, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
@@ -309,10 +313,6 @@ class _Routes:
     async def activate(self, request: Request) -> Response:
         """POST /ensembles/{name}/activate: serve another published version."""
         worker, name = self._worker, request.path_params["name"]
-        if worker.guard is None:
-            raise ForbiddenError(
-                "Versions are activated over HTTP only where API keys are configured (MODEPATH_KEYS_FILE), with one of the scope admin."
-            )
         _refuse_coded(request)
         async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
             wanted = activation.parse(request.headers.get("content-type", ""), bytes(body.data))

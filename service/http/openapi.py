@@ -112,7 +112,6 @@ def document(
             "get": {**_get("Its newest published versions", "VersionList", 403, 404, 503, 504), "parameters": [name]}
         },
         "/ensembles/{name}/path": {"post": {**predict, **path, "parameters": [name]}},
-        "/ensembles/{name}/activate": {"post": {**_ACTIVATE, "parameters": [name]}},
         "/livez": {"get": _get("Whether the process answers", "Status")},
         "/readyz": {"get": _get("Whether a request would be answered", "Status", 503)},
         "/docs.json": {"get": _get("This document", None)},
@@ -126,6 +125,7 @@ def document(
             }
         }
     if has_keys:
+        paths["/ensembles/{name}/activate"] = {"post": {**_ACTIVATE, "parameters": [name]}}
         _require_keys(paths)
     components: dict[str, Any] = {"schemas": schemas}
     if has_keys:
@@ -184,13 +184,18 @@ def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -
         "maxItems": max_rows,
         "items": {"type": "string", "contentEncoding": "base64", "format": "base64-image"},
     }
-    properties["texts"] = {
-        "description": properties["texts"]["description"],
-        "type": "array",
-        "minItems": 1,
-        "maxItems": max_rows,
-        "items": {"type": "string", "minLength": 1},
-    }
+    forms = ["inputs", "images"]
+    about = properties.pop("texts")["description"]
+    if any(spec.tokenizer for spec in specs.values()):
+        forms.append("texts")
+        items = {"type": "string", "minLength": 1}
+        properties["texts"] = {
+            "description": about,
+            "type": "array",
+            "minItems": 1,
+            "maxItems": max_rows,
+            "items": items,
+        }
     properties["ensemble"] = {
         "description": properties["ensemble"]["description"],
         "anyOf": [{"type": "string", "enum": [manifest.name for manifest in served]}, {"type": "null"}],
@@ -198,7 +203,7 @@ def _either(schema: dict[str, Any], served: Sequence[Manifest], max_rows: int) -
     return {
         **schema,
         "properties": properties,
-        "oneOf": [{"required": ["inputs"]}, {"required": ["images"]}, {"required": ["texts"]}],
+        "oneOf": [{"required": [form]} for form in forms],
     }
 
 

@@ -75,7 +75,7 @@ def requests(*, body_limit, rows_limit, elsewhere):
     image = good[0].tolist()
     text = base64.b64encode(picture()).decode()
     large = b'{"inputs": ' + b"0" * body_limit + b"}"
-    bomb = png(5000, 5000, zlib.compress(bytes(5001 * 5000)))
+    bomb = png(6000, 6000, zlib.compress(bytes(6001 * 6000)))
     found = {
         "wrong rank": of_json({"inputs": image}),
         "rank 0": of_json({"inputs": 0.5}),
@@ -156,7 +156,7 @@ def requests(*, body_limit, rows_limit, elsewhere):
         "truncated JPEG": encoded(picture("JPEG", (64, 64))[:300], media_type="image/jpeg"),
         "PNG of another size": encoded(picture(size=(9, 9))),
         "PNG of 50 000 × 50 000": encoded(png(50_000, 50_000)),
-        "PNG of 5000 × 5000 zeros": encoded(bomb, 413),
+        "PNG of 6000 × 6000 zeros": encoded(bomb, 413),
         "many PNGs of 3000 × 3000 zeros": of_json(
             {"images": [base64.b64encode(png(3000, 3000, zlib.compress(bytes(3001 * 3000)))).decode()] * 5}, 413
         ),

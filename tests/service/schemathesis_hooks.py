@@ -31,6 +31,8 @@ def image(kind):
 schemathesis.openapi.media_type("application/x-npy", pixels.map(npy))
 schemathesis.openapi.media_type("image/png", image("PNG"))
 schemathesis.openapi.media_type("image/jpeg", image("JPEG"))
+schemathesis.openapi.media_type("image/webp", image("WEBP"))
+schemathesis.openapi.media_type("application/octet-stream", pixels.map(npy) | image("PNG"))
 schemathesis.openapi.format("base64-image", image("PNG").map(lambda encoded: base64.b64encode(encoded).decode()))
 
 
