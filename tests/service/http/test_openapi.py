@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jsonschema
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from service.http import openapi
 from service.operations.settings import Settings
 from tests.onnx_members import SHAPE, publish
 
-ROUTES = _Routes(Settings(), None).all()
+
+def routes(guard):
+    return _Routes(Settings(), SimpleNamespace(guard=guard)).all()
 
 
 @pytest.fixture
@@ -19,13 +23,18 @@ def document(served=(), **options):
     return openapi.document(served, ["average"], 5, **{"has_metrics": True, **options})
 
 
-def test_it_names_every_route_and_method():
-    documented = {(path, method.upper()) for path, methods in document()["paths"].items() for method in methods}
+@pytest.mark.parametrize("guard", [None, "keys"])
+def test_it_names_every_route_and_method(guard):
+    found = document(has_keys=guard is not None)
+    documented = {(path, method.upper()) for path, methods in found["paths"].items() for method in methods}
     pages = {"/", "/ui", "/ui/{name}", "/docs", "/docs/{name}"}  # for people
-    routes = {
-        (route.path, method) for route in ROUTES for method in route.methods - {"HEAD"} if route.path not in pages
+    there = {
+        (route.path, method)
+        for route in routes(guard)
+        for method in route.methods - {"HEAD"}
+        if route.path not in pages
     }
-    assert documented == routes
+    assert documented == there
     assert "/metrics" not in document(has_metrics=False)["paths"]
 
 
