@@ -11,8 +11,9 @@ import fcntl
 import mmap
 import os
 import struct
-import tempfile
 import time
+
+from service.operations import memory
 
 SHARED = "MODEPATH_QUOTA"  # the file descriptor of the buckets, which workers inherit
 SLOTS = 2048  # twice as many as keys
@@ -37,13 +38,7 @@ class Quota:
     @classmethod
     def make(cls) -> Quota:
         """Create full buckets for all workers that are started from now on. Called in the process that starts them."""
-        if hasattr(os, "memfd_create"):
-            file = os.memfd_create("modepath-quota")
-        else:
-            with tempfile.TemporaryFile() as made:
-                file = os.dup(made.fileno())
-        os.write(file, bytes(SLOTS * _slot.size))
-        os.set_inheritable(file, True)
+        file = memory.shared_file("modepath-quota", SLOTS * _slot.size)
         os.environ[SHARED] = str(file)
         return cls(file)
 

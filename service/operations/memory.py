@@ -1,9 +1,11 @@
-"""How much memory this process may still take, with regard to the limits of its container; and giving memory back."""
+"""Memory: how much this process may still take in its container, memory that processes share, and giving memory back."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import tempfile
 from pathlib import Path
 
 import psutil  # comes with bentoml
@@ -47,6 +49,21 @@ def _left(folder: Path) -> int:
     wanted = "inactive_file" if new else "total_inactive_file"  # file cache, which the kernel frees on demand
     lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
     return limit - used + sum(int(value) for name, value in lines if name == wanted)
+
+
+def shared_file(name: str, size: int) -> int:
+    """Create zeroed memory that child processes inherit, and return its file descriptor.
+
+    It is not a file on a disk, so neither a full disk nor a cleaner of /tmp affects it.
+    """
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create(name)
+    else:
+        with tempfile.TemporaryFile() as made:
+            file = os.dup(made.fileno())
+    os.write(file, bytes(size))
+    os.set_inheritable(file, True)
+    return file
 
 
 def release() -> None:

@@ -14,10 +14,11 @@ import mmap
 import os
 import signal
 import struct
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection
+
+from service.operations import memory
 
 SHARED = "MODEPATH_SUPERVISOR"  # process id of the supervisor, and the board's file descriptor, which workers inherit
 SECONDS = 1.0  # interval in which workers count, and in which the supervisor checks the counts
@@ -38,13 +39,7 @@ class Board:
     @classmethod
     def make(cls) -> Board:
         """Create a board for all workers that are started from now on. Called in the supervisor."""
-        if hasattr(os, "memfd_create"):
-            file = os.memfd_create("modepath")
-        else:
-            with tempfile.TemporaryFile() as made:
-                file = os.dup(made.fileno())
-        os.write(file, bytes(LINES * _line.size))
-        os.set_inheritable(file, True)
+        file = memory.shared_file("modepath", LINES * _line.size)
         os.environ[SHARED] = f"{os.getpid()}:{file}"
         return cls(file)
 
