@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from models_store import upkeep
 from models_store.decisions.calibrating import Labelled, calibrate, from_npz
 from models_store.errors import EnsembleNotFoundError, ModepathError, StoreError
 from models_store.importing import ImportOptions, import_members
+from models_store.records.rollout import RollOut, Rule
 from models_store.reports.card import card
 from models_store.reports.differences import differences, table
 from models_store.store import Store, Version
@@ -49,8 +52,9 @@ def _list(store: Store, args: argparse.Namespace) -> int:
         except StoreError as error:
             active = None
             print(f"  {name}  damaged: {error}")
+        canary = _canary(store, name)
         for number in versions:
-            mark = "*" if number == active else " "
+            mark = "*" if number == active else "~" if number == canary else " "
             try:
                 manifest = store.load(name, number).manifest
                 scores = f"validation accuracy {manifest.validation.accuracy:.4f}" if manifest.validation else ""
@@ -108,6 +112,44 @@ def _activate(store: Store, args: argparse.Namespace) -> int:
     store.verify(store.load(args.name, args.version))
     store.activate(args.name, args.version)
     print(f"{args.name}@{args.version} is active")
+    return 0
+
+
+def _canary(store: Store, name: str) -> int | None:
+    try:
+        plan = store.roll_out(name)
+    except StoreError as error:
+        print(f"  {name}  damaged: {error}")
+        return None
+    return None if plan is None or plan.ended else plan.version
+
+
+def _roll_out(store: Store, args: argparse.Namespace) -> int:
+    if args.end:
+        ended = store.end_roll_out(args.name)
+        print(f"the roll-out of {args.name} {'has ended' if ended else 'had ended before'}")
+        return 0
+    if args.version is not None:
+        try:
+            rule = Rule(
+                errors=args.max_errors, disagreement=args.max_disagreement, slowdown=args.max_slowdown, requests=args.judge_after
+            )  # fmt: skip
+            plan = RollOut(version=args.version, share=args.share, shadow=args.shadow, rule=rule)
+        except ValidationError as error:
+            first = error.errors()[0]
+            named = ".".join(map(str, first["loc"])) or "options"
+            raise StoreError(f"{named}: {first['msg'].removeprefix('Value error, ')}.") from None
+        store.verify(store.load(args.name, args.version))
+        store.begin_roll_out(args.name, plan)
+    elif (found := store.roll_out(args.name)) is None:
+        print(f"{args.name} has no canary")
+        return 0
+    else:
+        plan = found
+    state = f"ROLLED BACK, because {plan.ended}" if plan.ended else "going on"
+    print(
+        f"{args.name}@{plan.version}: answers {plan.share:g} of the callers, compared on {plan.shadow:g} of the requests: {state}"
+    )
     return 0
 
 
@@ -248,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("list", help="every version; * is active")
+    command = commands.add_parser("list", help="every version; * is active, ~ a canary")
     command.add_argument("--quiet", action="store_true", help="names only")
     command.set_defaults(run=_list)
 
@@ -264,6 +306,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME")
     command.add_argument("version", metavar="VERSION", type=int)
     command.set_defaults(run=_activate)
+
+    rule = Rule()
+    command = commands.add_parser(
+        "rollout", help="let a version be a canary beside the active one; without VERSION, show the canary"
+    )
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("version", metavar="VERSION", type=int, nargs="?")
+    command.add_argument("--share", type=float, default=0.0, help="share of the callers that it answers, 0 to 1")
+    command.add_argument(
+        "--shadow", type=float, default=0.0, help="share of the requests that both versions compute, to be compared"
+    )
+    command.add_argument(
+        "--max-errors", type=float, default=rule.errors, help="roll back if it fails a larger share of its requests (default: %(default)s)"
+    )  # fmt: skip
+    command.add_argument(
+        "--max-disagreement", type=float, default=rule.disagreement,
+        help="roll back if both versions label a larger share of the compared rows differently (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-slowdown", type=float, default=rule.slowdown,
+        help="roll back if it takes more times the active version's time per row (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--judge-after", type=int, default=rule.requests, metavar="N", help="requests, or rows, that shares are judged on (default: %(default)s)"
+    )  # fmt: skip
+    command.add_argument("--end", action="store_true", help="end the roll-out; the active version answers all callers")
+    command.set_defaults(run=_roll_out)
 
     command = commands.add_parser("deactivate", help="serve no version of this ensemble; its versions stay published")
     command.add_argument("name", metavar="NAME")

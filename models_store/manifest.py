@@ -46,6 +46,7 @@ Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
 CALIBRATION_FILE = "calibration.safetensors"
 NOVELTY_FILE = "novelty.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+EXAMPLES_FILE = "examples.safetensors"
 BANK_FILES = ("bank/template.onnx", "bank/vertices.safetensors", "bank/points.safetensors")
 
 

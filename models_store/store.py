@@ -22,8 +22,7 @@ from pathlib import Path
 
 import platformdirs
 
-from models_store import files, numbering
-from models_store.activation import Activations
+from models_store import examples, files
 from models_store.bank import check_bank
 from models_store.decisions.calibration import load_answers
 from models_store.errors import (
@@ -37,6 +36,9 @@ from models_store.errors import (
 from models_store.graphs.novelty import Detector
 from models_store.graphs.onnx_contract import MAX_MODEL_BYTES, check_member
 from models_store.manifest import MAX_BYTES, Draft, Manifest
+from models_store.records import numbering
+from models_store.records.activation import Activations
+from models_store.records.rollout import RollOut, RollOuts
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MANIFEST = "manifest.json"
@@ -86,6 +88,7 @@ class Store:
                 "set $MODELS_STORE to a folder of a file system."
             )
         self._activations = Activations(self.root)
+        self._roll_outs = RollOuts(self.root)
 
     # Reading
 
@@ -153,6 +156,16 @@ class Store:
         """
         self._folder(name)
         return self._activations.token(name)
+
+    def roll_out(self, name: str) -> RollOut | None:
+        """The latest roll-out of `name`, also if it was rolled back; None if there is none.
+
+        Raises:
+            CorruptionError: the file is not a roll-out.
+            StoreReadError: the file cannot be read.
+        """
+        self._folder(name)
+        return self._roll_outs.read(name)
 
     def load(self, name: str, version: int | None = None) -> Version:
         """Read the manifest of a version (default: the active version).
@@ -268,11 +281,13 @@ class Store:
                 with files.writing(self.root):
                     raise
 
-    def publish(self, name: str, staged: Path, draft: Draft, *, activate: bool = True) -> Version:
+    def publish(
+        self, name: str, staged: Path, draft: Draft, *, activate: bool = True, self_test: bool = True
+    ) -> Version:
         """Turn a staged folder into the next version. Call it inside `staging`.
 
         Every file is checked and hashed, then the manifest is written, then the folder is renamed. So a reader sees
-        either the whole version or none.
+        either the whole version or none. Without `self_test` the members are not run, and the version has no examples.
 
         Raises:
             MemberError: a member breaks FORMAT.md.
@@ -286,6 +301,8 @@ class Store:
             load_answers(staged, draft.calibration.ways, draft.calibration.images, len(draft.classes))
             Detector.load(staged, draft)
         with files.writing(self.root):
+            if self_test:
+                examples.write(staged, draft)
             version = numbering.next_number(self.root, name)
             hashes = {path: files.sha256(staged / path, _most_bytes(path)) for path in _files(staged)}
             manifest = Manifest(
@@ -347,8 +364,62 @@ class Store:
             self._records()
             with self._activations.lock():
                 names = self.names()
+                self._roll_outs.remove(name)
                 self._activations.remove(name)
                 self._activations.settle(name, names)
+
+    def begin_roll_out(self, name: str, one: RollOut) -> None:
+        """Let a published version be the canary beside the active one. It replaces an earlier roll-out.
+
+        Raises:
+            EnsembleNotFoundError: no such version, or no version is active.
+            StoreError: the version is the active one, or takes other inputs, so that it cannot answer the same requests.
+            StoreWriteError: the store cannot be written.
+        """
+        new, active = self.load(name, one.version).manifest, self.load(name).manifest
+        if new.version == active.version:
+            raise StoreError(f"{name}@{one.version} is active already, so there is nothing to roll out.")
+        if new.input != active.input or new.classes != active.classes:
+            what = "inputs" if new.input != active.input else "classes"
+            raise StoreError(
+                f"{name}@{new.version} has other {what} than the active version {active.version}, so its answers cannot stand for one another. "
+                f"Publish it under another name, or activate it: python -m models_store activate {name} {new.version}"
+            )
+        with files.writing(self.root, lambda: f"The roll-out of {name}@{one.version} may not have begun."):
+            self._records()
+            with self._activations.lock():
+                self._roll_outs.write(name, one)
+
+    def end_roll_out(self, name: str, why: str | None = None, only: str | None = None) -> bool:
+        """End the roll-out of an ensemble: the active version answers all requests again.
+
+        Args:
+            name: the ensemble.
+            why: the reason, which is kept in the store; None: the roll-out is removed.
+            only: id of the roll-out to end; None: whichever there is.
+
+        Returns:
+            Whether there was one to end.
+
+        Raises:
+            StoreWriteError: the store cannot be written.
+        """
+        self._folder(name)
+        with files.writing(self.root, lambda: f"The roll-out of {name} may go on."):
+            self._records()
+            with self._activations.lock():
+                try:
+                    found = self._roll_outs.read(name)
+                except CorruptionError:
+                    self._roll_outs.remove(name)
+                    return True
+                if found is None or found.ended or (only is not None and found.id != only):
+                    return False
+                if why is None:
+                    self._roll_outs.remove(name)
+                else:
+                    self._roll_outs.write(name, found.model_copy(update={"ended": why}))
+        return True
 
     def finish_activation(self, name: str, version: int) -> bool:
         """Activate a version whose publisher was stopped before it could. A version activated since then stays active.
@@ -366,7 +437,7 @@ class Store:
         return self._activate(name, version, only_pending=True)
 
     def remove(self, name: str, version: int) -> bool:
-        """Remove a published version, unless it is active or about to be. Its number is not given again.
+        """Remove a published version, unless it is active, about to be, or a canary. Its number is not given again.
 
         Returns:
             Whether it was removed.
@@ -378,7 +449,7 @@ class Store:
         home = self._folder(name)
         with files.writing(self.root), self._publishers_lock(name):
             with self._activations.lock():
-                if version in (self._activations.active(name), self._activations.pending(name)):
+                if version in (self._activations.active(name), self._activations.pending(name), self._canary(name)):
                     return False
                 # A reader sees the whole version or none. If this process is killed, the next publisher removes the rest.
                 gone = home / f"{_STAGING_PREFIX}removed-{version}"
@@ -475,6 +546,7 @@ class Store:
                 if only_pending and self._activations.pending(name) != version:
                     return False
                 names = self.names()
+                self._roll_outs.remove(name)  # before: it was beside another active version
                 self._activations.replace(name, version)
                 replaced = True
                 self._activations.settle(name, names)
@@ -490,6 +562,13 @@ class Store:
             except StoreError:
                 pass  # it was damaged since then and cannot be served
         self._activations.retract(name)
+
+    def _canary(self, name: str) -> int | None:
+        try:
+            found = self._roll_outs.read(name)
+        except CorruptionError:
+            return None
+        return None if found is None or found.ended else found.version
 
     def _may_hold_versions(self, name: str) -> bool:
         try:

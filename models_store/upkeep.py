@@ -24,7 +24,7 @@ class Outcome:
 
 
 def collect_garbage(store: Store, keep: int, *, dry: bool = False) -> Outcome:
-    """Remove the versions of each ensemble but the newest ones, those that are active, and those that others are based on.
+    """Remove the versions of each ensemble but the newest ones, those that are active or canaries, and those that others are based on.
 
     Nothing is removed while a manifest cannot be read: what it is based on is then unknown.
 
@@ -52,8 +52,10 @@ def collect_garbage(store: Store, keep: int, *, dry: bool = False) -> Outcome:
             shown = f"{name}@{version}"
             if (name, version) in bases:
                 outcome.kept[shown] = f"{bases[name, version]} is based on it"
-            elif _active(store, name) == version or not (dry or store.remove(name, version)):
+            elif _active(store, name) == version:
                 outcome.kept[shown] = "it is active"
+            elif not (dry or store.remove(name, version)):
+                outcome.kept[shown] = "it is a canary, or was just activated"
             else:
                 outcome.done.append(shown)
     return outcome

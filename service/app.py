@@ -36,6 +36,7 @@ from service.http.bodies import Asked, read_request
 from service.http.connections import LEFT
 from service.http.errors import (
     BadRequestError,
+    BrokenEnsembleError,
     DeadlineError,
     ForbiddenError,
     MediaTypeError,
@@ -103,7 +104,10 @@ class _Routes:
             *(
                 []
                 if self._worker.guard is None
-                else [Route("/ensembles/{name}/activate", self.activate, methods=["POST"])]
+                else [
+                    Route("/ensembles/{name}/activate", self.activate, methods=["POST"]),
+                    Route("/ensembles/{name}/rollout", self.roll_out, methods=["GET", "PUT", "DELETE"]),
+                ]
             ),
             *([] if self._settings.metrics_port else [Route("/metrics", show_metrics, methods=["GET"])]),
             Route("/livez", livez, methods=["GET"]),
@@ -151,31 +155,30 @@ class _Routes:
             read = partial(read_request, content_type, query, body.data, specs, worker.limits.rows)
             asked = await worker.offload.run(body, read) if large else read()
             options = asked.options
-            ensemble = worker.ensembles.get(options.ensemble)
-            mode = ensemble.mode(options.mode)
-            _refuse_members(ensemble, mode, options)
-            ensemble.decisions.check(mode, options)
-            ensemble.session(mode, options.rule)
+            active = worker.ensembles.get(options.ensemble)
+            caller, given_id = self._caller(request), _given_id(request)
+            ensemble, mode = _choice(worker, active, options, caller or given_id or "")
             images = await _images(worker, body, asked, ensemble)
             self._bound_answer(ensemble, len(images), options.members)
             key = request.scope.get(KEY)
             if worker.guard is not None:
                 worker.guard.charge(key, len(images))
-            draw = partial(ensemble.rows, mode, images, self._caller(request))
-            rows = (
-                await worker.offload.run(body, draw)
-                if mode not in TOGETHER and images.nbytes > INLINE_BYTES
-                else draw()
-            )
             decode_seconds = time.perf_counter() - began
+            ask = partial(self._asked, body, mode, options, images, caller)
             try:
-                answer = await worker.batcher.run(ensemble.session(mode, options.rule), rows)
+                try:
+                    rows, answer = await ask(ensemble)
+                except BrokenEnsembleError as error:
+                    if ensemble is active:
+                        raise
+                    worker.roll_outs.failed(active, error)
+                    ensemble, mode = active, _check(active, options)
+                    rows, answer = await ask(ensemble)
             except ServiceError:  # what was not answered does not count
                 if worker.guard is not None:
                     worker.guard.charge(key, -len(images))
                 raise
             request_id = new_id(time.time())
-            given_id = _given_id(request)
             if (log_fields := request.scope.get("log_fields")) is not None:
                 manifest = ensemble.manifest
                 log_fields |= {
@@ -195,8 +198,18 @@ class _Routes:
                 worker.tracer.predicted(
                     request.headers, attributes, decode_seconds, answer, time.perf_counter() - written
                 )
+        worker.roll_outs.answered(active, ensemble, mode, images)
         headers = {"X-Request-ID": given_id} if given_id else None
         return Response(reply, media_type="application/json", headers=headers)
+
+    async def _asked(
+        self, body: Body, mode: Mode, options: Options, images: Images, caller: str, ensemble: Ensemble
+    ) -> tuple[Rows, Answer]:
+        """Run one version on the images of a request."""
+        worker, draw = self._worker, partial(ensemble.rows, mode, images, caller)
+        large = mode not in TOGETHER and images.nbytes > INLINE_BYTES
+        rows = await worker.offload.run(body, draw) if large else draw()
+        return rows, await worker.batcher.run(ensemble.session(mode, options.rule), rows)
 
     async def feedback(self, request: Request) -> Response:
         """POST /feedback."""
@@ -320,6 +333,21 @@ class _Routes:
         log.info("%s@%d activated by the key %s", name, wanted.version, request.scope[KEY].name)
         return _json(found)
 
+    async def roll_out(self, request: Request) -> Response:
+        """GET, PUT and DELETE /ensembles/{name}/rollout: the canary of an ensemble."""
+        worker, name, store = self._worker, request.path_params["name"], Store(self._settings.store)
+        _refuse_coded(request)
+        async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
+            if request.method == "PUT":
+                plan = activation.parse_roll_out(request.headers.get("content-type", ""), bytes(body.data))
+                await asyncio.to_thread(activation.begin_roll_out, store, name, plan)
+                log.info("the key %s made %s@%d a canary", request.scope[KEY].name, name, plan.version)
+            elif request.method == "DELETE":
+                await asyncio.to_thread(activation.end_roll_out, store, name)
+                log.info("the key %s ended the roll-out of %s", request.scope[KEY].name, name)
+            plan = await asyncio.to_thread(activation.read_roll_out, store, name)
+        return _json(activation.RollOutInfo.of(name, plan, None if plan is None else worker.roll_outs.tally(plan)))
+
     async def list_ensembles(self, request: Request) -> Response:
         """GET /ensembles."""
         return _json(EnsembleList(ensembles=[self._info(ensemble) for ensemble in self._worker.ensembles.all()]))
@@ -387,6 +415,26 @@ async def _images(worker: Worker, body: Body, asked: Asked, ensemble: Ensemble) 
     long = asked.encoded or len(body.data) > INLINE_BYTES or asked.named * len(spec.fields or ()) > INLINE_NUMBERS
     found = await worker.offload.run(body, opened) if long else opened()
     return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
+
+
+def _choice(worker: Worker, active: Ensemble, options: Options, caller: str) -> tuple[Ensemble, Mode]:
+    """Return the version that answers a request, and the mode: the active one, too, where its canary cannot do what is asked."""
+    chosen = worker.roll_outs.choose(active, options.mode, caller)
+    if chosen is not active:
+        try:
+            return chosen, _check(chosen, options)
+        except BadRequestError:  # it has no calibration or cascade, for example
+            pass
+    return active, _check(active, options)
+
+
+def _check(ensemble: Ensemble, options: Options) -> Mode:
+    """Check that an ensemble can do what is asked, and return the mode."""
+    mode = ensemble.mode(options.mode)
+    _refuse_members(ensemble, mode, options)
+    ensemble.decisions.check(mode, options)
+    ensemble.session(mode, options.rule)
+    return mode
 
 
 def _given_id(request: Request) -> str | None:

@@ -15,6 +15,7 @@ from service.access.hosts import is_local
 from service.access.quota import Quota
 from service.app import create_app
 from service.inference import verdicts
+from service.inference.rollout import RollOuts
 from service.operations import log_writer, metrics
 from service.operations.settings import WrongSettingError, settings, share_key
 from service.operations.supervision import Board, Pulse, Watch
@@ -84,6 +85,7 @@ class Modepath:
         log_writer.take_over(chosen.log_format)
         verdicts.prepare()
         share_key()
+        RollOuts.prepare()
         if chosen.keys_file is not None:
             try:
                 keys.read(chosen.keys_file)

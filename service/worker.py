@@ -18,6 +18,7 @@ from service.inference.batching import Batcher, QueueLimits
 from service.inference.ensemble import Ensembles
 from service.inference.modes.draws import Keyed
 from service.inference.offload import Offload
+from service.inference.rollout import RollOuts
 from service.inference.session import Rows, Session
 from service.inference.trial import Trials
 from service.inference.verdicts import Verdicts
@@ -55,6 +56,7 @@ class Worker:
             pool_bytes=chosen.pool_bytes, keyed=Keyed(chosen.secret(), chosen.key_seconds, chosen.key_rows), warm=self._warm,
             trial=self.trials, verdicts=shared,
         )  # fmt: skip
+        self.roll_outs = RollOuts(store, self.ensembles, metrics)
         self.offload = Offload(chosen.threads, chosen.queue_pixels)
         limits = FeedbackLimits(chosen.feedback_days, chosen.feedback_bytes)
         self.recorder = None if chosen.feedback == "off" else Recorder(chosen.feedback, limits, metrics)
@@ -73,6 +75,7 @@ class Worker:
     def close(self) -> None:
         """Stop the background threads and processes."""
         self.ensembles.close()
+        self.roll_outs.close()
         self.trials.close()
         self.batcher.close()
         self.drift.close()

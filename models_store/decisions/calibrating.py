@@ -158,7 +158,7 @@ def calibrate(store: Store, version: Version, given: Labelled, *, activate: bool
     alone = [temperature.fit(logits[[k]][:, first], given.labels[first], np.ones(1)) for k in range(len(logits))]
     with store.staging(record.name) as staged:
         for path in record.files:
-            if path not in (manifest.CALIBRATION_FILE, manifest.NOVELTY_FILE):
+            if path not in (manifest.CALIBRATION_FILE, manifest.NOVELTY_FILE, manifest.EXAMPLES_FILE):
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(version.folder / path, staged / path)
         bank = Bank.load(version.folder / "bank") if record.bank else None

@@ -4,6 +4,7 @@
 POST /predict, POST /ensembles/{name}/path   predict
 POST /feedback                               feedback
 POST /ensembles/{name}/activate              admin
+any  /ensembles/{name}/rollout               admin
 everything else                              read
 """
 
@@ -18,8 +19,9 @@ from collections.abc import Iterable
 from starlette.types import Scope as Request
 
 from service.access.keys import Key, Keys, Scope
-from service.access.quota import LockedError, Quota
+from service.access.quota import Quota
 from service.http.errors import BusyError, ForbiddenError, QuotaError, TooLargeError, UnauthorizedError
+from service.operations.shared import LockedError
 
 OPEN = ("/livez", "/readyz")
 KEY = "modepath.key"  # where the scope of a request has its key
@@ -28,6 +30,7 @@ _SCOPES: tuple[tuple[re.Pattern[str], Scope], ...] = (
     (re.compile(r"POST /ensembles/[^/]+/path"), "predict"),
     (re.compile(r"POST /feedback"), "feedback"),
     (re.compile(r"POST /ensembles/[^/]+/activate"), "admin"),
+    (re.compile(r"[A-Z]+ /ensembles/[^/]+/rollout"), "admin"),
 )
 
 

@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaMode
 
 from models_store.manifest import InputSpec, Manifest
 from service.access.guard import OPEN, needed_by
-from service.http.activation import Activated, Activation
+from service.http.activation import Activated, Activation, Plan, RollOutInfo
 from service.http.bodies import ANY, ENCODED, JSON, NPY, NPZ
 from service.http.feedback import MOST_LABELS, Feedback, FeedbackResponse
 from service.http.schemas import (
@@ -32,6 +32,7 @@ _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
     (PredictResponse, "serialization"), (EnsembleInfo, "serialization"), (EnsembleList, "serialization"), (PathResponse, "serialization"),
     (VersionList, "serialization"),
     (Feedback, "validation"), (FeedbackResponse, "serialization"), (Activation, "validation"), (Activated, "serialization"),
+    (Plan, "validation"), (RollOutInfo, "serialization"),
     (ErrorBody, "serialization"), (Status, "serialization"),
 )  # fmt: skip
 REFUSALS = {
@@ -126,6 +127,9 @@ def document(
         }
     if has_keys:
         paths["/ensembles/{name}/activate"] = {"post": {**_ACTIVATE, "parameters": [name]}}
+        paths["/ensembles/{name}/rollout"] = {
+            method: {**operation, "parameters": [name]} for method, operation in _ROLL_OUT.items()
+        }
         _require_keys(paths)
     components: dict[str, Any] = {"schemas": schemas}
     if has_keys:
@@ -282,9 +286,19 @@ def _content(schema: str | None) -> dict[str, Any]:
     return {JSON: {"schema": {"$ref": f"#/components/schemas/{schema}"} if schema else {"type": "object"}}}
 
 
+_OF_STORE = tuple(status for status in REFUSALS if status not in (401, 409, 410))
+_ROLL_OUT: dict[str, dict[str, Any]] = {
+    "get": _get("The canary of an ensemble", "RollOutInfo", *_OF_STORE),
+    "put": {
+        "summary": "Let a published version be the canary: it answers a share of the callers, or is compared in the shadow",
+        "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": "#/components/schemas/Plan"}}}},
+        "responses": _answers("RollOutInfo", *_OF_STORE),
+    },
+    "delete": _get("End the roll-out: the active version answers all callers", "RollOutInfo", *_OF_STORE),
+}
 _ACTIVATE: dict[str, Any] = {
     "summary": "Serve another published version",
     "description": "Only where API keys are configured.",
     "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": "#/components/schemas/Activation"}}}},
-    "responses": _answers("Activated", *(status for status in REFUSALS if status not in (401, 409, 410))),
+    "responses": _answers("Activated", *_OF_STORE),
 }

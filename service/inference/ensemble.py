@@ -1,4 +1,4 @@
-"""The ensembles that are served: the active version of each is loaded and verified, and replaced on a new activation.
+"""The ensembles that are served: the active version of each, and its canary, are loaded and verified, and followed.
 
 One thread polls the store. Each new version is loaded in a thread of its own, so that a version that hangs does not
 delay others. A version is identified by the digest of its manifest, not by its number.
@@ -17,7 +17,7 @@ from models_store.graphs.runtime import ProviderChoice
 from models_store.store import Store
 from service.http.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
 from service.inference import policy
-from service.inference.look import Candidate, Look, look_at
+from service.inference.look import Canary, Candidate, Look, look_at
 from service.inference.modes.draws import Keyed
 from service.inference.opening import Ensemble, Recipe, Warm, open_version
 from service.inference.policy import Closed, Known, Policy
@@ -36,7 +36,8 @@ log = logging.getLogger("bentoml.modepath")  # BentoML prints the logs of logger
 class _Served:
     """The state that requests read. Immutable: an update replaces it as a whole."""
 
-    loaded: Mapping[str, Ensemble]
+    loaded: Mapping[str, Ensemble]  # active versions
+    canaries: Mapping[str, tuple[Ensemble, Canary]]  # of these
     closed: Closed
     latest: str | None  # the ensemble activated last
 
@@ -103,7 +104,7 @@ class Ensembles:
         self._relations = Relations(self._policies)
         self._refused: dict[tuple[str, bool], Refusal] = {}  # by identity, and whether it is for serving or comparing
         self._tasks: dict[tuple[str, bool], _Task] = {}  # with the same keys
-        self._served = _Served({}, Closed(), None)
+        self._served = _Served({}, {}, Closed(), None)
         self._stopped = False
 
     # For requests
@@ -173,6 +174,10 @@ class Ensembles:
                     f"{name!r} is active, but cannot be served at the moment; the operator's log says why. Served: {answering}."
                 )
         raise UnknownEnsembleError(f"No ensemble {name[:80]!r} is served. Served: {answering}.")
+
+    def canary(self, name: str) -> tuple[Ensemble, Canary] | None:
+        """Return the canary of an ensemble that answers, if it is loaded."""
+        return self._served.canaries.get(name)
 
     @property
     def default_name(self) -> str | None:
@@ -308,6 +313,14 @@ class Ensembles:
                 continue
             if self._is_due(candidate, serve=True):
                 yield candidate, True
+        for name, canary in look.canaries.items():
+            known = self._served.canaries.get(name)
+            if (
+                known is not None and known[0].identity == canary.candidate.identity
+            ) or name not in self._served.loaded:
+                continue
+            if self._relations.allow(canary.candidate) and self._is_due(canary.candidate, serve=True):
+                yield canary.candidate, True
 
     def _is_due(self, candidate: Candidate, *, serve: bool) -> bool:
         refused = self._refused.get((candidate.identity, serve))
@@ -368,8 +381,10 @@ class Ensembles:
             again = f"It is tried again {error.refusal.pause:.0f} s after the last death."
             self._say(logging.ERROR, f"{candidate} {NOT_SERVED}: {error} {again}")
             raise
+        canary = self._look.canaries.get(candidate.name)
+        is_canary = canary is not None and canary.candidate.identity == candidate.identity
         log.info(
-            "serving %s: %d members on %s, %s", candidate, len(ensemble.manifest.members), ", ".join(ensemble.providers),
+            "%s %s: %d members on %s, %s", "canary" if is_canary else "serving", candidate, len(ensemble.manifest.members), ", ".join(ensemble.providers),
             ", ".join(ensemble.policy.modes),
         )  # fmt: skip
         return ensemble
@@ -390,21 +405,29 @@ class Ensembles:
     def _publish(self, ensemble: Ensemble | None = None) -> None:
         look = self._look
         loaded = dict(self._served.loaded)
-        if ensemble is not None:
-            wanted = look.active.get(ensemble.manifest.name)
-            # Otherwise another version was activated meanwhile.
-            if wanted is not None and wanted.identity == ensemble.identity:
-                loaded[ensemble.manifest.name] = ensemble
+        ready = [one for one, _ in self._served.canaries.values()] + ([] if ensemble is None else [ensemble])
+        canaries: dict[str, tuple[Ensemble, Canary]] = {}
+        for one in ready:
+            name = one.manifest.name
+            wanted, canary = look.active.get(name), look.canaries.get(name)
+            # Otherwise another version was activated, or the roll-out has ended, meanwhile.
+            if wanted is not None and wanted.identity == one.identity:
+                loaded[name] = one
+            elif canary is not None and canary.candidate.identity == one.identity:
+                canaries[name] = one, canary
         loaded = {name: one for name, one in loaded.items() if name in look.names - look.inactive}
-        identities = {name: one.identity for name, one in loaded.items()}
+        canaries = {name: both for name, both in canaries.items() if name in loaded}
+        identities = {name: frozenset({one.identity}) for name, one in loaded.items()}
+        for name, (one, _) in canaries.items():
+            identities[name] |= {one.identity}
         complete = self._reachable and not self._absent
         closed = self._relations.closed(look, identities, self._compares_soon, complete=complete)
-        served = _Served(loaded, closed, None)
+        served = _Served(loaded, canaries, closed, None)
         for name in sorted(closed.related & look.active.keys()):
             self._say(logging.WARNING, f"{name} is disabled: it shares networks with an ensemble that a policy defends")
         answering = set(served.open())
         latest = next((name for name in reversed(look.order) if name in answering), None)
-        self._served = _Served(loaded, closed, latest)
+        self._served = _Served(loaded, canaries, closed, latest)
 
     def _compares_soon(self, candidate: Candidate) -> bool:
         key = candidate.identity, False

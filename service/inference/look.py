@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from models_store.errors import EnsembleNotFoundError, StoreError
+from models_store.records.rollout import RollOut
 from models_store.store import Store
 from service.inference import policy
 from service.inference.policy import Policy
@@ -33,11 +34,20 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """A new version beside the active one."""
+
+    candidate: Candidate
+    plan: RollOut
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """The state of the store at one moment."""
 
     names: frozenset[str] = frozenset()  # all ensembles in the store
     active: Mapping[str, Candidate] = field(default_factory=dict[str, Candidate])
+    canaries: Mapping[str, Canary] = field(default_factory=dict[str, Canary])
     # All versions of each defended ensemble.
     versions: Mapping[str, list[Candidate]] = field(default_factory=dict[str, list[Candidate]])
     unread: frozenset[str] = frozenset()  # defended ensembles whose versions cannot be listed
@@ -45,8 +55,11 @@ class Look:
     order: tuple[str, ...] = ()  # active ensembles by time of activation, the latest last
 
     def counting(self) -> Mapping[str, list[Candidate]]:
-        """Return the versions that decide who may answer: all of a defended ensemble, of others the active one."""
-        return {**{name: [one] for name, one in self.active.items()}, **self.versions}
+        """Return the versions that decide who may answer: all of a defended ensemble, of others those that answer."""
+        answering = {name: [one] for name, one in self.active.items()}
+        for name, canary in self.canaries.items():
+            answering[name] = [*answering[name], canary.candidate]
+        return {**answering, **self.versions}
 
 
 def look_at(store: Store, policies: Mapping[str, Policy], say: Say) -> Look:
@@ -57,6 +70,7 @@ def look_at(store: Store, policies: Mapping[str, Policy], say: Say) -> Look:
     """
     names = store.names()
     active: dict[str, Candidate] = {}
+    canaries: dict[str, Canary] = {}
     inactive = set[str]()
     for name in names:
         try:
@@ -66,6 +80,8 @@ def look_at(store: Store, policies: Mapping[str, Policy], say: Say) -> Look:
                 number = None
             if number is not None:
                 active[name] = Candidate(name, number, store.digest(name, number), str(store.activation_token(name)))
+                if (canary := _canary(store, name, say)) is not None:
+                    canaries[name] = canary
                 continue
             inactive.add(name)
             say(
@@ -86,4 +102,16 @@ def look_at(store: Store, policies: Mapping[str, Policy], say: Say) -> Look:
             unread.add(name)
             say(logging.ERROR, f"the versions of {name}, which a policy defends, cannot be read: {error}")
     order = [name for name in store.activation_order() if name in active]
-    return Look(frozenset(names), active, versions, frozenset(unread), frozenset(inactive), tuple(order))
+    return Look(frozenset(names), active, canaries, versions, frozenset(unread), frozenset(inactive), tuple(order))
+
+
+def _canary(store: Store, name: str, say: Say) -> Canary | None:
+    """The canary of an ensemble; a problem with it does not affect the active version."""
+    try:
+        plan = store.roll_out(name)
+        if plan is None or plan.ended:
+            return None
+        return Canary(Candidate(name, plan.version, store.digest(name, plan.version), plan.id), plan)
+    except (StoreError, OSError) as error:
+        say(logging.ERROR, f"the canary of {name} cannot be read, and does not answer: {error}")
+        return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import orjson
 
+from models_store import examples
 from models_store.bank import Bank, Points
 from models_store.decisions.leaving import Rule
 from models_store.errors import MemberError
@@ -189,6 +190,7 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         path=_path(version, recipe.policy, pool),
     )
     _check_listing(ensemble)
+    _self_test(ensemble, version)
     black, noise = kinds.blank(version.manifest.input), kinds.noise(version.manifest.input, 2)
     for mode in modes:
         ensemble.decisions.check_policy(mode)
@@ -235,6 +237,24 @@ def _check_listing(ensemble: Ensemble) -> None:
             f"{manifest.name}@{manifest.version} cannot be shown to clients as JSON ({error}): a class name is likely not valid Unicode. "
             "Publish it again with other names."
         ) from None
+
+
+def _self_test(ensemble: Ensemble, version: Version) -> None:
+    """Raise MemberError if a network does not answer as it did when it was published."""
+    if (recorded := examples.load(version.folder, version.manifest)) is None:
+        return
+    with np.errstate(all="ignore"):  # differences and NaN are found by the check
+        if "average" in ensemble.sessions:
+            session, rows = ensemble.sessions["average"], Rows(recorded.inputs)
+            outputs = session.joined([session.run(task, rows) for task in range(session.tasks(len(rows)))])
+            for number, logits in enumerate(outputs.logits):
+                recorded.check(version.name, number, logits)
+        if (pool := ensemble.pool) is not None:
+            of_bank = version.manifest.bank is not None
+            for network in (pool[slot] for slot in range(len(pool))):
+                if not of_bank or network.number in recorded.points:
+                    logits = network.session.logits(recorded.inputs)
+                    recorded.check(version.name, network.number, logits, of_bank=of_bank)
 
 
 def _check_answer(ensemble: Ensemble, mode: Mode, images: Images) -> None:

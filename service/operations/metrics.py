@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Literal
 
 FOLDER = "MODEPATH_METRICS_FOLDER"
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
@@ -32,6 +33,7 @@ from service.http.errors import ServiceError  # noqa: E402
 from service.inference.decisions import NOTHING, Decided  # noqa: E402
 from service.inference.pieces import Answer  # noqa: E402
 from service.inference.policy import TOGETHER, Mode  # noqa: E402
+from service.inference.rollout import Outcome, Reason  # noqa: E402
 from service.operations import metric_files  # noqa: E402
 
 prometheus_client.disable_created_metrics()  # they would double the number of series
@@ -41,6 +43,7 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 RATIO = [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
 SECONDS = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 MEMBERS = [1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0]
+DIFFERENCES = [-1.0, -0.3, -0.1, -0.03, -0.01, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0]
 SIZES = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 50.0, 100.0]
 LABELS = ["ensemble", "version", "mode"]
 REJECTED = (
@@ -118,6 +121,32 @@ _alarms = Counter(
     "alarms of the sequential test of a measure; with a probability of at most 0.01 there is any among a million unchanged rows",
     [*LABELS, "measure"],
     registry=_own,
+)
+_VERSION = ["ensemble", "version"]
+_canary_requests = Counter(
+    "modepath_canary_requests",
+    "requests that a canary answered, or failed, so that the active version answered them",
+    [*_VERSION, "outcome"],
+    registry=_own,
+)
+_shadow_rows = Counter(
+    "modepath_shadow_rows",
+    "rows for which a canary was compared with the active version: same or different label; failed; or skipped, for lack of time",
+    [*_VERSION, "outcome"],
+    registry=_own,
+)
+_shadow_seconds = Counter(
+    "modepath_shadow_seconds", "time that either version took for the compared rows", [*_VERSION, "of"], registry=_own
+)
+_shadow_entropy = Histogram(
+    "modepath_shadow_entropy_difference",
+    "predictive entropy of the canary minus that of the active version, nats",
+    _VERSION,
+    buckets=DIFFERENCES,
+    registry=_own,
+)
+_rollbacks = Counter(
+    "modepath_rollbacks", "canaries that were rolled back, by the limit exceeded", [*_VERSION, "reason"], registry=_own
 )
 _refused = Counter("modepath_refused", "requests that were refused", ["reason"], registry=_own)
 _dropped = Counter("modepath_log_lines_dropped", "lines that could not be written to the log", registry=_own)
@@ -249,6 +278,38 @@ def rejected(reason: str) -> None:
 def lost(count: int) -> None:
     """Count answers that could not be kept for feedback."""
     _lost.inc(count)
+
+
+def expect_canary(labels: tuple[str, str]) -> None:
+    """Set the counters of a canary to 0, so that its first failure is an increase."""
+    for outcome in ("answered", "failed"):
+        _canary_requests.labels(*labels, outcome).inc(0)
+    for outcome in ("same", "different", "failed", "skipped"):
+        _shadow_rows.labels(*labels, outcome).inc(0)
+    for reason in ("errors", "disagreement", "slowdown"):
+        _rollbacks.labels(*labels, reason).inc(0)
+
+
+def canary(labels: tuple[str, str], outcome: Literal["answered", "failed"]) -> None:
+    """Count a request that a canary answered, or failed, so that the active version answered it."""
+    _canary_requests.labels(*labels, outcome).inc()
+
+
+def shadowed(
+    labels: tuple[str, str], outcomes: dict[Outcome, int], seconds: tuple[float, float], entropies: list[float]
+) -> None:
+    """Count a comparison: rows by outcome, the seconds of both versions, and differences of predictive entropy."""
+    for outcome, rows in outcomes.items():
+        _shadow_rows.labels(*labels, outcome).inc(rows)
+    for of, spent in zip(("canary", "active"), seconds, strict=True):
+        _shadow_seconds.labels(*labels, of).inc(spent)
+    for difference in entropies:
+        _shadow_entropy.labels(*labels).observe(difference)
+
+
+def rolled_back(labels: tuple[str, str], reason: Reason) -> None:
+    """Count a canary that was rolled back."""
+    _rollbacks.labels(*labels, reason).inc()
 
 
 def refused(reason: str) -> None:

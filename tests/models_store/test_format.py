@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import models_store
-from models_store import manifest, numbering, store
+from models_store import manifest, store
+from models_store.records import numbering
 
 TEXT = (Path(models_store.__file__).parent / "FORMAT.md").read_text()
 MODELS = [

@@ -206,6 +206,7 @@ def test_every_flipped_bit_of_a_version_is_found(store):
     paths = [path for path in version.folder.rglob("*") if path.is_file()]
     assert {path.relative_to(version.folder).parts[0] for path in paths} == {
         "manifest.json",
+        "examples.safetensors",
         "members",
         "bank",
         "vertices",

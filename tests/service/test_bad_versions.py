@@ -6,7 +6,10 @@ import time
 
 import httpx
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
+from models_store import examples
+from models_store.manifest import EXAMPLES_FILE
 from tests.onnx_members import SHAPE, publish, publish_broken
 
 images = np.random.default_rng(0).random((2, *SHAPE), dtype=np.float32)
@@ -74,3 +77,25 @@ def test_a_version_that_hangs_while_another_serves_is_passed_over(store, serve, 
     shutil.move(tmp_path / "away", store.root)
     server.stop()
     assert "Traceback" not in server.log.read_text()
+
+
+def test_a_version_that_does_not_reproduce_its_examples_never_serves(store, serve, monkeypatch):
+    """What a provider that computes wrongly looks like: the answers of now are not those of the publication."""
+    publish(store, "e", (0,))
+    server = serve(store)
+    server.until(200)
+    write = examples.write
+
+    def other(folder, draft):
+        write(folder, draft)
+        tensors = load_file(folder / EXAMPLES_FILE)
+        (folder / EXAMPLES_FILE).unlink()
+        save_file({**tensors, "members": tensors["members"][:, :, ::-1].copy()}, folder / EXAMPLES_FILE)
+
+    monkeypatch.setattr(examples, "write", other)
+    publish(store, "e", (0,))
+    deadline = time.monotonic() + 30
+    while "does not pass its self-test: member 0" not in server.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert httpx.get(server.url + "/ensembles/e").json()["version"] == 1

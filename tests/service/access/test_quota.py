@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.access import quota
-from service.access.quota import LockedError, Quota
+from service.access.quota import Quota
+from service.operations.shared import LockedError, Shared
 
 KEY, OTHER = "0a1b2c3d", "ffffffff"
 
@@ -63,7 +64,7 @@ def test_many_keys_have_their_own_buckets(buckets):
 
 
 def _takes(file, barrier, found):
-    buckets = Quota(file)
+    buckets = Quota(Shared(file, quota.NUMBERS))
     barrier.wait()
     found.put(sum(buckets.take(KEY, 1, 500, now=0) == 0 for _ in range(400)))
 
@@ -71,7 +72,7 @@ def _takes(file, barrier, found):
 def test_several_processes_together_take_exactly_the_quota(buckets):
     context = multiprocessing.get_context("fork")
     barrier, found = context.Barrier(4), context.Queue()
-    processes = [context.Process(target=_takes, args=(buckets._file, barrier, found)) for _ in range(4)]
+    processes = [context.Process(target=_takes, args=(buckets._buckets._file, barrier, found)) for _ in range(4)]
     for process in processes:
         process.start()
     counts = [found.get(timeout=60) for _ in processes]
@@ -91,7 +92,7 @@ def _hold(file, held, end):
 def test_a_process_that_holds_the_lock_delays_nobody_for_long_and_frees_it_when_it_dies(buckets):
     context = multiprocessing.get_context("fork")
     held, end = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(buckets._file, held, end))
+    process = context.Process(target=_hold, args=(buckets._buckets._file, held, end))
     process.start()
     held.wait()
     with pytest.raises(LockedError):

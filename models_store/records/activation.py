@@ -14,7 +14,7 @@ from pathlib import Path
 
 from models_store import files
 from models_store.errors import CorruptionError, StoreReadError
-from models_store.numbering import RECORDS, read_number
+from models_store.records.numbering import RECORDS, read_number
 
 _ACTIVE, _PENDING, _ORDER = "active", ".pending", ".activated"
 _ORDER_BYTES = 2**22
