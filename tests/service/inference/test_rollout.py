@@ -15,7 +15,7 @@ def test_a_caller_always_has_the_same_position(caller):
 
 
 def test_callers_are_spread_evenly_and_differently_for_each_version():
-    from scipy import stats
+    stats = pytest.importorskip("scipy.stats")
 
     positions = [position("e@2", f"caller-{i}") for i in range(4000)]
     others = [position("e@3", f"caller-{i}") for i in range(4000)]
