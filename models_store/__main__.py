@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models_store import upkeep
+from models_store import signing, upkeep
 from models_store.decisions.calibrating import Labelled, calibrate, from_npz
 from models_store.errors import EnsembleNotFoundError, ModepathError, StoreError
 from models_store.importing import ImportOptions, import_members
@@ -73,22 +73,26 @@ def _show(store: Store, args: argparse.Namespace) -> int:
 
 def _verify(store: Store, args: argparse.Namespace) -> int:
     damaged = 0
-    for what, error in [_verified(store, args.name)] if args.name else _all_verified(store):
+    for what, error in (
+        [_verified(store, args.name, args.signed_by)] if args.name else _all_verified(store, args.signed_by)
+    ):
         damaged += error is not None
         print(f"damaged  {what}: {error}" if error else f"ok       {what}")
     return 1 if damaged else 0
 
 
-def _verified(store: Store, reference: str) -> tuple[str, StoreError | None]:
+def _verified(store: Store, reference: str, keys: list[Path]) -> tuple[str, StoreError | None]:
     try:
         version = store.resolve(reference)
         store.verify(version)
+        if keys:
+            signing.check(store, version, keys)
     except StoreError as error:
         return reference, error
     return version.name, None
 
 
-def _all_verified(store: Store) -> Iterator[tuple[str, StoreError | None]]:
+def _all_verified(store: Store, keys: list[Path]) -> Iterator[tuple[str, StoreError | None]]:
     """Result for every version, and for the `active` file of each ensemble where that is damaged."""
     for name in store.names():
         try:
@@ -97,7 +101,7 @@ def _all_verified(store: Store) -> Iterator[tuple[str, StoreError | None]]:
             yield name, error
             continue
         for version in versions:
-            yield _verified(store, f"{name}@{version}")
+            yield _verified(store, f"{name}@{version}", keys)
         try:
             if (active := store.active(name)) not in versions:
                 store.load(name, active)
@@ -106,6 +110,13 @@ def _all_verified(store: Store) -> Iterator[tuple[str, StoreError | None]]:
                 yield f"{name}/active", error
         except StoreError as error:
             yield f"{name}/active", error
+
+
+def _sign(store: Store, args: argparse.Namespace) -> int:
+    version = store.resolve(args.name)
+    password = None if args.password_file is None else _content(args.password_file).decode().strip()
+    print(f"signed {version.name}: {signing.sign(store, version, args.key, password)}")
+    return 0
 
 
 def _activate(store: Store, args: argparse.Namespace) -> int:
@@ -300,7 +311,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="check hashes and members; exit code 1 if anything is damaged")
     command.add_argument("name", metavar="NAME[@VERSION]", nargs="?", help="default: every version")
+    command.add_argument(
+        "--signed-by", metavar="KEY.pem", type=Path, nargs="+", default=[],
+        help="also check that one of these public keys signed it",
+    )  # fmt: skip
     command.set_defaults(run=_verify)
+
+    command = commands.add_parser("sign", help="sign a version with an elliptic curve key (extra `signing`)")
+    command.add_argument("name", metavar="NAME[@VERSION]")
+    command.add_argument("--key", type=Path, required=True, metavar="FILE", help="private key in PEM")
+    command.add_argument("--password-file", type=Path, metavar="FILE", help="file that holds the password of the key")
+    command.set_defaults(run=_sign)
 
     command = commands.add_parser("activate", help="serve this version from now on")
     command.add_argument("name", metavar="NAME")

@@ -48,6 +48,10 @@ class CorruptionError(StoreError):
     """A file that is missing, or whose hash is not the one in the manifest."""
 
 
+class SignatureError(StoreError):
+    """A version without a signature that is trusted, or a key that cannot be used."""
+
+
 class StoreReadError(StoreError):
     """The store or one of its files exists but cannot be read: permissions, or a disk that does not respond."""
 

@@ -106,9 +106,7 @@ def replace(file: Path, text: str) -> None:
 
     Call it under a lock, because it removes the temporary files of earlier calls that were killed.
     """
-    # The token has a fixed length; otherwise the pattern for `a` would match temporary files of `a.b`.
-    for stale in file.parent.glob(f".{file.name}.{'?' * 16}.new"):
-        stale.unlink(missing_ok=True)
+    clear(file)
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.new")
     try:
         write(temporary, text.encode())
@@ -117,6 +115,13 @@ def replace(file: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def clear(file: Path) -> None:
+    """Remove what calls of `replace` for this file that were killed have left. Call it under the same lock."""
+    # The token has a fixed length; otherwise the pattern for `a` would match temporary files of `a.b`.
+    for stale in file.parent.glob(f".{file.name}.{'?' * 16}.new"):
+        stale.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

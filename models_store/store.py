@@ -43,6 +43,7 @@ from models_store.records.rollout import RollOut, RollOuts
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MANIFEST = "manifest.json"
 MAX_WEIGHTS_BYTES = 2**36  # size limit of a safetensors file
+_SIGNATURE_BYTES = 2**24
 _STAGING_PREFIX = ".staging-"
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: Path collapses the two of s3://bucket
 
@@ -216,6 +217,10 @@ class Store:
             raise InvalidNameError(f"{reference[:120]!r} is not NAME or NAME@VERSION, for example digits-fge@2.")
         return self.load(name, int(version) if version else None)
 
+    def signature(self, name: str, version: int) -> Path:
+        """The file that holds the signature of a version, if it is signed; see signing.py."""
+        return self._folder(name) / ".signatures" / f"{version}.sig"
+
     def find_run(self, name: str, run: str) -> int | None:
         """The version of `name` that training run `run` published; None if it is not in the store."""
         for version in self.versions(name):
@@ -340,6 +345,7 @@ class Store:
                 ):
                     shutil.copyfileobj(source, copy, 2**20)
             self.verify(Version(staged, version.manifest, version.digest))
+            self._copy_signature(version)
             return self._put(staged, version.manifest, version.digest, activate=activate)
 
     def activate(self, name: str, version: int) -> None:
@@ -457,6 +463,7 @@ class Store:
                 numbering.give_number(self.root, name, version)
                 (home / str(version)).rename(gone)
                 files.sync(home)
+            self.signature(name, version).unlink(missing_ok=True)
             shutil.rmtree(gone)
         return True
 
@@ -503,6 +510,19 @@ class Store:
             Detector.load(folder, manifest)
 
     # Internal
+
+    def _copy_signature(self, version: Version) -> None:
+        name, number = version.manifest.name, version.manifest.version
+        try:
+            content = files.read(Store(version.folder.parents[1]).signature(name, number), _SIGNATURE_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        target = self.signature(name, number)
+        with files.writing(self.root):
+            files.make_folder(target.parent)
+            target.unlink(missing_ok=True)
+            files.write(target, content)
+            files.sync(target.parent)
 
     def _put(self, staged: Path, manifest: Manifest, digest: str, *, activate: bool) -> Version:
         """Turn a staged folder that holds its manifest into a version."""

@@ -10,6 +10,8 @@ from service.operations import bentoml_internals  # isort: skip - before BentoML
 import bentoml
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from models_store import signing
+from models_store.errors import SignatureError
 from service.access import keys
 from service.access.hosts import is_local
 from service.access.quota import Quota
@@ -86,6 +88,11 @@ class Modepath:
         verdicts.prepare()
         share_key()
         RollOuts.prepare()
+        if chosen.signed_by:
+            try:
+                signing.check_keys(chosen.signed_by)
+            except SignatureError as error:
+                raise bentoml_internals.refuse_to_start(f"MODEPATH_SIGNED_BY: {error}") from None
         if chosen.keys_file is not None:
             try:
                 keys.read(chosen.keys_file)

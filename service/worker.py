@@ -54,7 +54,7 @@ class Worker:
         self.ensembles = Ensembles(
             store, chosen.providers, chosen.default, threads=chosen.threads, policies=chosen.policies,
             pool_bytes=chosen.pool_bytes, keyed=Keyed(chosen.secret(), chosen.key_seconds, chosen.key_rows), warm=self._warm,
-            trial=self.trials, verdicts=shared,
+            trial=self.trials, verdicts=shared, signed_by=chosen.signed_by,
         )  # fmt: skip
         self.roll_outs = RollOuts(store, self.ensembles, metrics)
         self.offload = Offload(chosen.threads, chosen.queue_pixels)

@@ -57,11 +57,21 @@ def main() -> None:
             for fault in FAULTS:
                 rows.append(row(name, fault, prepared, Path(folder), args.step))
                 print(tabulate(rows[-1:], tablefmt="plain"), flush=True)
-    headers = ("command", "fault", "calls", "old version active", "new version active", "none active", "ended with an error")
+    headers = (
+        "command",
+        "fault",
+        "calls",
+        "old version active",
+        "new version active",
+        "none active",
+        "ended with an error",
+    )
     table = tabulate(rows, headers=headers, tablefmt="pipe")
     print(table)
     if not args.only and args.step == 1:
-        version = subprocess.run(["strace", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
+        version = subprocess.run(["strace", "--version"], capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )[0]
         RESULT.write_text(
             "# Every command, with a fault at every system call that touches a file\n\n"
             f"`python -m benchmarks.faults.crash_matrix`, {version}. After each point every version verified, the old or the new version "
@@ -113,7 +123,9 @@ def row(name: str, fault: str, prepared: Store, folder: Path, step: int) -> list
         if (number - 1) % step:
             continue
         store = copied(prepared, folder, name)
-        ended = under_strace(work, store, f"inject={CALLS}:{FAULTS[fault]}:when={number}", f"{fault} at {number} of {name}")
+        ended = under_strace(
+            work, store, f"inject={CALLS}:{FAULTS[fault]}:when={number}", f"{fault} at {number} of {name}"
+        )
         if ended is None:
             break
         failed += ended
@@ -141,7 +153,7 @@ def under_strace(work: Callable[[Store], object], store: Store, inject: str, wha
     child = os.fork()
     if child == 0:
         code = 1
-        sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the process ends soon
+        sys.stderr = sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - the process ends soon
         with contextlib.suppress(BaseException):
             signal.sigwait({signal.SIGUSR1})
             work(store)

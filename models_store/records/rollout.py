@@ -102,6 +102,7 @@ class RollOuts:
 
     def remove(self, name: str) -> None:
         """End the roll-out of `name` durably, if there is one."""
+        files.clear(self._root / name / _FILE)
         try:
             (self._root / name / _FILE).unlink()
         except _MISSING:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from models_store.graphs.runtime import ProviderChoice
 from models_store.store import Store
@@ -19,7 +20,7 @@ from service.http.errors import ForbiddenError, NotReadyError, UnknownEnsembleEr
 from service.inference import policy
 from service.inference.look import Canary, Candidate, Look, look_at
 from service.inference.modes.draws import Keyed
-from service.inference.opening import Ensemble, Recipe, Warm, open_version
+from service.inference.opening import Ensemble, Recipe, Warm, open_version, verify
 from service.inference.policy import Closed, Known, Policy
 from service.inference.relations import Relations
 from service.inference.trial import NOT_COMPARED, NOT_SERVED, Direct, Trial, failed, load_exactly
@@ -70,6 +71,7 @@ class Ensembles:
         warm: Warm = lambda session, row: session.run(0, row),
         trial: Trial | None = None,
         verdicts: Verdicts | None = None,
+        signed_by: tuple[Path, ...] = (),
     ):
         """Create the object; `follow` or `refresh` loads the ensembles.
 
@@ -84,11 +86,13 @@ class Ensembles:
             warm: called with each new session and a black image before the session serves.
             trial: tries a version before it is opened; None: versions are opened without a trial.
             verdicts: shared with the other workers of the service; None: this process is the only one.
+            signed_by: public keys, one of which must have signed a version; empty: signatures are not required.
         """
         self._store = store
         self._threads = threads
         self._policies = policies or {}
         self._pool_bytes = pool_bytes
+        self._signed_by = signed_by
         self._keyed = keyed
         self._warm = warm
         self._providers: ProviderChoice = providers
@@ -391,14 +395,17 @@ class Ensembles:
 
     def _opened(self, candidate: Candidate) -> Ensemble:
         version = load_exactly(self._store, candidate)
-        self._store.verify(version)
+        recipe = self._recipe(candidate.name)
+        verify(self._store, version, recipe)
         try:
-            return open_version(version, self._recipe(candidate.name), self._keyed, self._warm)
+            return open_version(version, recipe, self._keyed, self._warm)
         finally:
             memory.release()
 
     def _recipe(self, name: str) -> Recipe:
-        return Recipe(policy.of(name, self._policies), self._providers, self._threads, self._pool_bytes)
+        return Recipe(
+            policy.of(name, self._policies), self._providers, self._threads, self._pool_bytes, self._signed_by
+        )
 
     # Publishing to requests; the caller holds the lock
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import orjson
 
-from models_store import examples
+from models_store import examples, signing
 from models_store.bank import Bank, Points
 from models_store.decisions.leaving import Rule
 from models_store.errors import MemberError
@@ -20,7 +21,7 @@ from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default
 from models_store.inputs import kinds
 from models_store.inputs.texts import Tokenizer
 from models_store.manifest import TOKENIZER_FILE, Manifest
-from models_store.store import Version
+from models_store.store import Store, Version
 from service.http.errors import BadRequestError, ForbiddenError, NoRouteError
 from service.http.images import Images
 from service.http.schemas import describe, padded, respond
@@ -48,6 +49,9 @@ class Recipe:
     providers: ProviderChoice
     threads: int | None  # number of threads that run members; None: all that the process may use
     pool_bytes: int  # memory for the single networks
+    signed_by: tuple[
+        Path, ...
+    ] = ()  # public keys, one of which must have signed the version; empty: any version is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,17 @@ class Ensemble:
             images = (quantised(images) / np.float32(LEVELS)).astype(np.float32)
         slots = self.draws[mode](images, len(self.pool), asked)
         return Rows(images, tuple(self.pool[int(slot)] for slot in slots))
+
+
+def verify(store: Store, version: Version, recipe: Recipe) -> None:
+    """Check that a version is what was published, and signed where the recipe requires it.
+
+    Raises:
+        StoreError: it is damaged, or is not signed by a trusted key.
+    """
+    store.verify(version)
+    if recipe.signed_by:
+        signing.check(store, version, recipe.signed_by)
 
 
 def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Warm) -> Ensemble:

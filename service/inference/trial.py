@@ -32,7 +32,7 @@ from models_store.store import Store, Version
 from service.inference.batching import Batcher, QueueLimits
 from service.inference.look import Candidate
 from service.inference.modes.draws import Keyed
-from service.inference.opening import Recipe, open_version
+from service.inference.opening import Recipe, open_version, verify
 from service.inference.policy import Known
 from service.inference.verdicts import Refusal, RefusedError, Verdicts, refusal
 from service.operations.memory import available_bytes
@@ -360,7 +360,7 @@ def _found(request: _Request) -> object:
     used = [name for name in version.manifest.files if name.startswith(("members/", "bank/"))]
     if sum((version.folder / name).lstat().st_size for name in used) > request.most_bytes:
         raise TrialError("memory", _too_large(request.most_bytes))
-    store.verify(version)
+    verify(store, version, recipe)
     batcher = Batcher(request.limits, recipe.threads or default_threads())
     stand_in = Keyed(secrets.token_bytes(16), 3600, None)
     open_version(version, recipe, stand_in, batcher.warm)

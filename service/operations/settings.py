@@ -61,6 +61,10 @@ class Settings(BaseSettings):
         description="accepted Host headers, as a JSON list of names without ports. Default: any name if the service is open to the network; "
         "on a loopback address only IP addresses and localhost, so that a web page cannot reach the service under its own domain name",
     )
+    signed_by: tuple[Path, ...] = Field(
+        default=(),
+        description="files of public keys in PEM, as JSON: only versions that one of them signed are served; default: all versions",
+    )
     keys_file: Path | None = Field(
         default=None,
         description="file of API keys, made by `modepath keys add`; every request but /livez and /readyz then needs one. Default: no keys",

@@ -2,13 +2,15 @@
 
 import os
 import shutil
+import subprocess
 import time
 
 import httpx
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
-from models_store import examples
+from models_store import examples, signing
 from models_store.manifest import EXAMPLES_FILE
 from tests.onnx_members import SHAPE, publish, publish_broken
 
@@ -99,3 +101,23 @@ def test_a_version_that_does_not_reproduce_its_examples_never_serves(store, serv
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert httpx.get(server.url + "/ensembles/e").json()["version"] == 1
+
+
+def test_a_service_that_requires_signatures_serves_only_what_a_trusted_key_signed(store, serve, tmp_path):
+    pytest.importorskip("model_signing.signing")
+    ours, theirs = tmp_path / "ours.pem", tmp_path / "theirs.pem"
+    for key in (ours, theirs):
+        subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
+    public = tmp_path / "ours.pub.pem"
+    subprocess.run(["openssl", "ec", "-in", ours, "-pubout", "-out", public], check=True, capture_output=True)
+    signing.sign(store, publish(store, "e", (0,)), ours)
+    server = serve(store, MODEPATH_SIGNED_BY=f'["{public}"]', MODEPATH_WORKERS="2")
+    server.until(200)
+    publish(store, "e", (1,))
+    until(lambda: "e@2 is not signed" in server.log.read_text(), server)
+    signing.sign(store, publish(store, "e", (2,)), theirs)
+    until(lambda: "e@3 was signed by none of the keys that are trusted" in server.log.read_text(), server)
+    assert versions(server) == {1}
+    signing.sign(store, store.load("e", 2), ours)
+    store.activate("e", 2)
+    until(lambda: versions(server) == {2}, server)
