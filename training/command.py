@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import tyro
 from tqdm.auto import tqdm
 
@@ -28,6 +29,10 @@ def main(config: type[C], run: Callable[[C], Any], description: str | None) -> N
         run(tyro.cli(config, description=description, config=(tyro.conf.AvoidSubcommands,)))
     except (TrainingError, StoreError, ProviderError) as error:
         _fail(str(error))
+    except torch.OutOfMemoryError as error:
+        _fail(
+            f"The memory of the GPU does not suffice: {str(error).split('. ')[0]}. Give a smaller --batch-size, or --accumulate 2 or more."
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise

@@ -7,6 +7,7 @@ TrainingError
 ├── NetworkError     a network that is unknown, cannot be built, or does not return logits
 ├── CheckpointError  a checkpoint that cannot be read, or belongs to another network
 ├── DivergenceError  the loss is NaN or infinite
+├── DeviceMemoryError  a batch needs more memory than the GPU has
 ├── RunError         the run folder is in use, or was begun with other code or data
 └── ExportError      ONNX export failed, or the exported member gives different outputs
 """
@@ -36,6 +37,10 @@ class NetworkError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint that cannot be read, or belongs to another network."""
+
+
+class DeviceMemoryError(TrainingError):
+    """A batch needs more memory than the GPU has."""
 
 
 class DivergenceError(TrainingError):

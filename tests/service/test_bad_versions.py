@@ -113,6 +113,7 @@ def test_a_service_that_requires_signatures_serves_only_what_a_trusted_key_signe
     signing.sign(store, publish(store, "e", (0,)), ours)
     server = serve(store, MODEPATH_SIGNED_BY=f'["{public}"]', MODEPATH_WORKERS="2")
     server.until(200)
+    until(lambda: server.log.read_text().count("serving e@1") == 2, server)
     publish(store, "e", (1,))
     until(lambda: "e@2 is not signed" in server.log.read_text(), server)
     signing.sign(store, publish(store, "e", (2,)), theirs)

@@ -99,3 +99,29 @@ def test_stopped_by_sigterm_it_says_so_with_its_own_exit_code_and_resumes_bit_id
     again = subprocess.run(command, env=environment("stopped"), cwd=ROOT, check=True, capture_output=True, text=True)
     assert "resuming" in again.stdout
     assert contents(Store(tmp_path / "calm")) == contents(Store(tmp_path / "stopped"))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_in_one_line_and_the_command_resumes_when_there_is_space(
+    tmp_path,
+):
+    command = [sys.executable, "-m", "training.fge", *COMMON, *OPTIONS["fge"].split()]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", disk], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("it may not mount a file system here")
+    try:
+        environment = {**os.environ, "MODELS_STORE": str(tmp_path / "store"), "MODEPATH_RUNS": str(disk)}
+        full = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert full.returncode == 2, full.stdout + full.stderr
+        assert "Traceback" not in full.stderr
+        assert "the same command resumes" in full.stderr.splitlines()[-1]
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=True)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    calm = {**os.environ, "MODELS_STORE": str(tmp_path / "calm"), "MODEPATH_RUNS": str(tmp_path / "runs")}
+    subprocess.run(command, env=calm, cwd=ROOT, check=True, capture_output=True)
+    assert contents(Store(tmp_path / "calm")) == contents(Store(tmp_path / "store"))

@@ -25,7 +25,7 @@ from training import logger
 from training.config import Config
 from training.data import Data, balance, in_order
 from training.data.import_string import import_string
-from training.errors import ConfigError, DivergenceError
+from training.errors import ConfigError, DeviceMemoryError, DivergenceError
 from training.members import member
 from training.networks import layout, partial
 from training.networks.normaliser import Normaliser
@@ -73,6 +73,7 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
 
     Raises:
         DivergenceError: the loss is NaN or infinite.
+        DeviceMemoryError: a batch does not fit into the memory of the GPU.
     """
     if config.channels_last:
         layout.convert(network, torch.channels_last)
@@ -156,6 +157,7 @@ class _Job:
         adversary = self._adversary(normalise)
         memory_format = layout.of(self.network)
         total, count, i = torch.zeros((), device=device), 0, 0
+        first_bad = torch.full((), math.inf, device=device)  # number of the first step whose loss is not finite
         self.wrapped.train()
         partial.training_mode(self.network)
         batches = self.data.train.batches(order, size)
@@ -171,7 +173,12 @@ class _Job:
                     images = adversary.attack(self.network, self.loss, images, labels, self.fabric.autocast)
                 return self._pull(images, labels)
 
-            total += steps.take(pull, Step(i, leg.rate(i), between, len(self.data.train)))
+            try:
+                loss = steps.take(pull, Step(i, leg.rate(i), between, len(self.data.train)))
+            except torch.OutOfMemoryError:
+                raise self._does_not_fit(images, labels) from None
+            total += loss
+            first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=step))
             count += 1
             if i in leg.collect and self.fabric.is_global_zero:
                 states = steps.collected()
@@ -185,9 +192,10 @@ class _Job:
         mean_loss = float(total) / count
         # Checked once in an epoch, because reading it in every step would make a GPU wait.
         if not math.isfinite(mean_loss):
+            at = int(min(float(first_bad), count))  # the sum of finite losses may overflow
             raise DivergenceError(
-                f"The loss became {mean_loss} in epoch {epoch + 1} of {leg.label}, at a learning rate of {leg.rate(i):.3g}. The rate is likely "
-                f"too high, or the data or loss contain NaN; try {leg.rate_option} at a third of its value. Nothing was published."
+                f"The loss became {mean_loss} in epoch {epoch + 1} of {leg.label}, in step {at} of {an_epoch}, at a learning rate "
+                f"of {leg.rate(epoch * an_epoch + at):.3g}. The rate is likely too high, or the data or loss contain NaN; try {leg.rate_option} at a third of its value. Nothing was published."
             )
         return mean_loss
 
@@ -201,6 +209,27 @@ class _Job:
             self.fabric.backward(loss if share == 1 else loss * share)
             total = loss.detach() if share == 1 else total + loss.detach() * share
         return total
+
+    def _does_not_fit(self, images: torch.Tensor, labels: torch.Tensor) -> DeviceMemoryError:
+        """Find out by trying how many images of this batch fit into the memory of the device at once."""
+        fits = math.ceil(len(images) / self.config.accumulate)
+        while fits > 1:
+            fits //= 2
+            self.network.zero_grad(set_to_none=True)
+            if self.fabric.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self.fabric.backward(self.loss(self.wrapped(images[:fits]), labels[:fits]))
+            except torch.OutOfMemoryError:
+                continue
+            parts = math.ceil(len(images) / fits)
+            return DeviceMemoryError(
+                f"The memory of {self.fabric.device} does not hold {math.ceil(len(images) / self.config.accumulate)} images at once; {fits} were tried and "
+                f"fit. --accumulate {parts} computes the same batches in parts; --batch-size {fits} makes smaller ones."
+            )
+        return DeviceMemoryError(
+            f"The memory of {self.fabric.device} does not hold one image of this network. Use a smaller one, or --device cpu."
+        )
 
     def _adversary(self, normalise: Normaliser) -> Adversary | None:
         config, mean, std = self.config, normalise.pixel_mean, normalise.pixel_std

@@ -7,7 +7,7 @@ import torch
 from tests.training.conftest import make_data
 from training import curve, networks, pipeline
 from training.curve import between
-from training.errors import ConfigError, DivergenceError
+from training.errors import ConfigError, DeviceMemoryError, DivergenceError
 from training.fge import Config
 from training.optimisation import hardware, loop
 from training.optimisation.loop import Leg
@@ -204,6 +204,36 @@ def test_a_leg_begins_with_the_weights_and_the_momentum_of_its_start(data):
 def test_a_diverging_loss_is_told(data, rate):
     with pytest.raises(DivergenceError, match="--lr"):
         train(data, plain(40, rate))
+
+
+def test_a_loss_that_becomes_nan_names_the_epoch_and_the_step(data):
+    rates = [0.01] * 6 + [float("nan")] + [0.01] * 40  # the weights become NaN in step 7, the loss in step 8
+    with pytest.raises(DivergenceError, match=r"in epoch 2 of plain, in step 4 of 4, at a learning rate of 0\.01"):
+        train(data, lambda run: [Leg("plain", 40, lambda i: rates[i - 1])])
+
+
+def hungry_loss(logits, labels):
+    """As on a GPU that holds 5 images."""
+    if len(logits) > 5:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return torch.nn.functional.cross_entropy(logits, labels)
+
+
+def starving_loss(logits, labels):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_batch_that_does_not_fit_is_told_with_sizes_that_do(data):
+    own = {"loss": f"{__name__}:hungry_loss"}
+    with pytest.raises(
+        DeviceMemoryError, match=r"does not hold 16 images at once; 4 were tried.*--accumulate 4 .*--batch-size 4 "
+    ):
+        train(data, plain(8), **own)
+    train(data, plain(8), folder="parts", accumulate=4, **own)  # what it advises works
+    with pytest.raises(DeviceMemoryError, match="does not hold 8 images at once; 4 were tried"):
+        train(data, plain(8), folder="halves", accumulate=2, **own)
+    with pytest.raises(DeviceMemoryError, match="does not hold one image"):
+        train(data, plain(8), folder="none", loss=f"{__name__}:starving_loss")
 
 
 def own_loss(logits, labels):
