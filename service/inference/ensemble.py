@@ -317,6 +317,11 @@ class Ensembles:
                 continue
             if self._is_due(candidate, serve=True):
                 yield candidate, True
+        for name in names:
+            if name not in self._served.loaded and (look.active[name].identity, True) in self._refused:
+                last = self._last_good(name)
+                if last is not None and self._relations.allow(last) and self._is_due(last, serve=True):
+                    yield last, True
         for name, canary in look.canaries.items():
             known = self._served.canaries.get(name)
             if (
@@ -325,6 +330,11 @@ class Ensembles:
                 continue
             if self._relations.allow(canary.candidate) and self._is_due(canary.candidate, serve=True):
                 yield canary.candidate, True
+
+    def _last_good(self, name: str) -> Candidate | None:
+        """Return the version that this service served last: a worker that starts anew serves it while the active one is refused."""
+        found = self._verdicts.read(f"last good {name}")
+        return found if isinstance(found, Candidate) else None
 
     def _is_due(self, candidate: Candidate, *, serve: bool) -> bool:
         refused = self._refused.get((candidate.identity, serve))
@@ -385,10 +395,14 @@ class Ensembles:
             again = f"It is tried again {error.refusal.pause:.0f} s after the last death."
             self._say(logging.ERROR, f"{candidate} {NOT_SERVED}: {error} {again}")
             raise
-        canary = self._look.canaries.get(candidate.name)
-        is_canary = canary is not None and canary.candidate.identity == candidate.identity
+        active, canary = self._look.active.get(candidate.name), self._look.canaries.get(candidate.name)
+        role = "serving"
+        if canary is not None and canary.candidate.identity == candidate.identity:
+            role = "canary"
+        elif active is None or active.identity != candidate.identity:
+            role = "the active version is refused; serving the one before,"
         log.info(
-            "%s %s: %d members on %s, %s", "canary" if is_canary else "serving", candidate, len(ensemble.manifest.members), ", ".join(ensemble.providers),
+            "%s %s: %d members on %s, %s", role, candidate, len(ensemble.manifest.members), ", ".join(ensemble.providers),
             ", ".join(ensemble.policy.modes),
         )  # fmt: skip
         return ensemble
@@ -420,8 +434,11 @@ class Ensembles:
             # Otherwise another version was activated, or the roll-out has ended, meanwhile.
             if wanted is not None and wanted.identity == one.identity:
                 loaded[name] = one
+                self._verdicts.write(f"last good {name}", wanted)
             elif canary is not None and canary.candidate.identity == one.identity:
                 canaries[name] = one, canary
+            elif name not in loaded and (last := self._last_good(name)) is not None and last.identity == one.identity:
+                loaded[name] = one
         loaded = {name: one for name, one in loaded.items() if name in look.names - look.inactive}
         canaries = {name: both for name, both in canaries.items() if name in loaded}
         identities = {name: frozenset({one.identity}) for name, one in loaded.items()}

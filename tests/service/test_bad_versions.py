@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from models_store import examples, signing
 from models_store.manifest import EXAMPLES_FILE
 from tests.onnx_members import SHAPE, publish, publish_broken
+from tests.service.conftest import workers_of
 
 images = np.random.default_rng(0).random((2, *SHAPE), dtype=np.float32)
 
@@ -122,3 +124,25 @@ def test_a_service_that_requires_signatures_serves_only_what_a_trusted_key_signe
     signing.sign(store, store.load("e", 2), ours)
     store.activate("e", 2)
     until(lambda: versions(server) == {2}, server)
+
+
+def test_a_worker_that_starts_while_the_active_version_is_refused_serves_the_one_before(store, serve):
+    publish(store, "e", (0,))
+    server = serve(store, MODEPATH_WORKERS="2")
+    server.until(200)
+    until(lambda: server.log.read_text().count("serving e@1") == 2, server)
+    member = publish(store, "e", (1,)).folder / "members/000.onnx"
+    member.write_bytes(member.read_bytes()[:-1])
+    until(
+        lambda: "e@2" in server.log.read_text() and "is not the file that was published" in server.log.read_text(),
+        server,
+    )
+    for _ in range(2):
+        before = {worker.pid for worker in workers_of(server)}
+        os.kill(min(before), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while len({worker.pid for worker in workers_of(server)} - before) < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    until(lambda: server.log.read_text().count("serving the one before, e@1") == 2, server)
+    assert versions(server) == {1}
