@@ -147,7 +147,7 @@ def _check_value(
         raise MemberError(f"{file.name} has {kind}s {[v.name for v in values]}; a member has one, named {name!r}.")
     found = dimensions(values[0])
     if values[0].type.tensor_type.elem_type != element or len(found) != len(wanted):
-        asked, own = (onnx.TensorProto.DataType.Name(one) for one in (element, values[0].type.tensor_type.elem_type))
+        asked, own = map(_type_name, (element, values[0].type.tensor_type.elem_type))
         raise MemberError(
             f"{file.name}: {kind} {name!r} must be {asked} {_shape(wanted)}; it is {own} {_shape(found)}."
         )
@@ -159,6 +159,11 @@ def _check_value(
     # An open axis of the output is allowed: shape inference cannot always determine its length.
     if any(f is not None and f != w for f, w in zip(found[1:], wanted[1:], strict=True)):
         raise MemberError(f"{file.name}: {kind} {name!r} must be {_shape(wanted)}; it is {_shape(found)}.")
+
+
+def _type_name(element: int) -> str:
+    known = element in onnx.TensorProto.DataType.values()
+    return onnx.TensorProto.DataType.Name(element) if known else f"of the unknown type {element}"
 
 
 def _shape(axes: tuple[int | None, ...]) -> str:
