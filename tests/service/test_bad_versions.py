@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from models_store import examples, signing
 from models_store.manifest import EXAMPLES_FILE
-from tests.onnx_members import SHAPE, publish, publish_broken
+from tests.onnx_members import SHAPE, bank, point_logits, publish, publish_broken
 from tests.service.conftest import workers_of
 
 images = np.random.default_rng(0).random((2, *SHAPE), dtype=np.float32)
@@ -146,3 +146,36 @@ def test_a_worker_that_starts_while_the_active_version_is_refused_serves_the_one
             time.sleep(0.1)
     until(lambda: server.log.read_text().count("serving the one before, e@1") == 2, server)
     assert versions(server) == {1}
+
+
+@pytest.mark.parametrize("harm", ["truncated", "changed", "deleted", "removed"])
+def test_what_happens_to_files_of_a_loaded_version_changes_no_answer(store, serve, harm):
+    """Also of a bank of which only a part is ready, so that networks are opened while it serves."""
+    networks = bank(points=40)
+    version = publish(store, "e", (0, 1), bank=networks)
+    policies = '{"e": {"modes": ["average", "random"], "probabilities": "exact", "point": true}}'
+    server = serve(store, MODEPATH_POLICIES=policies, MODEPATH_POOL_BYTES=str(10 * 2**17))
+    server.until(200)
+    before = answered(server)["predictions"]
+    for file in [path for path in version.folder.rglob("*") if path.is_file()]:
+        if harm == "truncated":
+            os.truncate(file, 7)
+        elif harm == "changed":
+            file.write_bytes(bytes(file.stat().st_size))
+        elif harm == "deleted":
+            file.unlink()
+    if harm == "removed":
+        shutil.rmtree(version.folder)
+    points = set()
+    for _ in range(150):
+        answer = httpx.post(server.url + "/predict", json={"inputs": images[:1].tolist(), "mode": "random"})
+        assert answer.status_code == 200, answer.text
+        [row] = answer.json()["predictions"]
+        logits = point_logits(networks, row["point"], images[:1])[0] / networks.temperature[row["point"]]
+        shares = np.exp(logits - logits.max())
+        np.testing.assert_allclose(row["probs"], shares / shares.sum(), atol=1e-4)
+        points.add(row["point"])
+        time.sleep(0.01)
+    assert len(points) > 10  # more than were ready at once
+    assert answered(server)["predictions"] == before
+    assert "Traceback" not in server.log.read_text()
