@@ -152,6 +152,8 @@ def _roll_out(store: Store, args: argparse.Namespace) -> int:
             raise StoreError(f"{named}: {first['msg'].removeprefix('Value error, ')}.") from None
         store.verify(store.load(args.name, args.version))
         store.begin_roll_out(args.name, plan)
+        if not plan.shadow:
+            print("Without --shadow only its errors are judged, not its answers and its time.")
     elif (found := store.roll_out(args.name)) is None:
         print(f"{args.name} has no canary")
         return 0

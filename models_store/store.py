@@ -345,7 +345,7 @@ class Store:
                 ):
                     shutil.copyfileobj(source, copy, 2**20)
             self.verify(Version(staged, version.manifest, version.digest))
-            self._copy_signature(version)
+            self.copy_signature(version)
             return self._put(staged, version.manifest, version.digest, activate=activate)
 
     def activate(self, name: str, version: int) -> None:
@@ -382,18 +382,11 @@ class Store:
             StoreError: the version is the active one, or takes other inputs, so that it cannot answer the same requests.
             StoreWriteError: the store cannot be written.
         """
-        new, active = self.load(name, one.version).manifest, self.load(name).manifest
-        if new.version == active.version:
-            raise StoreError(f"{name}@{one.version} is active already, so there is nothing to roll out.")
-        if new.input != active.input or new.classes != active.classes:
-            what = "inputs" if new.input != active.input else "classes"
-            raise StoreError(
-                f"{name}@{new.version} has other {what} than the active version {active.version}, so its answers cannot stand for one another. "
-                f"Publish it under another name, or activate it: python -m models_store activate {name} {new.version}"
-            )
+        self._check_canary(name, one.version)  # before anything is written
         with files.writing(self.root, lambda: f"The roll-out of {name}@{one.version} may not have begun."):
             self._records()
             with self._activations.lock():
+                self._check_canary(name, one.version)  # another version may have been activated meanwhile
                 self._roll_outs.write(name, one)
 
     def end_roll_out(self, name: str, why: str | None = None, only: str | None = None) -> bool:
@@ -455,7 +448,7 @@ class Store:
         home = self._folder(name)
         with files.writing(self.root), self._publishers_lock(name):
             with self._activations.lock():
-                if version in (self._activations.active(name), self._activations.pending(name), self._canary(name)):
+                if version in (self._activations.active(name), self._activations.pending(name), self.canary(name)):
                     return False
                 # A reader sees the whole version or none. If this process is killed, the next publisher removes the rest.
                 gone = home / f"{_STAGING_PREFIX}removed-{version}"
@@ -511,10 +504,15 @@ class Store:
 
     # Internal
 
-    def _copy_signature(self, version: Version) -> None:
+    def copy_signature(self, version: Version, source: Store | None = None) -> None:
+        """Copy the signature of a version from another store, by default the one that holds its files, if it has one.
+
+        Raises:
+            StoreWriteError: the store cannot be written.
+        """
         name, number = version.manifest.name, version.manifest.version
         try:
-            content = files.read(Store(version.folder.parents[1]).signature(name, number), _SIGNATURE_BYTES)
+            content = files.read((source or Store(version.folder.parents[1])).signature(name, number), _SIGNATURE_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return
         target = self.signature(name, number)
@@ -583,7 +581,19 @@ class Store:
                 pass  # it was damaged since then and cannot be served
         self._activations.retract(name)
 
-    def _canary(self, name: str) -> int | None:
+    def _check_canary(self, name: str, version: int) -> None:
+        new, active = self.load(name, version).manifest, self.load(name).manifest
+        if new.version == active.version:
+            raise StoreError(f"{name}@{version} is active already, so there is nothing to roll out.")
+        if new.input != active.input or new.classes != active.classes:
+            what = "inputs" if new.input != active.input else "classes"
+            raise StoreError(
+                f"{name}@{new.version} has other {what} than the active version {active.version}, so their answers cannot stand for one another. "
+                f"Publish it under another name, or activate it: python -m models_store activate {name} {new.version}"
+            )
+
+    def canary(self, name: str) -> int | None:
+        """The version that is the canary of `name`; None if there is none."""
         try:
             found = self._roll_outs.read(name)
         except CorruptionError:

@@ -54,7 +54,7 @@ def collect_garbage(store: Store, keep: int, *, dry: bool = False) -> Outcome:
                 outcome.kept[shown] = f"{bases[name, version]} is based on it"
             elif _active(store, name) == version:
                 outcome.kept[shown] = "it is active"
-            elif not (dry or store.remove(name, version)):
+            elif store.canary(name) == version or not (dry or store.remove(name, version)):
                 outcome.kept[shown] = "it is a canary, or was just activated"
             else:
                 outcome.done.append(shown)
@@ -73,6 +73,8 @@ def copy_all(source: Store, target: Store) -> Outcome:
         if version in target.versions(name):
             if target.digest(name, version) != source.digest(name, version):
                 outcome.damaged[shown] = "the target has another version of this name and number"
+            else:
+                target.copy_signature(target.load(name, version), source)  # it may have been signed since
             continue
         try:
             found = source.load(name, version)

@@ -36,7 +36,6 @@ from service.http.bodies import Asked, read_request
 from service.http.connections import LEFT
 from service.http.errors import (
     BadRequestError,
-    BrokenEnsembleError,
     DeadlineError,
     ForbiddenError,
     MediaTypeError,
@@ -157,7 +156,7 @@ class _Routes:
             options = asked.options
             active = worker.ensembles.get(options.ensemble)
             caller, given_id = self._caller(request), _given_id(request)
-            ensemble, mode = _choice(worker, active, options, caller or given_id or "")
+            ensemble, mode = _choice(worker, active, options, caller, given_id)
             images = await _images(worker, body, asked, ensemble)
             self._bound_answer(ensemble, len(images), options.members)
             key = request.scope.get(KEY)
@@ -166,14 +165,10 @@ class _Routes:
             decode_seconds = time.perf_counter() - began
             ask = partial(self._asked, body, mode, options, images, caller)
             try:
-                try:
-                    rows, answer = await ask(ensemble)
-                except BrokenEnsembleError as error:
-                    if ensemble is active:
-                        raise
-                    worker.roll_outs.failed(active, error)
-                    ensemble, mode = active, _check(active, options)
-                    rows, answer = await ask(ensemble)
+                if ensemble is active:
+                    rows, answer = await ask(active)
+                else:
+                    ensemble, (rows, answer) = await worker.roll_outs.answer(active, ensemble, ask)
             except ServiceError:  # what was not answered does not count
                 if worker.guard is not None:
                     worker.guard.charge(key, -len(images))
@@ -198,7 +193,7 @@ class _Routes:
                 worker.tracer.predicted(
                     request.headers, attributes, decode_seconds, answer, time.perf_counter() - written
                 )
-        worker.roll_outs.answered(active, ensemble, mode, images)
+        worker.roll_outs.compare(active, mode, images)
         headers = {"X-Request-ID": given_id} if given_id else None
         return Response(reply, media_type="application/json", headers=headers)
 
@@ -226,7 +221,7 @@ class _Routes:
                 labels = [entry for entry in entries if not isinstance(entry, feedback.Rejected)]
                 for _ in range(len(entries) - len(labels)):
                     metrics.rejected("malformed")
-                served = [ensemble.manifest for ensemble in worker.ensembles.all()]
+                served = [ensemble.manifest for ensemble in [*worker.ensembles.all(), *worker.ensembles.canaries()]]
                 classes = {(one.name, one.version): one.classes for one in served}
                 outcomes = await recorder.report(labels, classes) if labels else []
         except TimeoutError:
@@ -417,14 +412,19 @@ async def _images(worker: Worker, body: Body, asked: Asked, ensemble: Ensemble) 
     return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
 
 
-def _choice(worker: Worker, active: Ensemble, options: Options, caller: str) -> tuple[Ensemble, Mode]:
+def _choice(
+    worker: Worker, active: Ensemble, options: Options, caller: str, given_id: str | None
+) -> tuple[Ensemble, Mode]:
     """Return the version that answers a request, and the mode: the active one, too, where its canary cannot do what is asked."""
-    chosen = worker.roll_outs.choose(active, options.mode, caller)
+    keyed = (options.mode or active.policy.modes[0]) == "keyed"
+    # In `keyed` a client must not choose the version, or it would get a draw from each.
+    chosen = active if keyed and not caller else worker.roll_outs.choose(active, caller or given_id or "")
     if chosen is not active:
         try:
             return chosen, _check(chosen, options)
         except BadRequestError:  # it has no calibration or cascade, for example
-            pass
+            if keyed:
+                raise
     return active, _check(active, options)
 
 
@@ -518,6 +518,9 @@ def create_app(chosen: Settings, worker: Worker) -> ASGIApp:
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_ADDRESS_BYTES:
             too_long = TooLargeError(f"The address is longer than {MAX_ADDRESS_BYTES} bytes; send images in the body.")
             await _refuse_early(too_long, 414)(scope, receive, send)
+        elif not scope["path"].isprintable():  # a route ends before a line break, the table of scopes does not
+            unclear = BadRequestError("The path holds a control character. The routes are plain text.")
+            await _refuse_early(unclear, BadRequestError.status)(scope, receive, send)
         elif (foreign := hosts.foreign(scope["headers"])) is not None:
             await _refuse_early(MisdirectedError(foreign), MisdirectedError.status)(scope, receive, send)
         else:

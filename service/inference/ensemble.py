@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from models_store.errors import MemberError
 from models_store.graphs.runtime import ProviderChoice
 from models_store.store import Store
 from service.http.errors import ForbiddenError, NotReadyError, UnknownEnsembleError
@@ -179,6 +180,10 @@ class Ensembles:
                 )
         raise UnknownEnsembleError(f"No ensemble {name[:80]!r} is served. Served: {answering}.")
 
+    def canaries(self) -> list[Ensemble]:
+        """Return all canaries that are loaded."""
+        return [ensemble for ensemble, _ in self._served.canaries.values()]
+
     def canary(self, name: str) -> tuple[Ensemble, Canary] | None:
         """Return the canary of an ensemble that answers, if it is loaded."""
         return self._served.canaries.get(name)
@@ -270,8 +275,10 @@ class Ensembles:
     def _take(self, look: Look) -> None:
         for name in self._served.loaded.keys() - look.names:
             log.warning("%s was removed from the store, and is no longer served", name)
+            self._verdicts.write(f"last good {name}", None)
         for name in self._served.loaded.keys() & look.inactive:
             log.warning("%s was deactivated, and is no longer served", name)
+            self._verdicts.write(f"last good {name}", None)
         self._look = look
         self._absent -= look.names
         for name in sorted(self._absent):
@@ -324,12 +331,28 @@ class Ensembles:
                     yield last, True
         for name, canary in look.canaries.items():
             known = self._served.canaries.get(name)
-            if (
-                known is not None and known[0].identity == canary.candidate.identity
-            ) or name not in self._served.loaded:
+            if known is not None and known[0].identity == canary.candidate.identity:
                 continue
-            if self._relations.allow(canary.candidate) and self._is_due(canary.candidate, serve=True):
+            if self._may_stand_beside(canary.candidate) and self._is_due(canary.candidate, serve=True):
                 yield canary.candidate, True
+
+    def _may_stand_beside(self, canary: Candidate) -> bool:
+        """Return whether a version may be a canary: another one is served, and it cannot share networks with a defended ensemble.
+
+        Where a policy defends an ensemble, only its own versions are all compared.
+        """
+        served = self._served.loaded.get(canary.name)
+        if served is None or canary.identity == served.identity:
+            return False
+        if not self._relations.matter:
+            return True
+        if policy.of(canary.name, self._policies).defended:
+            return self._relations.allow(canary)
+        self._say(
+            logging.WARNING,
+            f"{canary} does not answer as a canary: a policy defends another ensemble, and the two may share networks. Activate it instead.",
+        )
+        return False
 
     def _last_good(self, name: str) -> Candidate | None:
         """Return the version that this service served last: a worker that starts anew serves it while the active one is refused."""
@@ -399,6 +422,11 @@ class Ensembles:
         role = "serving"
         if canary is not None and canary.candidate.identity == candidate.identity:
             role = "canary"
+            served = self._served.loaded.get(candidate.name)
+            if served is not None and not _are_alike(served, ensemble):
+                raise MemberError(
+                    f"{candidate} cannot be a canary: it has other inputs or classes than the version that is served. Activate it instead."
+                )
         elif active is None or active.identity != candidate.identity:
             role = "the active version is refused; serving the one before,"
         log.info(
@@ -440,10 +468,10 @@ class Ensembles:
             elif name not in loaded and (last := self._last_good(name)) is not None and last.identity == one.identity:
                 loaded[name] = one
         loaded = {name: one for name, one in loaded.items() if name in look.names - look.inactive}
-        canaries = {name: both for name, both in canaries.items() if name in loaded}
-        identities = {name: frozenset({one.identity}) for name, one in loaded.items()}
-        for name, (one, _) in canaries.items():
-            identities[name] |= {one.identity}
+        canaries = {
+            name: both for name, both in canaries.items() if name in loaded and _are_alike(loaded[name], both[0])
+        }
+        identities = {name: one.identity for name, one in loaded.items()}
         complete = self._reachable and not self._absent
         closed = self._relations.closed(look, identities, self._compares_soon, complete=complete)
         served = _Served(loaded, canaries, closed, None)
@@ -456,3 +484,8 @@ class Ensembles:
     def _compares_soon(self, candidate: Candidate) -> bool:
         key = candidate.identity, False
         return key not in self._refused and (key not in self._tasks or self._holds_up(self._tasks[key]))
+
+
+def _are_alike(one: Ensemble, other: Ensemble) -> bool:
+    """Return whether two versions can answer the same requests with answers of the same form."""
+    return one.manifest.input == other.manifest.input and one.manifest.classes == other.manifest.classes

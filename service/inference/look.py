@@ -55,11 +55,8 @@ class Look:
     order: tuple[str, ...] = ()  # active ensembles by time of activation, the latest last
 
     def counting(self) -> Mapping[str, list[Candidate]]:
-        """Return the versions that decide who may answer: all of a defended ensemble, of others those that answer."""
-        answering = {name: [one] for name, one in self.active.items()}
-        for name, canary in self.canaries.items():
-            answering[name] = [*answering[name], canary.candidate]
-        return {**answering, **self.versions}
+        """Return the versions that decide who may answer: all of a defended ensemble, of others the active one."""
+        return {**{name: [one] for name, one in self.active.items()}, **self.versions}
 
 
 def look_at(store: Store, policies: Mapping[str, Policy], say: Say) -> Look:

@@ -50,7 +50,7 @@ class Relations:
         """Return the defended ensembles that are no longer in the store."""
         return self._defended.keys() - look.names
 
-    def closed(self, look: Look, loaded: Mapping[str, frozenset[str]], soon: Question, *, complete: bool) -> Closed:
+    def closed(self, look: Look, loaded: Mapping[str, str], soon: Question, *, complete: bool) -> Closed:
         """Return the ensembles that are disabled.
 
         Args:
@@ -67,7 +67,7 @@ class Relations:
         found: dict[str, tuple[frozenset[str], bool]] = {}
         for name in look.names:
             versions = counting.get(name, [])
-            held = {one.identity for one in versions} | loaded.get(name, frozenset())
+            held = {one.identity for one in versions} | ({loaded[name]} if name in loaded else set[str]())
             held &= self._known.keys()
             whole = True
             if policy.of(name, self._policies).defended:

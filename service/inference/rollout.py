@@ -8,6 +8,7 @@ roll-out for all of them at once, and records that in the store.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -17,8 +18,9 @@ import queue
 import random
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from models_store.errors import StoreError
 from models_store.records.rollout import RollOut, Rule
 from models_store.store import Store
 from models_store.uncertainty import Floats, Prediction
+from service.http.errors import BrokenEnsembleError
 from service.http.images import Images
 from service.inference.ensemble import Ensembles
 from service.inference.look import Canary
@@ -36,10 +39,14 @@ from service.operations.shared import LockedError, Shared
 SHARED = "MODEPATH_ROLLOUTS"  # names the tallies to workers
 WAITING = 32  # comparisons that may wait
 ROWS = 32  # rows of one request that are compared
+HELD_BYTES = 2**24  # of images that wait to be compared
 LOWEST = 19  # niceness
+STUCK_SECONDS = 15.0  # a canary that has no answer for so long has failed
 AGAIN_SECONDS = 5.0  # until the store is asked again to record that a roll-out has ended
 Reason = Literal["errors", "disagreement", "slowdown"]
-Outcome = Literal["same", "different", "failed", "skipped"]
+Outcome = Literal["same", "different", "not_compared", "failed", "skipped"]
+T = TypeVar("T")
+Ask = Callable[[Ensemble], Awaitable[T]]  # runs one version on the images of a request
 log = logging.getLogger("bentoml.modepath")
 
 
@@ -49,10 +56,11 @@ class Tally:
 
     requests: float = 0  # that it computed, for an answer or a comparison
     failures: float = 0  # of them
-    rows: float = 0  # that were compared
+    rows: float = 0  # whose labels were compared
     different: float = 0  # of them, labelled differently
-    own_seconds: float = 0  # time for the compared rows
-    active_seconds: float = 0  # time that the active version took for them
+    timed: float = 0  # rows that both versions computed
+    own_seconds: float = 0  # time for them
+    active_seconds: float = 0  # time of the active version for them
     ended: float = 0  # 1: a limit was exceeded
 
     def exceeds(self, rule: Rule) -> Reason | None:
@@ -62,7 +70,7 @@ class Tally:
         if rule.disagreement is not None and self.different > rule.disagreement * max(self.rows, rule.requests):
             return "disagreement"
         allowed = math.inf if rule.slowdown is None else rule.slowdown * self.active_seconds
-        if self.rows >= rule.requests and self.own_seconds > allowed:
+        if self.timed >= rule.requests and self.own_seconds > allowed:
             return "slowdown"
         return None
 
@@ -115,10 +123,10 @@ class RollOuts:
         self._tallies = tallies or Shared.inherited(SHARED, NUMBERS)
         self._known: set[str] = set()  # ids of roll-outs that this worker has seen
         self._ended: set[str] = set()  # ids of roll-outs that this worker found to be ended
-        self._unrecorded: dict[str, tuple[str, str]] = {}  # those that the store must still record: name, why
+        # Bytes of images that were queued, and that were taken out: each is written by one thread, so no lock is needed.
+        self._queued = self._taken = 0
         self._waiting: queue.Queue[_Comparison | None] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
         self._turn = False
         self._closed = False
 
@@ -129,45 +137,71 @@ class RollOuts:
 
     # For requests
 
-    def choose(self, active: Ensemble, mode: Mode | None, caller: str) -> Ensemble:
+    def choose(self, active: Ensemble, caller: str) -> Ensemble:
         """Return the version that answers a request: the active one or its canary.
 
         Args:
             active: the ensemble that was asked.
-            mode: the mode that was asked for, if any.
             caller: the name of the caller; "" if it is not known: then every request is one of its own.
         """
         if (found := self._going_on(active)) is None or not found[1].plan.share:
             return active
         canary, plan = found[0], found[1].plan
-        if not caller and (mode or active.policy.modes[0]) == "keyed":
-            return active  # the same image must get the same answer, so requests cannot be divided
         return canary if position(f"{canary.manifest.name}@{plan.version}", caller) < plan.share else active
 
-    def answered(self, active: Ensemble, chosen: Ensemble, mode: Mode, images: Images) -> None:
-        """Count an answer, and compare both versions on these images if it is their turn."""
+    async def answer(self, active: Ensemble, canary: Ensemble, ask: Ask[T]) -> tuple[Ensemble, T]:
+        """Let a canary answer a request, or the active version where it fails; return which one did, and the answer.
+
+        A failure counts only if the active version does not fail on the same rows, because some inputs make every network fail.
+        """
+        began = time.monotonic()
+        try:
+            found = await ask(canary)
+        except BrokenEnsembleError as error:
+            found = await ask(active)
+            self._failed(active, canary, str(error))
+            return active, found
+        except asyncio.CancelledError:
+            if (
+                time.monotonic() - began > STUCK_SECONDS
+            ):  # not a client that left, but a request that had no answer for so long
+                self._failed(active, canary, f"it did not answer within {STUCK_SECONDS:g} s")
+            raise
+        if (plan := self._plan_of(active, canary)) is not None:
+            self._meter.canary(_labels(canary), "answered")
+            self._count(canary, plan, Tally(requests=1))
+        return canary, found
+
+    def compare(self, active: Ensemble, mode: Mode, images: Images) -> None:
+        """Compare both versions on the images of an answered request if it is its turn."""
         if (found := self._going_on(active)) is None:
             return
         canary, plan = found[0], found[1].plan
-        if chosen is canary:
-            self._meter.canary(_labels(canary), "answered")
-            self._count(canary, plan, Tally(requests=1))
-        if plan.shadow and random.random() < plan.shadow:
-            compared: Mode = "average" if mode in TOGETHER else mode
-            if compared not in canary.sessions:
-                return
-            with contextlib.suppress(queue.Full):
-                self._start()
-                self._waiting.put_nowait(_Comparison(active, canary, plan, compared, images[:ROWS]))
-                return
-            self._meter.shadowed(_labels(canary), {"skipped": min(len(images), ROWS)}, (0.0, 0.0), [])
+        if not plan.shadow or random.random() >= plan.shadow:
+            return
+        compared: Mode = "average" if mode in TOGETHER else mode
+        rows = min(len(images), ROWS)
+        if compared not in canary.sessions:
+            return
+        if self._queued - self._taken + images[:rows].nbytes > HELD_BYTES or self._waiting.full():
+            self._meter.shadowed(_labels(canary), {"skipped": rows}, (0.0, 0.0), [])
+            return
+        self._start()
+        # A copy: a view would keep the whole request in memory.
+        one = _Comparison(active, canary, plan, compared, images[:rows].copy())
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(one)
+            self._queued += one.images.nbytes
 
-    def failed(self, active: Ensemble, error: Exception) -> None:
-        """Count a request that the canary failed; the active version answers it."""
-        if (found := self._going_on(active)) is not None:
-            log.warning("the canary %s@%d failed on a request: %s", active.manifest.name, found[1].plan.version, error)
-            self._meter.canary(_labels(found[0]), "failed")
-            self._count(found[0], found[1].plan, Tally(requests=1, failures=1))
+    def _failed(self, active: Ensemble, canary: Ensemble, why: str) -> None:
+        if (plan := self._plan_of(active, canary)) is not None:
+            log.warning("the canary %s@%d failed on a request: %s", active.manifest.name, plan.version, why)
+            self._meter.canary(_labels(canary), "failed")
+            self._count(canary, plan, Tally(requests=1, failures=1))
+
+    def _plan_of(self, active: Ensemble, canary: Ensemble) -> RollOut | None:
+        found = self._going_on(active)
+        return found[1].plan if found is not None and found[0] is canary else None
 
     def tally(self, plan: RollOut) -> Tally:
         """Return what happened to a canary so far."""
@@ -190,7 +224,13 @@ class RollOuts:
             self._known.add(plan.id)
             self._meter.expect_canary(_labels(found[0]))
         if self.tally(plan).ended:  # another worker has found that
-            self._end(active.manifest.name, plan, "another worker of the service found a limit exceeded")
+            tally = self.tally(plan)
+            reason = tally.exceeds(plan.rule)
+            self._end(
+                active.manifest.name,
+                plan,
+                _why(reason, tally, plan.rule) if reason else "a limit of its rule was exceeded",
+            )
             return None
         return found
 
@@ -212,74 +252,85 @@ class RollOuts:
             self._end(name, plan, why)
 
     def _end(self, name: str, plan: RollOut, why: str) -> None:
-        self._ended.add(plan.id)
-        self._unrecorded[plan.id] = name, why
-        self._start()
-        with contextlib.suppress(queue.Full):  # then the thread is awake anyway
-            self._waiting.put_nowait(None)
+        """End a roll-out here at once, and in the store as soon as it can be written."""
+        if plan.id not in self._ended:
+            self._ended.add(plan.id)
+            threading.Thread(target=self._record, args=(name, plan.id, why), name="roll-back", daemon=True).start()
 
-    # The thread
+    def _record(self, name: str, plan: str, why: str) -> None:
+        said = False
+        while not self._closed:
+            try:
+                self._store.end_roll_out(name, why, only=plan)
+            except StoreError as error:
+                if not said:
+                    log.error(
+                        "the roll-back of %s is not recorded in the store, and is tried again until it is; other replicas do not know of it yet: %s",
+                        name, error,
+                    )  # fmt: skip
+                said = True
+                time.sleep(AGAIN_SECONDS)
+            else:
+                return
+
+    # The thread that compares
 
     def _start(self) -> None:
-        with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="canaries", daemon=True)
-                self._thread.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="canaries", daemon=True)
+            self._thread.start()
 
     def _work(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # only Linux has priorities of threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
         while not self._closed:
+            one = self._waiting.get()
             try:
-                one = self._waiting.get(timeout=AGAIN_SECONDS if self._unrecorded else None)
-            except queue.Empty:
-                one = None
-            try:
-                self._record()
-                if one is not None and one.plan.id not in self._ended:
-                    self._compare(one)
+                if one is not None:
+                    self._taken += one.images.nbytes
+                    if one.plan.id not in self._ended:
+                        self._compare(one)
             except Exception:  # an ended thread would not be replaced
                 log.exception("a canary could not be compared")
-
-    def _record(self) -> None:
-        for plan, (name, why) in list(self._unrecorded.items()):
-            try:
-                self._store.end_roll_out(name, why, only=plan)
-            except StoreError as error:
-                log.error("the roll-back of %s is not recorded in the store yet, and is tried again: %s", name, error)
-            else:
-                del self._unrecorded[plan]
+            one = None  # otherwise an idle thread would keep both versions in memory
 
     def _compare(self, one: _Comparison) -> None:
-        labels, rows = _labels(one.canary), len(one.images)
+        labels, rows, together = _labels(one.canary), len(one.images), one.mode in TOGETHER
         found: dict[bool, tuple[Prediction, float]] = {}
+        failure: Exception | None = None
         self._turn = (
             not self._turn
         )  # each version comes first in turn, because the second finds the images in the cache
         for is_canary in (self._turn, not self._turn):
             ensemble = one.canary if is_canary else one.active
-            began = time.perf_counter()
+            # On a CPU the time of this thread: as the one of the lowest priority, it is interrupted often.
+            clock = time.perf_counter if "CUDAExecutionProvider" in ensemble.providers else time.thread_time
+            began = clock()
             try:
-                prediction = _answer(ensemble, one.mode, one.images)
+                found[is_canary] = _answer(ensemble, one.mode, one.images), clock() - began
             except Exception as error:  # ONNX Runtime's exceptions share no base class
-                if is_canary:
-                    log.warning("the canary %s@%d failed on a compared request: %s", *labels, error)
-                    self._meter.shadowed(labels, {"failed": rows}, (0.0, 0.0), [])
-                    self._count(one.canary, one.plan, Tally(requests=1, failures=1))
-                return
-            found[is_canary] = prediction, time.perf_counter() - began
+                if not is_canary:
+                    return  # some inputs make every network fail
+                failure = error
+        if failure is not None:
+            log.warning("the canary %s@%s failed on a compared request: %s", *labels, failure)
+            self._meter.shadowed(labels, {"failed": rows}, (0.0, 0.0), [])
+            self._count(one.canary, one.plan, Tally(requests=1, failures=1))
+            return
         (new, own), (old, active) = found[True], found[False]
-        different = 0
+        tally = Tally(requests=1, timed=rows, own_seconds=own, active_seconds=active)
+        outcomes: dict[Outcome, int] = {
+            "not_compared": rows
+        }  # where each version draws a network, labels differ by chance
         entropies: list[float] = []
-        if one.mode in TOGETHER:  # where each version draws a network, labels differ by chance
+        if together:
             different = int((new.label != old.label).sum())
+            tally.rows, tally.different = rows, different
+            outcomes = {"same": rows - different, "different": different}
             if not one.active.policy.hides(one.mode):
                 entropies = (new.predictive_entropy - old.predictive_entropy).tolist()
-        self._meter.shadowed(labels, {"same": rows - different, "different": different}, (own, active), entropies)
-        self._count(
-            one.canary, one.plan,
-            Tally(requests=1, rows=rows, different=different, own_seconds=own, active_seconds=active),
-        )  # fmt: skip
+        self._meter.shadowed(labels, outcomes, (own, active), entropies)
+        self._count(one.canary, one.plan, tally)
 
 
 def position(version: str, caller: str) -> float:
@@ -313,6 +364,6 @@ def _why(reason: Reason, tally: Tally, rule: Rule) -> str:
             f"{rule.disagreement:g} of {rule.requests} or more"
         )
     return (
-        f"it took {tally.own_seconds / max(tally.active_seconds, 1e-9):.2f} times the time of the active version for {tally.rows:.0f} rows; "
+        f"it took {tally.own_seconds / max(tally.active_seconds, 1e-9):.2f} times the time of the active version for {tally.timed:.0f} rows; "
         f"the rule allows {rule.slowdown:g} times"
     )

@@ -131,7 +131,7 @@ _canary_requests = Counter(
 )
 _shadow_rows = Counter(
     "modepath_shadow_rows",
-    "rows for which a canary was compared with the active version: same or different label; failed; or skipped, for lack of time",
+    "rows for which a canary was compared with the active version: same or different label; not_compared, where a network is drawn; failed; or skipped, for lack of time",
     [*_VERSION, "outcome"],
     registry=_own,
 )
@@ -284,7 +284,7 @@ def expect_canary(labels: tuple[str, str]) -> None:
     """Set the counters of a canary to 0, so that its first failure is an increase."""
     for outcome in ("answered", "failed"):
         _canary_requests.labels(*labels, outcome).inc(0)
-    for outcome in ("same", "different", "failed", "skipped"):
+    for outcome in ("same", "different", "not_compared", "failed", "skipped"):
         _shadow_rows.labels(*labels, outcome).inc(0)
     for reason in ("errors", "disagreement", "slowdown"):
         _rollbacks.labels(*labels, reason).inc(0)

@@ -66,7 +66,10 @@ class Shared:
         Raises:
             LockedError: another process holds the lock and does not go on.
         """
-        with self._threads:
+        if not self._threads.acquire(timeout=TRIES * PAUSE_SECONDS):  # another thread may wait for the processor
+            raise LockedError
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._threads.release)
             self._lock()
             try:
                 place = self._place(key.encode())

@@ -70,6 +70,11 @@ def test_copies_keep_the_signature_and_gc_removes_it(store, signed, keys, tmp_pa
     copy = Store(tmp_path / "backup")
     upkeep.copy_all(store, copy)
     signing.check(copy, copy.load("e", 1), [keys["ours"][1]])
+    later = publish(store, "e", (4,), activate=False)
+    upkeep.copy_all(store, copy)
+    signing.sign(store, later, keys["ours"][0])  # after it was copied
+    upkeep.copy_all(store, copy)
+    signing.check(copy, copy.load("e", 2), [keys["ours"][1]])
     publish(store, "e", (5,))
     upkeep.collect_garbage(store, 1)
     assert not store.signature("e", 1).exists()

@@ -247,3 +247,29 @@ def test_a_service_does_not_start_without_the_keys_it_was_told_to_use(tmp_path, 
 def test_every_error_of_the_tree_in_the_docstring_exists():
     named = set(re.findall(r"── (\w+)", errors.__doc__))
     assert named == {one.__name__ for one in errors.ServiceError.__subclasses__()}
+
+
+@pytest.mark.parametrize("ending", ["%0A", "%0a", "%0D", "%09", "%00", "%7F"])
+def test_a_control_character_in_a_path_opens_no_route(secured, ending):
+    """A route's pattern ends before a line break; the table of scopes must not be evaded by that."""
+    server, secrets, _ = secured
+    for method, path in [
+        ("PUT", "/ensembles/e/rollout"),
+        ("DELETE", "/ensembles/e/rollout"),
+        ("POST", "/ensembles/e/activate"),
+        ("POST", "/predict"),
+    ]:
+        for scope in ("read", "admin"):
+            answer = httpx.request(
+                method, server.url + path + ending, headers=bearer(secrets[scope]), json={"version": 2, "share": 1}
+            )
+            assert answer.status_code == 400, (method, path, scope, answer.text)
+
+
+def test_methods_that_no_route_has_need_the_widest_scope(secured):
+    server, secrets, _ = secured
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert (
+            httpx.request(method, server.url + "/ensembles/e/anything", headers=bearer(secrets["read"])).status_code
+            == 403
+        )

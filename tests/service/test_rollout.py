@@ -204,3 +204,56 @@ def test_the_route_needs_a_key_with_the_scope_admin_and_does_what_the_command_do
         assert client.get(server.url + "/ensembles/nothing/rollout").status_code == 404
         assert client.delete(url).json()["canary"] is None
         assert store.roll_out("e") is None
+
+
+def test_inputs_on_which_every_version_fails_roll_nothing_back(store, serve):
+    publish(store, "e", (5,), member=nan_on_white)
+    publish(store, "e", (6,), member=nan_on_white, activate=False)
+    server = serve(store, MODEPATH_CALLER_HEADER=CALLER)
+    server.until(200)
+    store.begin_roll_out("e", RollOut(version=2, share=1, shadow=1, rule=Rule(disagreement=None)))
+    until(lambda: "canary e@2" in server.log.read_text())
+    for i in range(20):
+        answer = httpx.post(server.url + "/predict", json={"inputs": WHITE.tolist()}, headers={CALLER: str(i)})
+        assert answer.status_code == 500
+        assert ask(server, IMAGES[:1], **{CALLER: str(i)})["version"] == 2
+    assert store.roll_out("e").ended is None
+
+
+def test_a_file_that_makes_the_active_version_its_own_canary_is_ignored(served):
+    store, server = served
+    (store.root / "e" / ".rollout").write_text(RollOut(version=1, share=1).model_dump_json())
+    time.sleep(2)
+    assert {asked_by(server, str(i)) for i in range(20)} == {1}
+    assert server.log.read_text().count("e@1 (manifest") == 3  # loaded once by each worker
+
+
+def test_a_canary_of_other_inputs_in_the_file_never_answers(served):
+    store, server = served
+    publish(store, "e", (0,), shape=(3, 4, 4), activate=False)
+    (store.root / "e" / ".rollout").write_text(RollOut(version=3, share=1).model_dump_json())
+    until(lambda: "cannot be a canary: it has other inputs" in server.log.read_text())
+    assert {asked_by(server, str(i)) for i in range(20)} == {1}
+
+
+def test_in_keyed_a_client_cannot_choose_the_version_by_a_request_id(store, serve):
+    publish(store, "e", (0, 1, 2))
+    publish(store, "e", (3, 4, 5), activate=False)
+    server = serve(store, MODEPATH_POLICIES='{"e": {"modes": ["keyed"]}}')
+    server.until(200)
+    store.begin_roll_out("e", RollOut(version=2, share=0.5))
+    until(lambda: "canary e@2" in server.log.read_text())
+    assert {ask(server, IMAGES[:1], **{"x-request-id": f"id-{i}"})["version"] for i in range(30)} == {1}
+
+
+def test_a_deactivated_version_does_not_come_back_when_the_next_one_is_refused(served):
+    store, server = served
+    store.deactivate("e")
+    until(lambda: "e was deactivated" in server.log.read_text())
+    member = store.load("e", 2).folder / "members/000.onnx"
+    member.write_bytes(member.read_bytes()[:-1])
+    store.activate("e", 2)
+    until(lambda: "is not the file that was published" in server.log.read_text())
+    time.sleep(2)
+    answer = httpx.post(server.url + "/predict", json={"inputs": IMAGES[:1].tolist()}, headers={CALLER: "a"})
+    assert answer.status_code == 503

@@ -6,6 +6,7 @@ computes the same as an uninterrupted run, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
@@ -173,10 +174,11 @@ class _Job:
                     images = adversary.attack(self.network, self.loss, images, labels, self.fabric.autocast)
                 return self._pull(images, labels)
 
-            try:
+            loss: torch.Tensor | None = None
+            with contextlib.suppress(torch.OutOfMemoryError):
                 loss = steps.take(pull, Step(i, leg.rate(i), between, len(self.data.train)))
-            except torch.OutOfMemoryError:
-                raise self._does_not_fit(images, labels) from None
+            if loss is None:  # here the exception is gone, which kept what the failed step had computed
+                raise self._does_not_fit(images, labels)
             total += loss
             first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=step))
             count += 1
@@ -212,19 +214,26 @@ class _Job:
 
     def _does_not_fit(self, images: torch.Tensor, labels: torch.Tensor) -> DeviceMemoryError:
         """Find out by trying how many images of this batch fit into the memory of the device at once."""
-        fits = math.ceil(len(images) / self.config.accumulate)
+        fits = at_once = math.ceil(len(images) / self.config.accumulate)
+        if self.fabric.world_size > 1:  # the other processes wait for this one, so nothing can be tried
+            return DeviceMemoryError(
+                f"The memory of {self.fabric.device} does not hold {at_once} images at once. Give --accumulate {2 * self.config.accumulate}, or a smaller "
+                "--batch-size."
+            )
         while fits > 1:
             fits //= 2
             self.network.zero_grad(set_to_none=True)
             if self.fabric.device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                self.fabric.backward(self.loss(self.wrapped(images[:fits]), labels[:fits]))
+                self.loss(self.network(images[:fits]), labels[:fits]).backward()
             except torch.OutOfMemoryError:
                 continue
+            finally:
+                self.network.zero_grad(set_to_none=True)
             parts = math.ceil(len(images) / fits)
             return DeviceMemoryError(
-                f"The memory of {self.fabric.device} does not hold {math.ceil(len(images) / self.config.accumulate)} images at once; {fits} were tried and "
+                f"The memory of {self.fabric.device} does not hold {at_once} images at once; {fits} were tried and "
                 f"fit. --accumulate {parts} computes the same batches in parts; --batch-size {fits} makes smaller ones."
             )
         return DeviceMemoryError(

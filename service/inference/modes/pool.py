@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import threading
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models_store import files
 from models_store.bank import Bank
-from models_store.errors import MemberError
+from models_store.errors import CorruptionError, MemberError
+from models_store.graphs.onnx_contract import MAX_MODEL_BYTES
 from models_store.graphs.runtime import MemberSession, ProviderChoice
 from models_store.inputs import kinds
 from models_store.store import Version
@@ -63,13 +66,17 @@ def source(version: Version, providers: ProviderChoice) -> Source:
         return Network(number, session, temperature)
 
     if manifest.bank is None:
-        files = [version.folder / member.file for member in manifest.members]
+        members = [version.folder / member.file for member in manifest.members]
 
         def member(number: int) -> Network:
-            session = MemberSession(files[number], providers, threads=1, shares_arena=True)
+            # Read and hashed each time: the file may have been changed since the version was verified.
+            content = files.read(members[number], MAX_MODEL_BYTES)
+            if hashlib.sha256(content).hexdigest() != manifest.files[manifest.members[number].file]:
+                raise CorruptionError(f"{members[number]} is not the file that was published. Restore it from a copy.")
+            session = MemberSession(content, providers, threads=1, shares_arena=True)
             return ready(number, session, manifest.members[number].temperature)
 
-        return Source(len(files), SESSION_BYTES + COPIES * max(file.stat().st_size for file in files), member)
+        return Source(len(members), SESSION_BYTES + COPIES * max(file.stat().st_size for file in members), member)
     bank = Bank.load(version.folder / "bank")
 
     def point(number: int) -> Network:

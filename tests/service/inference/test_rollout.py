@@ -50,9 +50,9 @@ def test_a_version_that_always_fails_is_found_out_after_few_requests():
 @pytest.mark.parametrize(("tally", "reason"), [
     (Tally(requests=300, rows=300, different=60, own_seconds=1, active_seconds=1), None),
     (Tally(requests=300, rows=300, different=61, own_seconds=1, active_seconds=1), "disagreement"),
-    (Tally(requests=300, rows=199, different=0, own_seconds=9, active_seconds=1), None),
-    (Tally(requests=300, rows=200, different=0, own_seconds=9, active_seconds=1), "slowdown"),
-    (Tally(requests=300, rows=200, different=0, own_seconds=3, active_seconds=1), None),
+    (Tally(requests=300, rows=199, timed=199, different=0, own_seconds=9, active_seconds=1), None),
+    (Tally(requests=300, rows=0, timed=200, different=0, own_seconds=9, active_seconds=1), "slowdown"),
+    (Tally(requests=300, rows=200, timed=200, different=0, own_seconds=3, active_seconds=1), None),
 ])  # fmt: skip
 def test_each_limit_is_its_own(tally, reason):
     assert tally.exceeds(Rule()) == reason
