@@ -8,6 +8,7 @@ StoreError
 ├── MemberError            an ONNX file that does not follow FORMAT.md, or that gives wrong answers
 ├── CorruptionError        a file that is missing, or whose hash is not the manifest's
 ├── LineageError           a network without weights that can be compared with others
+├── SignatureError         a version that no trusted key signed
 ├── StoreReadError         the store exists, but cannot be listed or read
 └── StoreWriteError        the disk is full, or the store cannot be written
 ProviderError              a requested execution provider that is not available
