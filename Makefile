@@ -31,7 +31,7 @@ test: lint test-service  ## everything that must hold
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/training tests/benchmarks tests/modepath --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 test-service: $(VENV)-service/.installed  ## the service and the store where torch is not installed
-	$(VENV)-service/bin/python -m pytest tests/service tests/models_store tests/deploy tests/modepath
+	$(VENV)-service/bin/python -m pytest tests/service tests/models_store tests/deploy tests/modepath tests/test_corpora.py
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(VENV)/bin/ruff check .

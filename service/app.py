@@ -45,6 +45,7 @@ from service.http.errors import (
     NotReadyError,
     ServiceError,
     TooLargeError,
+    UnknownEnsembleError,
 )
 from service.http.images import PIXELS_OF_A_CHARACTER, Encoded, Images, from_texts, work_of
 from service.http.intake import Body
@@ -81,6 +82,7 @@ SECURITY_HEADERS = (
     (b"x-frame-options", b"DENY"),
     (b"cache-control", b"no-store"),
 )
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 log = logging.getLogger("bentoml.modepath")
 
 
@@ -341,6 +343,8 @@ class _Routes:
                 await asyncio.to_thread(activation.end_roll_out, store, name)
                 log.info("the key %s ended the roll-out of %s", request.scope[KEY].name, name)
             plan = await asyncio.to_thread(activation.read_roll_out, store, name)
+        if plan is None and request.method == "GET":
+            raise UnknownEnsembleError(f"{name[:80]!r} has no canary: the active version answers all callers.")
         return _json(activation.RollOutInfo.of(name, plan, None if plan is None else worker.roll_outs.tally(plan)))
 
     async def list_ensembles(self, request: Request) -> Response:
@@ -518,9 +522,9 @@ def create_app(chosen: Settings, worker: Worker) -> ASGIApp:
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_ADDRESS_BYTES:
             too_long = TooLargeError(f"The address is longer than {MAX_ADDRESS_BYTES} bytes; send images in the body.")
             await _refuse_early(too_long, 414)(scope, receive, send)
-        elif not scope["path"].isprintable():  # a route ends before a line break, the table of scopes does not
-            unclear = BadRequestError("The path holds a control character. The routes are plain text.")
-            await _refuse_early(unclear, BadRequestError.status)(scope, receive, send)
+        elif _CONTROL.search(scope["path"]):  # a route ends before a line break, the table of scopes does not
+            unclear = NoRouteError("The path holds a control character, so there is no such route.")
+            await _refuse_early(unclear, NoRouteError.status)(scope, receive, send)
         elif (foreign := hosts.foreign(scope["headers"])) is not None:
             await _refuse_early(MisdirectedError(foreign), MisdirectedError.status)(scope, receive, send)
         else:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from models_store import files
 from models_store.errors import CorruptionError
@@ -18,6 +19,13 @@ from models_store.errors import CorruptionError
 _FILE = ".rollout"
 _BYTES = 2**16
 _MISSING = (FileNotFoundError, NotADirectoryError)
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # JSON has one type of numbers: 3.0 is the integer 3
 
 
 class Rule(BaseModel):
@@ -34,7 +42,7 @@ class Rule(BaseModel):
     slowdown: float | None = Field(
         default=3.0, gt=0, description="largest ratio of its time per row to that of the active version"
     )
-    requests: int = Field(
+    requests: Whole = Field(
         default=200,
         ge=1,
         le=10**9,
@@ -48,7 +56,7 @@ class RollOut(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: int = Field(ge=1, description="the canary")
+    version: Whole = Field(ge=1, description="the canary")
     share: float = Field(default=0.0, ge=0, le=1, description="share of the callers that it answers")
     shadow: float = Field(
         default=0.0,

@@ -10,9 +10,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models_store.errors import EnsembleNotFoundError, InvalidNameError, StoreError
-from models_store.records.rollout import RollOut, Rule
+from models_store.records.rollout import RollOut, Rule, Whole
 from models_store.store import Store
-from service.http.errors import BadRequestError, MediaTypeError, StoreFaultError, UnknownEnsembleError
+from service.http.errors import BadRequestError, ConflictError, MediaTypeError, StoreFaultError, UnknownEnsembleError
 from service.inference.rollout import Tally
 
 _Shape = TypeVar("_Shape", bound=BaseModel)
@@ -23,15 +23,21 @@ class Activation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    version: int = Field(ge=1, le=10**9, description="the published version to serve")
+    version: Whole = Field(ge=1, le=10**9, description="the published version to serve")
 
 
 class Plan(BaseModel):
     """The JSON body of PUT /ensembles/{name}/rollout."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "anyOf": [{"required": [one], "properties": {one: {"exclusiveMinimum": 0}}} for one in ("share", "shadow")]
+        },
+    )
 
-    version: int = Field(ge=1, le=10**9, description="the published version that becomes the canary")
+    version: Whole = Field(ge=1, le=10**9, description="the published version that becomes the canary")
     share: float = Field(default=0.0, ge=0, le=1, description="share of the callers that it answers")
     shadow: float = Field(
         default=0.0, ge=0, le=1, description="share of the requests that both versions compute, to be compared"
@@ -138,7 +144,7 @@ def begin_roll_out(store: Store, name: str, plan: RollOut) -> None:
 
     Raises:
         UnknownEnsembleError: it is not published, or the ensemble has no active version.
-        BadRequestError: it is the active version, or takes other inputs.
+        ConflictError: it is the active version, or takes other inputs.
         StoreFaultError: the store cannot be read or written, or a version is damaged.
     """
     try:
@@ -182,8 +188,8 @@ def _check_known(store: Store, name: str) -> None:
         )
 
 
-def _fault(error: StoreError, what: str) -> BadRequestError | StoreFaultError:
+def _fault(error: StoreError, what: str) -> ConflictError | StoreFaultError:
     """A refusal by the rules of the store is the client's; a store that cannot be used, or is damaged, is not."""
     if type(error) is StoreError:
-        return BadRequestError(str(error))
+        return ConflictError(str(error))
     return StoreFaultError(f"{what} ({type(error).__name__}). The operator's log has the reason.")

@@ -7,6 +7,7 @@ ServiceError
 ├── NoRouteError           404  unknown path, or 405: the path does not have this method
 ├── UnknownEnsembleError   404  no ensemble of that name is served
 ├── NoFeedbackError        404  feedback is switched off, or the answer is unknown; 409: it is counted already; 410: it has expired
+├── ConflictError          409  the version cannot be a canary of what is active
 ├── SlowBodyError          408  the body arrived too slowly
 ├── TooLargeError          413  the body or the batch is over its limit
 ├── MediaTypeError         415  the media type of the body is not supported
@@ -89,6 +90,13 @@ class NoFeedbackError(ServiceError):
         """Refuse with another status: 409 for a label that was counted already, 410 for an answer that has expired."""
         super().__init__(message)
         self.status = status
+
+
+class ConflictError(ServiceError):
+    """What is asked does not fit what is active."""
+
+    status = 409
+    reason = "conflict"
 
 
 class SlowBodyError(ServiceError):

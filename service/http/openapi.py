@@ -41,7 +41,7 @@ REFUSALS = {
     403: "not allowed by the operator's policy, or by the scope of the API key",
     404: "unknown ensemble or path",
     408: "the body arrived too slowly",
-    409: "a label of this image was counted before",
+    409: "a label of this image was counted before, or the version cannot be a canary of what is active",
     410: "the answer is older than the service keeps answers",
     413: "the body, the batch or the answer is too large",
     415: "the media type is not supported",
@@ -292,7 +292,7 @@ _ROLL_OUT: dict[str, dict[str, Any]] = {
     "put": {
         "summary": "Let a published version be the canary: it answers a share of the callers, or is compared in the shadow",
         "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": "#/components/schemas/Plan"}}}},
-        "responses": _answers("RollOutInfo", *_OF_STORE),
+        "responses": _answers("RollOutInfo", *_OF_STORE, 409),
     },
     "delete": _get("End the roll-out: the active version answers all callers", "RollOutInfo", *_OF_STORE),
 }
