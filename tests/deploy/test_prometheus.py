@@ -133,7 +133,7 @@ def test_it_sums_the_workers_and_accepts_the_rules(store, watched):
     assert prometheus.ask("sum(modepath_predictions_total)") == {frozenset(): 150}
     assert prometheus.ask("sum(modepath_queue_seconds_count)") == {frozenset(): 50}
     groups = httpx.get(f"{prometheus.url}/api/v1/rules").json()["data"]["groups"]
-    assert sum(len(group["rules"]) for group in groups) == 21
+    assert sum(len(group["rules"]) for group in groups) == 22
     assert not [rule["lastError"] for group in groups for rule in group["rules"] if rule.get("lastError")]
 
 
