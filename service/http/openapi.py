@@ -44,6 +44,7 @@ REFUSALS = {
     409: "a label of this image was counted before, or the version cannot be a canary of what is active",
     410: "the answer is older than the service keeps answers",
     413: "the body, the batch or the answer is too large",
+    414: "the address is too long",
     415: "the media type is not supported",
     421: "the Host header names another host",
     429: "too much work is waiting, or the quota of the API key is used up",
