@@ -56,7 +56,7 @@ def main() -> None:
             for number in range(args.deaths):
                 victim = workers_of(server)[number % 2]
                 os.kill(victim.pid, signal.SIGKILL)
-                back(server, victim.pid)
+                back(server, victim.pid, 3 + number)
                 if number in (9, args.deaths // 2, args.deaths - 1):
                     settled(server)
                     rows.append((f"{number + 1} workers killed", *taken(server, temporary)))
@@ -93,16 +93,21 @@ def settled(server: Server) -> None:
         time.sleep(0.1)
     time.sleep(3)
     for _ in range(20):
-        assert httpx.post(server.url + "/predict", json={"inputs": IMAGES.tolist()}).status_code == 200
+        answer = httpx.post(server.url + "/predict", json={"inputs": IMAGES.tolist()})
+        assert answer.status_code == 200, answer.text
     time.sleep(1)
 
 
-def back(server: Server, dead: int) -> None:
+def back(server: Server, dead: int, served: int) -> None:
+    """Wait until a new worker has loaded the ensemble. One that is killed while it loads counts as a death by the version."""
     deadline = time.monotonic() + 60
     while len([worker for worker in workers_of(server) if worker.pid != dead]) != 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.5)
+    while server.log.read_text().count(f"serving {NAME}@") < served:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.2)
 
 
 def taken(server: Server, temporary: Path) -> tuple[int, int, int, float]:
