@@ -332,7 +332,8 @@ def _parser() -> argparse.ArgumentParser:
 
     rule = Rule()
     command = commands.add_parser(
-        "rollout", help="let a version be a canary beside the active one; without VERSION, show the canary"
+        "rollout",
+        help="make a version the canary: it answers some callers, or is compared with the active version; without VERSION, show the canary",
     )
     command.add_argument("name", metavar="NAME")
     command.add_argument("version", metavar="VERSION", type=int, nargs="?")

@@ -375,7 +375,7 @@ class Store:
                 self._activations.settle(name, names)
 
     def begin_roll_out(self, name: str, one: RollOut) -> None:
-        """Let a published version be the canary beside the active one. It replaces an earlier roll-out.
+        """Make a published version the canary of an ensemble that has an active version. It replaces an earlier roll-out.
 
         Raises:
             EnsembleNotFoundError: no such version, or no version is active.
@@ -564,7 +564,7 @@ class Store:
                 if only_pending and self._activations.pending(name) != version:
                     return False
                 names = self.names()
-                self._roll_outs.remove(name)  # before: it was beside another active version
+                self._roll_outs.remove(name)  # first: it was compared with another active version
                 self._activations.replace(name, version)
                 replaced = True
                 self._activations.settle(name, names)

@@ -1,1 +1,1 @@
-"""What a store records beside its versions: their numbers, which of them serve, and which are on trial."""
+"""What a store records beside its versions: their numbers, which of them is active, and which is a canary."""

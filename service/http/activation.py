@@ -151,7 +151,7 @@ def begin_roll_out(store: Store, name: str, plan: RollOut) -> None:
         store.begin_roll_out(name, plan)
     except (EnsembleNotFoundError, InvalidNameError):
         raise UnknownEnsembleError(
-            f"{name[:80]!r} has no published version {plan.version}, or no active version beside which it could be a canary."
+            f"{name[:80]!r} has no published version {plan.version}, or no active version that it could be compared with."
         ) from None
     except StoreError as error:
         raise _fault(error, "The roll-out did not begin") from error

@@ -355,7 +355,7 @@ class Ensembles:
         return False
 
     def _last_good(self, name: str) -> Candidate | None:
-        """Return the version that this service served last: a worker that starts anew serves it while the active one is refused."""
+        """Return the version that this service served last. A worker that starts while the active version is refused serves it."""
         found = self._verdicts.read(f"last good {name}")
         return found if isinstance(found, Candidate) else None
 

@@ -35,7 +35,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """A new version beside the active one."""
+    """A new version that answers some callers, or is compared with the active one."""
 
     candidate: Candidate
     plan: RollOut

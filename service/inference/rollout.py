@@ -142,7 +142,7 @@ class RollOuts:
 
         Args:
             active: the ensemble that was asked.
-            caller: the name of the caller; "" if it is not known: then every request is one of its own.
+            caller: the name of the caller; "" if it is not known: then every request counts as a new caller.
         """
         if (found := self._going_on(active)) is None or not found[1].plan.share:
             return active

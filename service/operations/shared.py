@@ -86,7 +86,7 @@ class Shared:
         return values if owner == key.encode() else None
 
     def _place(self, key: bytes) -> int:
-        """Where a key's slot is: the first from its hash on that is its own or free."""
+        """Where a key's slot is: the first, from its hash on, that already belongs to it or is free."""
         first = int(key, 16) % SLOTS
         for number in range(SLOTS):
             place = (first + number) % SLOTS * self._slot.size
