@@ -51,6 +51,7 @@ def main() -> None:
             assert code == 0, f"exit code {code}"
             assert not list(temporary.iterdir()), list(temporary.iterdir())
         rows.append((f"after {args.restarts} restarts", len(list(temporary.iterdir())), "", "", ""))
+        write(rows, args)
         server = started(store, folder, temporary)
         try:
             for number in range(args.deaths):
@@ -60,15 +61,20 @@ def main() -> None:
                 if number in (9, args.deaths // 2, args.deaths - 1):
                     settled(server)
                     rows.append((f"{number + 1} workers killed", *taken(server, temporary)))
-                    print(tabulate(rows[-1:], tablefmt="plain"), flush=True)
-            soak(server, temporary, right, args.minutes, rows)
+                    write(rows, args)
+            soak(server, temporary, right, args, rows)
         finally:
             server.stop()
         rows.append(("after the end", len(list(temporary.iterdir())), "", "", ""))
+        write(rows, args)
+
+
+def write(rows: list[tuple], args: argparse.Namespace) -> None:
+    """Write the table as far as it goes: a run that is cut off keeps what it has."""
     text = tabulate(
         rows, headers=("", "temporary files", "open files", "threads", "memory, MiB"), tablefmt="pipe", floatfmt=".0f"
     )
-    print(text)
+    print(tabulate(rows[-1:], tablefmt="plain"), flush=True)
     RESULT.write_text(
         "# Restarts and a soak\n\n"
         f"`python -m benchmarks.faults.restarts --deaths {args.deaths} --restarts {args.restarts} --minutes {args.minutes:g}`: two workers, {NAME} of twelve "
@@ -122,8 +128,9 @@ def taken(server: Server, temporary: Path) -> tuple[int, int, int, float]:
     return sum(1 for path in temporary.rglob("*") if path.is_file()), files, threads, memory / 2**20
 
 
-def soak(server: Server, temporary: Path, right: np.ndarray, minutes: float, rows: list[tuple]) -> None:
+def soak(server: Server, temporary: Path, right: np.ndarray, args: argparse.Namespace, rows: list[tuple]) -> None:
     """Ask at half of the capacity, which is measured first."""
+    minutes = args.minutes
     with httpx.Client(base_url=server.url, timeout=30) as client:
 
         def ask() -> float:
@@ -141,7 +148,7 @@ def soak(server: Server, temporary: Path, right: np.ndarray, minutes: float, row
         while (passed := (time.monotonic() - began) / 60) < minutes:
             if passed >= next_row:
                 rows.append((f"soak, minute {next_row:.0f}, {count} requests", *taken(server, temporary)))
-                print(tabulate(rows[-1:], tablefmt="plain"), flush=True)
+                write(rows, args)
                 next_row += max(1.0, minutes / 6)
             ask()
             count += 1
