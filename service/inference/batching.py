@@ -2,17 +2,23 @@
 
 No request waits for a batch to fill. A batch takes half of the waiting rows: while one half runs, the answers to the
 other half are written, and the next requests are read. The tasks of a batch are spread over the worker's threads. A
-thread that finds no task left starts the next batch, so no core waits for another. Requests take turns: a large request
-runs in pieces, and small ones pass between them. The number of rows of a batch follows from the measured time per row.
+thread that finds no task left starts the next batch, so no core waits for another. The number of rows of a batch follows
+from the measured time per row.
+
+Requests take turns. A turn lasts as long as its rows need, up to a tenth of the time that a request may wait; a longer
+request has several. A turn runs in pieces of at most one batch, and each piece has a time at which it is due: SLOWDOWN
+times what the turn needs up to there, counted from the begin of the turn. What is due first runs first. So a small
+request passes between the pieces of a large one, and a request of one turn, once it is late, is not overtaken again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import logging
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -25,6 +31,8 @@ from service.inference.session import Rows, Session
 
 log = logging.getLogger("bentoml.modepath")
 SMOOTHING = 0.2  # weight of the newest batch in the moving average of the time per row
+TURN = 0.1  # longest turn of a request, as a share of the time that a request may wait
+SLOWDOWN = 3  # a turn may take this many times the time that its rows need, before later requests have to wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,8 @@ class Batcher:
         self._threads = threads
         # Guards the fields below.
         self._changed = threading.Condition()
-        self._waiting: deque[Job | Piece] = deque()
+        self._waiting: list[tuple[float, int, Job | Piece]] = []  # a heap: when it is due, its number, what waits
+        self._numbers = itertools.count()
         self._open: Batch | None = None  # batch that still has tasks to start
         self._rows = 0  # rows of all requests that are not answered yet
         self._seconds = 0.0  # estimated time that a new request would wait
@@ -119,22 +128,36 @@ class Batcher:
         """Remove a request: its waiting rows will not run, and the results of its running rows are discarded."""
         with self._changed:
             self._leave(job)
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
+            kept = [entry for entry in self._waiting if entry[2] is not job]
+            if len(kept) < len(self._waiting):
+                self._waiting = kept
+                heapq.heapify(kept)
+                self._seconds = self._seconds - job.turn_seconds if kept else 0.0
 
-    def _queue(self, job: Job | Piece, *, first: bool = False) -> None:
-        # Requests run one piece each in turn, so a new request waits for one piece of each request before it.
-        left = len(job.rows) - (job.taken if isinstance(job, Job) else 0)
-        rows = min(left, self._batch_rows(job.session))
-        job.turn_seconds = rows * self._row_seconds.get(job.session, 0.0)
-        self._seconds += job.turn_seconds
-        (self._waiting.appendleft if first else self._waiting.append)(job)
+    def _queue(self, job: Job | Piece) -> None:
+        """Let a request, or what is left of it, wait. A piece that was put together for a cascade has had its turn: it is due."""
+        row_seconds, due = self._row_seconds.get(job.session, 0.0), 0.0
+        if isinstance(job, Job):
+            left = len(job.rows) - job.taken
+            piece = min(left, self._batch_rows(job.session)) * row_seconds
+            if job.turn_left <= 0:
+                job.turn_left, job.due = self._limits.seconds * TURN, time.perf_counter()
+            # A new request waits for the rest of the turn of each request before it.
+            job.turn_seconds = min(left * row_seconds, max(piece, job.turn_left))
+            job.turn_left -= piece
+            due = job.due = job.due + SLOWDOWN * piece
+        else:
+            job.turn_seconds = len(job.rows) * row_seconds
+        self._push((due, next(self._numbers), job))
 
-    def _unqueue(self) -> Job | Piece:
-        job = self._waiting.popleft()
-        self._seconds = self._seconds - job.turn_seconds if self._waiting else 0.0
-        return job
+    def _push(self, entry: tuple[float, int, Job | Piece]) -> None:
+        self._seconds += entry[2].turn_seconds
+        heapq.heappush(self._waiting, entry)
+
+    def _pop(self) -> tuple[float, int, Job | Piece]:
+        entry = heapq.heappop(self._waiting)
+        self._seconds = self._seconds - entry[2].turn_seconds if self._waiting else 0.0
+        return entry
 
     def _full(self) -> QueueFullError:
         error = QueueFullError(
@@ -187,27 +210,28 @@ class Batcher:
     def _take(self) -> Batch | None:
         """Build the next batch, or return None if no request waits.
 
-        All its pieces are for the session of the first waiting request. In the order of the queue, each request
-        contributes as many rows as still fit.
+        All its pieces are for the session of the first waiting request. In the order in which they are due, each
+        request contributes as many rows as still fit.
         """
         now = time.perf_counter()
         pieces: list[Piece] = []
-        passed: list[Job | Piece] = []
-        unfinished: list[Job] = []
+        passed: list[tuple[float, int, Job | Piece]] = []
+        unfinished: list[Job | Piece] = []
         room = 0
         while self._waiting and (not pieces or room > 0):
-            job = self._unqueue()
+            entry = self._pop()
+            job = entry[2]
             if self._is_over(job, now):
                 continue
             if not pieces:
                 room = min(self._batch_rows(job.session), (self._rows + 1) // 2)
             elif job.session is not pieces[0].session:
-                passed.append(job)
+                passed.append(entry)
                 continue
             if isinstance(job, Piece):
                 piece, rest = job.cut(room)
                 if rest is not None:
-                    passed.append(rest)
+                    unfinished.append(rest)
             else:
                 if not job.taken:
                     job.began = now
@@ -219,8 +243,8 @@ class Batcher:
                     unfinished.append(job)
             pieces.append(piece)
             room -= len(piece.rows)
-        for job in reversed(passed):
-            self._queue(job, first=True)
+        for entry in passed:
+            self._push(entry)
         for job in unfinished:
             self._queue(job)
         if not pieces:
@@ -296,7 +320,7 @@ class Batcher:
                     self._leave(job)
                     ended.append(job)
             if waiting and settled.further is not None:
-                self._queue(Piece(*settled.further, waiting), first=True)  # its requests have had their turn
+                self._queue(Piece(*settled.further, waiting))
                 self._changed.notify_all()
         for job in ended:
             job.tell(answer_of(job))

@@ -49,7 +49,9 @@ class Job:
     taken: int = 0
     answered: int = 0
     left: bool = False
-    turn_seconds: float = 0.0  # estimated time of its next piece
+    turn_left: float = 0.0  # time that is left of its turn
+    turn_seconds: float = 0.0  # estimated time that it still takes in this turn
+    due: float = 0.0  # when its next piece should have run
     results: list[Result] = field(default_factory=lambda: list[Result]())
 
     def tell(self, outcome: Answer | ServiceError) -> None:

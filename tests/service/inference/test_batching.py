@@ -148,6 +148,32 @@ def test_a_small_request_passes_between_the_pieces_of_a_large_one(batcher):
     assert done == ["small", "large"]
 
 
+def test_a_request_of_several_batches_that_is_late_is_not_overtaken_by_later_ones(batcher):
+    ensemble, made, done = Ensemble(1), batcher(threads=1), []
+    made._learn = lambda *_: None
+    made._row_seconds[ensemble] = 0.001  # its pieces are due 24, 48 and 72 ms after it came
+
+    async def ask(name, count):
+        await made.run(ensemble, rows(*[0.1] * count))
+        done.append(name)
+
+    async def go():
+        ensemble.gate.clear()
+        asked = [asyncio.ensure_future(ask("first", 1))]
+        await until(lambda: made._rows == 1 and not made._waiting)
+        asked.append(asyncio.ensure_future(ask("large", 24)))
+        await until(lambda: made._rows == 25)
+        await asyncio.sleep(0.1)
+        asked += [asyncio.ensure_future(ask("small", 1)) for _ in range(20)]
+        await until(lambda: made._rows == 45)
+        ensemble.gate.set()
+        await asyncio.gather(*asked)
+
+    asyncio.run(go())
+    assert done == ["first", "large"] + ["small"] * 20
+    assert made._seconds == 0
+
+
 def test_a_row_that_fails_costs_the_others_nothing(batcher):
     ensemble, made = Ensemble(), batcher(threads=1)
 
