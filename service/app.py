@@ -9,9 +9,7 @@ import asyncio
 import logging
 import math
 import re
-import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,16 +26,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from models_store.store import Store
 from service.access.guard import KEY, Guard
 from service.access.hosts import Hosts
-from service.feedback.answers import of_answer
-from service.feedback.database import new_id
 from service.http import activation, feedback, openapi, pages
 from service.http.access_log import AccessLog
-from service.http.bodies import Asked, read_request
+from service.http.bodies import read_request
 from service.http.connections import LEFT
 from service.http.errors import (
     BadRequestError,
     DeadlineError,
-    ForbiddenError,
     MediaTypeError,
     MisdirectedError,
     NoFeedbackError,
@@ -47,13 +42,10 @@ from service.http.errors import (
     TooLargeError,
     UnknownEnsembleError,
 )
-from service.http.images import PIXELS_OF_A_CHARACTER, Encoded, Images, from_texts, work_of
-from service.http.intake import Body
 from service.http.schemas import (
     EnsembleInfo,
     EnsembleList,
     ErrorBody,
-    Options,
     PoolInfo,
     Status,
     along_path,
@@ -62,20 +54,13 @@ from service.http.schemas import (
     respond,
 )
 from service.http.versions import Versions
-from service.inference.offload import SMALL_PIXELS
 from service.inference.opening import Ensemble
-from service.inference.pieces import Answer
 from service.inference.policy import TOGETHER, Mode
-from service.inference.session import Rows
 from service.operations import metrics
 from service.operations.settings import Settings
+from service.predicting import INLINE_BYTES, Asker, Predictor, Told
 from service.worker import Worker
 
-# Up to these sizes work is done on the event loop, because handing it to a thread would take longer.
-INLINE_BYTES = 64 * 1024  # to parse and decode
-INLINE_CHARACTERS = 4096  # characters to turn into token ids
-INLINE_ROWS = 32  # to write and count
-INLINE_NUMBERS = 4096
 MAX_ADDRESS_BYTES = 4096  # path and query together
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -92,6 +77,7 @@ class _Routes:
     def __init__(self, chosen: Settings, worker: Worker):
         self._settings, self._worker = chosen, worker
         self._versions = Versions(Store(chosen.store))
+        self._predictor = Predictor(chosen, worker)
 
     def all(self) -> list[Route]:
         """Return all routes."""
@@ -143,70 +129,14 @@ class _Routes:
             ) from None
 
     async def _predicted(self, request: Request) -> Response:
-        worker = self._worker
         content_type, query = request.headers.get("content-type", ""), request.query_params.multi_items()
         _refuse_coded(request)
-        async with worker.intake.body(request) as body:
-            worker.batcher.refuse_if_full()
-            began = time.perf_counter()
-            large = len(body.data) > INLINE_BYTES
-            if large and (why := worker.ensembles.why_not_ready()) is not None:
-                raise NotReadyError(why)  # without an ensemble there are no shapes to check the body against
-            specs = [ensemble.manifest.input for ensemble in worker.ensembles.all()] if large else ()
-            read = partial(read_request, content_type, query, body.data, specs, worker.limits.rows)
-            asked = await worker.offload.run(body, read) if large else read()
-            options = asked.options
-            active = worker.ensembles.get(options.ensemble)
-            caller, given_id = self._caller(request), _given_id(request)
-            ensemble, mode = _choice(worker, active, options, caller, given_id)
-            images = await _images(worker, body, asked, ensemble)
-            self._bound_answer(ensemble, len(images), options.members)
-            key = request.scope.get(KEY)
-            if worker.guard is not None:
-                worker.guard.charge(key, len(images))
-            decode_seconds = time.perf_counter() - began
-            ask = partial(self._asked, body, mode, options, images, caller)
-            try:
-                if ensemble is active:
-                    rows, answer = await ask(active)
-                else:
-                    ensemble, (rows, answer) = await worker.roll_outs.answer(active, ensemble, ask)
-            except ServiceError:  # what was not answered does not count
-                if worker.guard is not None:
-                    worker.guard.charge(key, -len(images))
-                raise
-            request_id = new_id(time.time())
-            if (log_fields := request.scope.get("log_fields")) is not None:
-                manifest = ensemble.manifest
-                log_fields |= {
-                    "request_id": request_id, "ensemble": manifest.name, "version": manifest.version, "rows": len(images),
-                    **({"given_request_id": given_id} if given_id else {}),
-                }  # fmt: skip
-            write = partial(self._reply, ensemble, mode, options, request_id, rows, answer, decode_seconds)
-            written = time.perf_counter()
-            numbers = answer.prediction.mean_probs.size if answer.member_probs is None else answer.member_probs.size
-            large = len(images) > INLINE_ROWS or numbers > INLINE_NUMBERS
-            reply = await worker.offload.run(body, write) if large else write()
-            if worker.tracer is not None:
-                attributes = {
-                    "modepath.ensemble": ensemble.manifest.name, "modepath.version": ensemble.manifest.version, "modepath.mode": mode,
-                    "modepath.rows": len(images), "modepath.request_id": request_id,
-                }  # fmt: skip
-                worker.tracer.predicted(
-                    request.headers, attributes, decode_seconds, answer, time.perf_counter() - written
-                )
-        worker.roll_outs.compare(active, mode, images)
-        headers = {"X-Request-ID": given_id} if given_id else None
+        asker = self._asker(request)
+        async with self._worker.intake.body(request) as body:
+            read = partial(read_request, content_type, query, body.data, max_rows=self._worker.limits.rows)
+            reply = await self._predictor.answer(body, read, write_json, asker)
+        headers = {"X-Request-ID": asker.given_id} if asker.given_id else None
         return Response(reply, media_type="application/json", headers=headers)
-
-    async def _asked(
-        self, body: Body, mode: Mode, options: Options, images: Images, caller: str, ensemble: Ensemble
-    ) -> tuple[Rows, Answer]:
-        """Run one version on the images of a request."""
-        worker, draw = self._worker, partial(ensemble.rows, mode, images, caller)
-        large = mode not in TOGETHER and images.nbytes > INLINE_BYTES
-        rows = await worker.offload.run(body, draw) if large else draw()
-        return rows, await worker.batcher.run(ensemble.session(mode, options.rule), rows)
 
     async def feedback(self, request: Request) -> Response:
         """POST /feedback."""
@@ -232,6 +162,15 @@ class _Routes:
             ) from None
         return _json(feedback.response(entries, outcomes, several=several))
 
+    def _asker(self, request: Request) -> Asker:
+        return Asker(
+            self._caller(request),
+            request.scope.get(KEY),
+            _given_id(request),
+            request.headers,
+            request.scope.get("log_fields"),
+        )
+
     def _caller(self, request: Request) -> str:
         """Return the caller: the name of the API key, or the one that a trusted proxy names; "" without both.
 
@@ -249,53 +188,6 @@ class _Routes:
             )
         return named[0]
 
-    def _bound_answer(self, ensemble: Ensemble, rows: int, members: bool) -> None:
-        manifest = ensemble.manifest
-        numbers = rows * len(manifest.classes) * (len(manifest.members) if members else 1)
-        if numbers > self._settings.max_numbers:
-            raise TooLargeError(
-                f"The answer would hold {numbers} numbers; at most {self._settings.max_numbers} are allowed. Send fewer images, or do not ask for members."
-            )
-
-    def _reply(
-        self,
-        ensemble: Ensemble,
-        mode: Mode,
-        options: Options,
-        request_id: str,
-        rows: Rows,
-        answer: Answer,
-        decode_seconds: float,
-    ) -> bytes:
-        began = time.perf_counter()
-        manifest, policy = ensemble.manifest, ensemble.policy
-        points = [network.number for network in rows.networks]
-        decided = ensemble.decisions.decide(mode, options, rows.images, answer.prediction)
-        reply = orjson.dumps(
-            respond(manifest, request_id, mode, answer, policy, members=options.members, points=points, decided=decided)
-        )
-        if mode not in TOGETHER:
-            reply = padded(reply, manifest, policy, mode, len(rows))
-        # Counted before it is sent, so that a client that has its answer finds it in the metrics.
-        seconds = time.perf_counter() - began
-        each = not policy.hides(mode) or self._settings.metrics_port is not None
-        metrics.answered(manifest, mode, answer, decode_seconds, seconds, each=each, decided=decided)
-        labels = manifest.name, str(manifest.version), mode
-        calibration = ensemble.decisions.calibration(mode)
-        if calibration is not None and each:
-            self._worker.drift.add(labels, calibration, rows.images, answer.prediction)
-        if (recorder := self._worker.recorder) is not None:
-            if not policy.hides(mode):
-                metrics.expect_feedback(labels, options.coverage, decided=decided.decisions is not None)
-            recorder.keep(
-                of_answer(
-                    request_id, time.time(), manifest.name, manifest.version, mode, answer.prediction, shown=not policy.hides(mode),
-                    coverage=options.coverage, sets=decided.sets, decisions=decided.decisions,
-                    images=self._worker.kept_images(calibration, rows.images, answer.prediction),
-                )
-            )  # fmt: skip
-        return reply
-
     async def path(self, request: Request) -> Response:
         """POST /ensembles/{name}/path: the answer of every network of a curve to one image."""
         worker, ensemble = self._worker, self._worker.ensembles.get(request.path_params["name"])
@@ -306,7 +198,7 @@ class _Routes:
             async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
                 worker.batcher.refuse_if_full()
                 asked = read_request(content_type, [], body.data, [manifest.input], 1)
-                images = await _images(worker, body, asked, ensemble)
+                images = await self._predictor.decoded(body, asked, ensemble)
                 if len(images) != 1:
                     raise TooLargeError(f"{len(images)} images; a path is shown for one image at a time.")
                 rows = ensemble.along_path(images)
@@ -396,49 +288,16 @@ class _Routes:
         )  # fmt: skip
 
 
-async def _images(worker: Worker, body: Body, asked: Asked, ensemble: Ensemble) -> Images:
-    """Decode the images: small arrays on the event loop, the rest in threads, with a lane for large encoded images."""
-    limits, spec = replace(worker.limits, hold=partial(worker.intake.decode, body)), ensemble.manifest.input
-
-    if (texts := asked.texts) is not None:
-        read = partial(from_texts, texts, spec, ensemble.tokenizer, limits)
-        work = work_of(texts) if ensemble.tokenizer is not None else 0
-        if work > limits.pixels or work <= INLINE_CHARACTERS * PIXELS_OF_A_CHARACTER:  # refused, or done at once
-            return read()
-        return await worker.offload.decode(body, work, read)
-
-    def opened() -> Images | Encoded:
-        found = asked.open(spec, limits)
-        return found.decode() if isinstance(found, Encoded) and found.pixels <= SMALL_PIXELS else found
-
-    long = asked.encoded or len(body.data) > INLINE_BYTES or asked.named * len(spec.fields or ()) > INLINE_NUMBERS
-    found = await worker.offload.run(body, opened) if long else opened()
-    return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
-
-
-def _choice(
-    worker: Worker, active: Ensemble, options: Options, caller: str, given_id: str | None
-) -> tuple[Ensemble, Mode]:
-    """Return the version that answers a request, and the mode: the active one, too, where its canary cannot do what is asked."""
-    keyed = (options.mode or active.policy.modes[0]) == "keyed"
-    # In `keyed` a client must not choose the version, or it would get a draw from each.
-    chosen = active if keyed and not caller else worker.roll_outs.choose(active, caller or given_id or "")
-    if chosen is not active:
-        try:
-            return chosen, _check(chosen, options)
-        except BadRequestError:  # it has no calibration or cascade, for example
-            if keyed:
-                raise
-    return active, _check(active, options)
-
-
-def _check(ensemble: Ensemble, options: Options) -> Mode:
-    """Check that an ensemble can do what is asked, and return the mode."""
-    mode = ensemble.mode(options.mode)
-    _refuse_members(ensemble, mode, options)
-    ensemble.decisions.check(mode, options)
-    ensemble.session(mode, options.rule)
-    return mode
+def write_json(told: Told) -> bytes:
+    """Write the answer to POST /predict."""
+    mode, rows = told.mode, told.rows
+    reply = orjson.dumps(
+        respond(
+            told.manifest, told.request_id, mode, told.answer, told.policy, members=told.options.members,
+            points=[network.number for network in rows.networks], decided=told.decided,
+        )
+    )  # fmt: skip
+    return reply if mode in TOGETHER else padded(reply, told.manifest, told.policy, mode, len(rows))
 
 
 def _given_id(request: Request) -> str | None:
@@ -450,21 +309,6 @@ def _given_id(request: Request) -> str | None:
 def _refuse_coded(request: Request) -> None:
     if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
         raise MediaTypeError(f"Content-Encoding {coding[:80]!r} is not supported; send the body uncompressed.")
-
-
-def _refuse_members(ensemble: Ensemble, mode: Mode, options: Options) -> None:
-    if not options.members:
-        return
-    if mode == "cascade":
-        raise BadRequestError(
-            "Mode 'cascade' does not run all members for each image; ask for `members` in mode 'average'."
-        )
-    if mode != "average":
-        raise BadRequestError(f"Mode {mode!r} answers with one network for each image; it cannot return `members`.")
-    if not ensemble.policy.shows_members:
-        raise ForbiddenError(
-            f"The operator does not show the probabilities of each member of {ensemble.manifest.name}."
-        )
 
 
 async def show_metrics(request: Request) -> Response:

@@ -1,10 +1,10 @@
-"""The fields of requests and responses. A new response field is added only here."""
+"""The fields of requests and responses. The values of a response come from columns.py."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,9 +17,10 @@ from models_store.decisions.conformal import Method
 from models_store.decisions.leaving import Rule
 from models_store.manifest import Manifest, Scores
 from models_store.uncertainty import Floats
+from service.http import columns
 from service.inference.decisions import NOTHING, Decided
 from service.inference.pieces import Answer
-from service.inference.policy import TOGETHER, Mode, Policy
+from service.inference.policy import Mode, Policy
 
 log = logging.getLogger("bentoml.modepath")
 
@@ -334,76 +335,15 @@ def respond(
     points: Sequence[int] = (),
     decided: Decided = NOTHING,
 ) -> PredictResponse:
-    """Build the response from the parts of an answer that the policy shows.
-
-    `points` are the numbers of the networks that answered, one per row, in modes where a network is drawn for each row.
-    """
-    rows = _rows(manifest.classes, answer, policy.digits(mode))
-    _add_decisions(rows, decided)
-    if mode not in TOGETHER:
-        if policy.point:
-            for row, point in zip(rows, points, strict=True):
-                row["point"] = point
-        return {
-            "ensemble": manifest.name, "version": manifest.version, "mode": mode, "request_id": request_id, "predictions": rows,
-        }  # fmt: skip
-    if policy.shows_uncertainty:
-        prediction = answer.prediction
-        for row, predictive_entropy, expected_entropy, mutual_information, disagreement in zip(
-            rows, prediction.predictive_entropy.tolist(), prediction.expected_entropy.tolist(),
-            prediction.mutual_information.tolist(), prediction.disagreement.tolist(), strict=True,
-        ):  # fmt: skip
-            row["uncertainty"] = {
-                "predictive_entropy": predictive_entropy,
-                "expected_entropy": expected_entropy,
-                "mutual_information": mutual_information,
-                "disagreement": disagreement,
-            }
-    if answer.used is not None:
-        for row, used in zip(rows, answer.used.tolist(), strict=True):
-            row["members_used"] = used
-        return {
-            "ensemble": manifest.name, "version": manifest.version, "mode": mode, "request_id": request_id, "predictions": rows,
-        }  # fmt: skip
-    if members and answer.member_probs is not None:
-        for row, probs in zip(rows, answer.member_probs.transpose(1, 0, 2).tolist(), strict=True):
-            row["members"] = probs
-    return {
-        "ensemble": manifest.name,
-        "version": manifest.version,
-        "mode": mode,
-        "members_used": len(manifest.members),
-        "request_id": request_id,
-        "predictions": rows,
-    }
-
-
-def _rows(classes: list[str], answer: Answer, digits: Literal["exact", "none"] | int) -> list[RowPrediction]:
-    labels: list[int] = answer.prediction.label.tolist()
-    if digits == "none":
-        return [{"label": label, "class_name": classes[label]} for label in labels]
-    probs, confidence = answer.prediction.mean_probs, answer.prediction.confidence
-    if digits != "exact":
-        probs, confidence = probs.round(digits), confidence.round(digits)
-    return [
-        {"label": label, "class_name": classes[label], "confidence": sure, "probs": one}
-        for label, sure, one in zip(labels, confidence.tolist(), probs.tolist(), strict=True)
-    ]
-
-
-def _add_decisions(rows: list[RowPrediction], decided: Decided) -> None:
-    if decided.novelty is not None:
-        for row, score, percentile in zip(rows, *(values.tolist() for values in decided.novelty), strict=True):
-            row["novelty"] = {"score": score, "percentile": percentile}
-    if decided.percentiles is not None:
-        for index, row in enumerate(rows):
-            row["percentiles"] = {name: float(values[index]) for name, values in decided.percentiles.items()}
-    if decided.sets is not None:
-        for row, labels in zip(rows, decided.sets, strict=True):
-            row["prediction_set"] = labels
-    if decided.decisions is not None:
-        for row, (decision, reason) in zip(rows, decided.decisions, strict=True):
-            row["decision"], row["reason"] = decision, reason
+    """Build the response from the parts of an answer that the policy shows; the arguments are those of `columns.shown`."""
+    shown = columns.shown(manifest.classes, mode, answer, policy, members=members, points=points, decided=decided)
+    rows = cast(list[RowPrediction], columns.by_row(shown))
+    response: PredictResponse = {
+        "ensemble": manifest.name, "version": manifest.version, "mode": mode, "request_id": request_id, "predictions": rows,
+    }  # fmt: skip
+    if mode == "average":
+        response["members_used"] = len(manifest.members)
+    return response
 
 
 def along_path(manifest: Manifest, points: Points, probs: Floats) -> PathResponse:
