@@ -65,5 +65,5 @@ $(VENV)/.installed-docs: pyproject.toml
 
 $(VENV)-service/.installed: pyproject.toml Makefile
 	test -x $(VENV)-service/bin/python || $(PYTHON) -m venv $(VENV)-service
-	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service,client,postgres,signing,texts,tracing]' pytest pytest-timeout hypothesis jsonschema playwright axe-playwright-python
+	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service,client,grpc,postgres,signing,texts,tracing]' pytest pytest-timeout hypothesis jsonschema playwright axe-playwright-python 'tritonclient[grpc,http]'
 	@touch $@

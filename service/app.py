@@ -56,9 +56,10 @@ from service.http.schemas import (
 from service.http.versions import Versions
 from service.inference.opening import Ensemble
 from service.inference.policy import TOGETHER, Mode
+from service.oip import routes as oip
 from service.operations import metrics
 from service.operations.settings import Settings
-from service.predicting import INLINE_BYTES, Asker, Predictor, Told
+from service.predicting import INLINE_BYTES, Asker, Predictor, Told, asker, deadline
 from service.worker import Worker
 
 MAX_ADDRESS_BYTES = 4096  # path and query together
@@ -78,6 +79,7 @@ class _Routes:
         self._settings, self._worker = chosen, worker
         self._versions = Versions(Store(chosen.store))
         self._predictor = Predictor(chosen, worker)
+        self._protocol = oip.Routes(chosen, worker, self._predictor, self._asker)
 
     def all(self) -> list[Route]:
         """Return all routes."""
@@ -97,6 +99,7 @@ class _Routes:
                 ]
             ),
             *([] if self._settings.metrics_port else [Route("/metrics", show_metrics, methods=["GET"])]),
+            *self._protocol.all(),
             Route("/livez", livez, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
             Route("/docs.json", self.docs, methods=["GET"]),
@@ -117,25 +120,13 @@ class _Routes:
 
     async def predict(self, request: Request) -> Response:
         """POST /predict."""
-        limit = asyncio.timeout(self._settings.timeout)
-        try:
-            async with limit:
-                return await self._predicted(request)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineError(
-                f"Not answered within {self._settings.timeout:g} seconds (MODEPATH_TIMEOUT). Send the body faster, or fewer images at a time."
-            ) from None
-
-    async def _predicted(self, request: Request) -> Response:
         content_type, query = request.headers.get("content-type", ""), request.query_params.multi_items()
         _refuse_coded(request)
-        asker = self._asker(request)
-        async with self._worker.intake.body(request) as body:
+        who = self._asker(request)
+        async with deadline(self._settings.timeout), self._worker.intake.body(request) as body:
             read = partial(read_request, content_type, query, body.data, max_rows=self._worker.limits.rows)
-            reply = await self._predictor.answer(body, read, write_json, asker)
-        headers = {"X-Request-ID": asker.given_id} if asker.given_id else None
+            reply = await self._predictor.answer(body, read, write_json, who)
+        headers = {"X-Request-ID": who.given_id} if who.given_id else None
         return Response(reply, media_type="application/json", headers=headers)
 
     async def feedback(self, request: Request) -> Response:
@@ -163,30 +154,9 @@ class _Routes:
         return _json(feedback.response(entries, outcomes, several=several))
 
     def _asker(self, request: Request) -> Asker:
-        return Asker(
-            self._caller(request),
-            request.scope.get(KEY),
-            _given_id(request),
-            request.headers,
-            request.scope.get("log_fields"),
-        )
-
-    def _caller(self, request: Request) -> str:
-        """Return the caller: the name of the API key, or the one that a trusted proxy names; "" without both.
-
-        A request without exactly one such header is refused: a client that could add one would get a draw for each
-        name.
-        """
-        if (key := request.scope.get(KEY)) is not None:
-            return key.name
-        if (header := self._settings.caller_header) is None:
-            return ""
-        named = request.headers.getlist(header)
-        if len(named) != 1:
-            raise BadRequestError(
-                f"The request has {len(named)} {header} headers instead of one. The operator's proxy must set it, and overwrite what clients send."
-            )
-        return named[0]
+        header = self._settings.caller_header
+        named = request.headers.getlist(header) if header is not None else ()
+        return asker(request.scope.get(KEY), header, named, request.headers, request.scope.get("log_fields"))
 
     async def path(self, request: Request) -> Response:
         """POST /ensembles/{name}/path: the answer of every network of a curve to one image."""
@@ -298,12 +268,6 @@ def write_json(told: Told) -> bytes:
         )
     )  # fmt: skip
     return reply if mode in TOGETHER else padded(reply, told.manifest, told.policy, mode, len(rows))
-
-
-def _given_id(request: Request) -> str | None:
-    """The X-Request-ID of a client or proxy, so that their logs and ours can be joined; None if it is not a plain id."""
-    given = request.headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else None
 
 
 def _refuse_coded(request: Request) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 from service.operations import bentoml_internals  # isort: skip - before BentoML reads whether to report usage
 
 import bentoml
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models_store import signing
 from models_store.errors import SignatureError
@@ -23,6 +24,9 @@ from service.operations.settings import WrongSettingError, settings, share_key
 from service.operations.supervision import Board, Pulse, Watch
 from service.worker import Worker
 
+if TYPE_CHECKING:
+    from service.oip.grpc_server import GrpcServer
+
 LOADING_SECONDS = 20
 
 log = logging.getLogger("bentoml.modepath")
@@ -33,6 +37,7 @@ except WrongSettingError as error:
     raise bentoml_internals.refuse_to_start(str(error)) from None
 bentoml_internals.trust_proxies(settings().trusted_proxies)
 _app: ASGIApp | None = None  # the application of this process
+_grpc: GrpcServer | None = None  # its gRPC server
 
 
 class OwnRoutes:
@@ -43,11 +48,36 @@ class OwnRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or pass on an event that is not HTTP."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
+            await self._inner(scope, _stopping(receive), _starting(send))
+        elif scope["type"] != "http":
             await self._inner(scope, receive, send)
         else:
             assert _app is not None, "requests come after the service is made"
             await _app(scope, receive, send)
+
+
+def _starting(send: Send) -> Send:
+    """Listen for gRPC as soon as the worker has started."""
+
+    async def sending(message: Message) -> None:
+        if _grpc is not None and message["type"] == "lifespan.startup.complete":
+            await _grpc.start()
+        await send(message)
+
+    return sending
+
+
+def _stopping(receive: Receive) -> Receive:
+    """Finish the calls of gRPC before the worker ends."""
+
+    async def receiving() -> Message:
+        message = await receive()
+        if _grpc is not None and message["type"] == "lifespan.shutdown":
+            await _grpc.stop()
+        return message
+
+    return receiving
 
 
 @bentoml.service(
@@ -62,13 +92,17 @@ class Modepath:
     """The service that bentofile.yaml names."""
 
     def __init__(self) -> None:
-        global _app
+        global _app, _grpc
         chosen = settings()
         log_writer.take_over(chosen.log_format)
         log_writer.count_with(metrics.dropped)
         bentoml_internals.end_gently(chosen.grace_seconds, log_writer.drain)
         self._worker = worker = Worker(chosen)
         _app = create_app(chosen, worker)
+        if chosen.grpc_port is not None:
+            from service.oip.grpc_server import GrpcServer  # its libraries are an extra
+
+            _grpc = GrpcServer(chosen, worker)
         self._pulse = Pulse(
             bentoml_internals.worker_number() or 0, metrics.look, worker.batcher.longest_seconds, chosen.grace_seconds
         )
@@ -106,6 +140,17 @@ class Modepath:
                 chosen.host,
                 chosen.port,
             )
+        if chosen.grpc_port is not None:
+            try:
+                from service.oip.grpc_server import check_port
+
+                check_port(chosen.host, chosen.grpc_port)
+            except ImportError as error:
+                raise bentoml_internals.refuse_to_start(
+                    f"MODEPATH_GRPC_PORT: {error}. Install the extra: pip install 'modepath[grpc]'."
+                ) from None
+            except OSError as error:
+                raise bentoml_internals.refuse_to_start(str(error)) from None
         watch = Watch(Board.make(), math.ceil(chosen.hang_seconds))
         try:
             metrics.prepare()

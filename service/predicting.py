@@ -6,8 +6,11 @@ Choosing the version, decoding, limits, quotas, the queue, metrics and feedback 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +24,7 @@ from service.http.bodies import Asked
 from service.http.columns import Columns
 from service.http.errors import (
     BadRequestError,
+    DeadlineError,
     ForbiddenError,
     NotReadyError,
     ServiceError,
@@ -59,6 +63,38 @@ class Asker:
     log_fields: dict[str, Any] | None = None  # of the access log; what is known of the answer is added
 
 
+def asker(
+    key: Key | None,
+    header: str | None,
+    named: Sequence[str],
+    headers: Mapping[str, str],
+    log_fields: dict[str, Any] | None = None,
+) -> Asker:
+    """Return who asks: the owner of an API key, or whom a trusted proxy names.
+
+    Args:
+        key: the API key, if the service has keys.
+        header: the header in which a proxy names callers, if there is one.
+        named: what that header says in this request. A request without exactly one is refused: a client that could add
+            one would get a draw for each name.
+        headers: of the request.
+        log_fields: of the access log.
+
+    Raises:
+        BadRequestError: the caller is not named once.
+    """
+    caller = "" if key is None else key.name
+    if key is None and header is not None:
+        if len(named) != 1:
+            raise BadRequestError(
+                f"The request has {len(named)} {header} headers instead of one. The operator's proxy must set it, and overwrite what clients send."
+            )
+        caller = named[0]
+    given_id = headers.get("x-request-id", "")
+    plain = given_id if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given_id) else None
+    return Asker(caller, key, plain, headers, log_fields)
+
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """An answer before it is written."""
@@ -84,13 +120,28 @@ Read = Callable[[Sequence[InputSpec]], Asked]
 Write = Callable[[Told], bytes]
 
 
+@contextlib.asynccontextmanager
+async def deadline(seconds: float) -> AsyncGenerator[None]:
+    """Raise DeadlineError if the block takes longer than this."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineError(
+            f"Not answered within {seconds:g} seconds (MODEPATH_TIMEOUT). Send the body faster, or fewer images at a time."
+        ) from None
+
+
 class Predictor:
     """Answers the requests of one worker."""
 
     def __init__(self, chosen: Settings, worker: Worker):
         self._settings, self._worker = chosen, worker
 
-    async def answer(self, body: Body, read: Read, write: Write, asker: Asker, version: int | None = None) -> bytes:
+    async def answer(self, body: Body, read: Read, write: Write, asker: Asker) -> bytes:
         """Answer one request.
 
         Args:
@@ -98,7 +149,6 @@ class Predictor:
             read: parses it, given the inputs of the ensembles that are served if the body is large, else none.
             write: writes the answer. Both may run in a thread.
             asker: who asks.
-            version: the version that must answer; None for the active one, or its canary.
 
         Raises:
             ServiceError: the request cannot be answered; its class says why.
@@ -113,7 +163,7 @@ class Predictor:
         asked = await worker.offload.run(body, parse) if large else parse()
         options = asked.options
         active = worker.ensembles.get(options.ensemble)
-        ensemble, mode = self._choice(active, options, asker, version)
+        ensemble, mode = self._choice(active, asked, asker)
         images = await self.decoded(body, asked, ensemble)
         self._bound_answer(ensemble, len(images), options.members)
         if worker.guard is not None:
@@ -180,8 +230,9 @@ class Predictor:
         rows = await worker.offload.run(body, draw) if large else draw()
         return rows, await worker.batcher.run(ensemble.session(mode, options.rule), rows)
 
-    def _choice(self, active: Ensemble, options: Options, asker: Asker, version: int | None) -> tuple[Ensemble, Mode]:
+    def _choice(self, active: Ensemble, asked: Asked, asker: Asker) -> tuple[Ensemble, Mode]:
         """Return the version that answers a request, and the mode: the active one, too, where its canary cannot do what is asked."""
+        options, version = asked.options, asked.version
         keyed = (options.mode or active.policy.modes[0]) == "keyed"
         if version is not None:
             return _exactly(active, version, keyed=keyed), _check(active, options)

@@ -1,7 +1,8 @@
 """Admits requests by their API key: before a body is read, and before a route is looked up.
 
-/livez, /readyz                              no key
+/livez, /readyz, /v2/health/...              no key
 POST /predict, POST /ensembles/{name}/path   predict
+POST /v2/models/.../infer                    predict
 POST /feedback                               feedback
 POST /ensembles/{name}/activate              admin
 any  /ensembles/{name}/rollout               admin
@@ -23,11 +24,12 @@ from service.access.quota import Quota
 from service.http.errors import BusyError, ForbiddenError, QuotaError, TooLargeError, UnauthorizedError
 from service.operations.shared import LockedError
 
-OPEN = ("/livez", "/readyz")
+OPEN = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 KEY = "modepath.key"  # where the scope of a request has its key
 _SCOPES: tuple[tuple[re.Pattern[str], Scope], ...] = (
     (re.compile(r"POST /predict"), "predict"),
     (re.compile(r"POST /ensembles/[^/]+/path"), "predict"),
+    (re.compile(r"POST /v2/models/[^/]+(/versions/[^/]+)?/infer"), "predict"),
     (re.compile(r"POST /feedback"), "feedback"),
     (re.compile(r"POST /ensembles/[^/]+/activate"), "admin"),
     (re.compile(r"[A-Z]+ /ensembles/[^/]+/rollout"), "admin"),

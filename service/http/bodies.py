@@ -48,6 +48,7 @@ class Asked:
     open: Open  # returns arrays, or encoded images that remain to be decoded
     encoded: bool = False  # True if `open` returns encoded images
     named: int = 0  # number of rows with named fields, which take longer than their bytes suggest
+    version: int | None = None  # that must answer; None: the active one, or its canary
     texts: Sequence[str] | None = None  # which the ensemble's tokenizer turns into ids; `open` is not used then
 
 
@@ -115,7 +116,7 @@ def _read_json(body: bytes, specs: Sequence[InputSpec], max_rows: int) -> Asked:
     # is a cheap check for duplicates.
     if body.count(b":") != len(fields):
         _refuse_duplicates(body)
-    request = _validated(PredictRequest, PredictRequest.model_validate, fields)
+    request = validated(PredictRequest, PredictRequest.model_validate, fields)
     if sum(given is not None for given in (request.inputs, request.images, request.texts)) != 1:
         raise BadRequestError(
             f'A request has one of `inputs`, `images` and `texts`: {EXAMPLE}, {{"images": [base64, ...]}} or {{"texts": ["..."]}}.'
@@ -141,10 +142,20 @@ def _read_query(query: Sequence[tuple[str, str]]) -> Options:
         raise BadRequestError(
             f"A query parameter is given twice: {', '.join(name for name, _ in query)}. Give each once."
         )
-    return _validated(Options, Options.model_validate_strings, fields)
+    return validated(Options, Options.model_validate_strings, fields)
 
 
-def _validated(model: type[Model], validate: Callable[[Any], Model], record: dict[str, Any]) -> Model:
+def validated(model: type[Model], validate: Callable[[Any], Model], record: dict[str, Any]) -> Model:
+    """Return the fields of a request as a model.
+
+    Args:
+        model: the fields that it may have.
+        validate: how `model` reads them.
+        record: the fields.
+
+    Raises:
+        BadRequestError: a field is unknown, missing, or invalid.
+    """
     known = ", ".join(model.model_fields)
     # Checked before pydantic, which would write an error for each of a million unknown fields.
     if unknown := next((name for name in record if name not in model.model_fields), None):

@@ -253,6 +253,18 @@ def from_npy(body: bytes, spec: InputSpec, limits: Limits) -> Images:
     return _checked("The array", flat.reshape(shape, order="F" if fortran else "C"), spec)
 
 
+def from_array(what: str, array: NDArray[Any], spec: InputSpec, limits: Limits) -> Images:
+    """Check an array of numbers, which `what` names in messages.
+
+    Raises:
+        BadRequestError: wrong shape, or a value that is not allowed.
+        TooLargeError: too many images.
+    """
+    _check_shape(what, array.shape, spec)
+    _bound(array.shape[0], spec, limits)
+    return _checked(what, array, spec)
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """PNG, JPEG or WebP files of which only the headers were read; the pixels are not decoded yet."""

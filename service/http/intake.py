@@ -100,11 +100,37 @@ class Intake:
             await self._read(request, body)
             yield body
         finally:
-            if (work := body.unfinished()) is None:
-                self._release(body)
-            else:
-                loop = asyncio.get_running_loop()
-                work.add_done_callback(lambda _: self._release_later(loop, body))
+            self._end(body)
+
+    @contextlib.asynccontextmanager
+    async def holding(self, data: bytes) -> AsyncGenerator[Body]:
+        """Count a body that has arrived as a whole as held until the block ends and no thread uses it.
+
+        Raises:
+            BusyError: together with the other bodies it exceeds the limit on held bytes.
+        """
+        body = Body()
+        try:
+            self._add(body, data)
+            yield body
+        finally:
+            self._end(body)
+
+    def _add(self, body: Body, part: bytes) -> None:
+        body.add(part)
+        self.held += len(part)
+        size = len(body.data)
+        if size > self._body_bytes:
+            raise TooLargeError(self._too_large())
+        if self.held > self._held_bytes * (1 if size <= SMALL_BYTES else 1 - RESERVE):
+            raise BusyError("The service holds as many bytes of requests as it may. Try again in a second.")
+
+    def _end(self, body: Body) -> None:
+        if (work := body.unfinished()) is None:
+            self._release(body)
+        else:
+            loop = asyncio.get_running_loop()
+            work.add_done_callback(lambda _: self._release_later(loop, body))
 
     def _release(self, body: Body) -> None:
         self.held -= len(body.data)
@@ -131,13 +157,8 @@ class Intake:
                     raise BadRequestError("The client went away before its body was complete.")
                 more = message.get("more_body", False)
                 part: bytes = message.get("body", b"")
-                body.add(part)
-                self.held += len(part)
+                self._add(body, part)
                 size = len(body.data)
-                if size > self._body_bytes:
-                    raise TooLargeError(self._too_large())
-                if self.held > self._held_bytes * (1 if size <= SMALL_BYTES else 1 - RESERVE):
-                    raise BusyError("The service holds as many bytes of requests as it may. Try again in a second.")
                 # Only another 64 KiB extends the deadline. A client that sends single bytes, even after a fast start,
                 # would otherwise hold memory for ever.
                 if size - paced >= PACE_BYTES:

@@ -80,6 +80,12 @@ class Settings(BaseSettings):
         description="port of a separate listener for /metrics; the public port then has no /metrics",
     )
     metrics_host: str = Field(default="127.0.0.1", description="address of the separate listener for /metrics")
+    grpc_port: int | None = Field(
+        default=None,
+        gt=0,
+        lt=65536,
+        description="port of the Open Inference Protocol over gRPC; without one there is no gRPC. Needs the extra grpc",
+    )
     access_log: bool = Field(default=False, description="write one JSON line per request to standard output")
     log_format: Literal["text", "json"] = Field(
         default="text", description="form of the service's log: lines for people, or one JSON object per line"
