@@ -56,6 +56,7 @@ from service.http.schemas import (
 from service.http.versions import Versions
 from service.inference.opening import Ensemble
 from service.inference.policy import TOGETHER, Mode
+from service.oip import description
 from service.oip import routes as oip
 from service.operations import metrics
 from service.operations.settings import Settings
@@ -103,6 +104,7 @@ class _Routes:
             Route("/livez", livez, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
             Route("/docs.json", self.docs, methods=["GET"]),
+            Route("/schema.json", schema, methods=["GET"]),
             Route("/docs", pages.docs, methods=["GET"]),
             Route("/docs/{name}", pages.docs_part, methods=["GET"]),
             Route("/ui", pages.page, methods=["GET"]),
@@ -278,6 +280,11 @@ def _refuse_coded(request: Request) -> None:
 async def show_metrics(request: Request) -> Response:
     """GET /metrics: the metrics of all workers."""
     return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)
+
+
+async def schema(request: Request) -> Response:
+    """GET /schema.json: what BentoML's own client asks for."""
+    return _json(description.of_bentoml())
 
 
 async def livez(request: Request) -> Response:

@@ -26,6 +26,7 @@ from service.http.schemas import (
     VersionList,
 )
 from service.inference.policy import Mode
+from service.oip import description
 
 _SHAPES: tuple[tuple[type, JsonSchemaMode], ...] = (
     (Options, "validation"), (PredictRequest, "validation"),
@@ -117,6 +118,8 @@ def document(
         "/livez": {"get": _get("Whether the process answers", "Status")},
         "/readyz": {"get": _get("Whether a request would be answered", "Status", 503)},
         "/docs.json": {"get": _get("This document", None)},
+        "/schema.json": {"get": _get("What BentoML's own client asks for", None)},
+        **description.paths(served, _answers),
     }
     if has_metrics:
         text = {"text/plain": {"schema": {"type": "string"}}}

@@ -2,8 +2,11 @@
 
 import asyncio
 import io
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import httpx
@@ -21,11 +24,11 @@ from tests.service.test_inputs import of_letters
 
 pytest.importorskip("tritonclient")
 pytest.importorskip("grpc_health")
-import tritonclient.grpc as triton_grpc  # noqa: E402
-import tritonclient.grpc.aio as triton_grpc_aio  # noqa: E402
-import tritonclient.http as triton_http  # noqa: E402
-import tritonclient.http.aio as triton_http_aio  # noqa: E402
-from tritonclient.utils import InferenceServerException  # noqa: E402
+import tritonclient.grpc as triton_grpc
+import tritonclient.grpc.aio as triton_grpc_aio
+import tritonclient.http as triton_http
+import tritonclient.http.aio as triton_http_aio
+from tritonclient.utils import InferenceServerException
 
 IMAGES = np.random.default_rng(0).random((3, *SHAPE), np.float32)
 TABLE = InputSpec(
@@ -241,6 +244,33 @@ def test_asyncio_clients_work(served):
     expected = right_probs(served[2]["images"], IMAGES)
     for probs in asyncio.run(go()):
         assert probs == pytest.approx(expected, abs=1e-6)
+
+
+OWN_CLIENTS = """
+import asyncio, json, sys, bentoml
+url, inputs = sys.argv[1], json.loads(sys.argv[2])
+with bentoml.SyncHTTPClient(url) as client:
+    one = client.predict(inputs=inputs, ensemble="images")
+async def go():
+    async with bentoml.AsyncHTTPClient(url) as client:
+        return await client.predict(inputs=inputs, ensemble="images", members=True)
+print(json.dumps([one, asyncio.run(go())]))
+"""
+
+
+def test_bentomls_own_clients_work(served):
+    pytest.importorskip("bentoml")
+    # In a process of their own, because they leave folders behind.
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_CLIENTS, served[0].url, json.dumps(IMAGES.tolist())],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    one, other = json.loads(done.stdout)
+    expected = right_probs(served[2]["images"], IMAGES)
+    assert np.array([row["probs"] for row in one["predictions"]]) == pytest.approx(expected, abs=1e-6)
+    assert len(other["predictions"][0]["members"]) == 3
 
 
 def test_health_and_reflection_answer(served):
