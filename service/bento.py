@@ -17,6 +17,7 @@ from service.access import keys
 from service.access.hosts import is_local
 from service.access.quota import Quota
 from service.app import create_app
+from service.http import connections
 from service.inference import verdicts
 from service.inference.rollout import RollOuts
 from service.operations import log_writer, metrics
@@ -99,6 +100,7 @@ class Modepath:
         bentoml_internals.end_gently(chosen.grace_seconds, log_writer.drain)
         self._worker = worker = Worker(chosen)
         _app = create_app(chosen, worker)
+        connections.answer_with(_app, chosen.trusted_proxies)
         if chosen.grpc_port is not None:
             from service.oip.grpc_server import GrpcServer  # its libraries are an extra
 
