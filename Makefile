@@ -46,7 +46,7 @@ docs: $(VENV)/.installed-docs  ## the documentation site, into site/; warnings a
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:  ## remove the environments; published ensembles and runs stay
-	rm -rf $(VENV) $(VENV)-service
+	rm -rf $(VENV) $(VENV)-service $(VENV)-triton $(VENV)-mlserver
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -66,4 +66,15 @@ $(VENV)/.installed-docs: pyproject.toml
 $(VENV)-service/.installed: pyproject.toml Makefile
 	test -x $(VENV)-service/bin/python || $(PYTHON) -m venv $(VENV)-service
 	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service,client,grpc,postgres,signing,texts,tracing]' pytest pytest-timeout hypothesis jsonschema playwright axe-playwright-python 'tritonclient[grpc,http]'
+	@touch $@
+
+# A real Triton, and MLServer, to compare with. Triton's wheel needs the Python 3.11.2 of Debian.
+$(VENV)-triton/.installed:
+	/usr/bin/python3 -m venv $(VENV)-triton
+	$(PIP:$(PY)%=$(VENV)-triton/bin/python%) nvidia-pytriton onnxruntime numpy
+	@touch $@
+
+$(VENV)-mlserver/.installed:
+	$(PYTHON) -m venv $(VENV)-mlserver
+	$(PIP:$(PY)%=$(VENV)-mlserver/bin/python%) mlserver onnxruntime numpy
 	@touch $@

@@ -43,21 +43,23 @@ def most_connections() -> int:
     return max(16, soft - RESERVED_DESCRIPTORS) if soft != resource.RLIM_INFINITY else 2**20
 
 
-_direct: ASGIApp | None = None  # what answers, instead of the application that uvicorn was given
+_direct: Any = (
+    None  # what answers, instead of the application that uvicorn was given; uvicorn has its own types of ASGI
+)
 
 
 def answer_with(app: ASGIApp, trusted_proxies: str) -> None:
     """Let this application answer every request of this process, without the middleware around the one that uvicorn was given.
 
-    That middleware, of BentoML, took an eighth of the time of a small request, and did nothing for it.
+    That middleware is BentoML's, takes time, and does nothing for us.
 
     Args:
         app: the application.
         trusted_proxies: addresses of the proxies whose X-Forwarded-For names the client; "" for none.
     """
     global _direct
-    # uvicorn has its own names for the types of ASGI.
-    _direct = cast(Any, ProxyHeadersMiddleware(cast(Any, app), trusted_proxies)) if trusted_proxies else app
+    named: Any = app
+    _direct = ProxyHeadersMiddleware(named, trusted_proxies) if trusted_proxies else app
 
 
 class Connection(HttpToolsProtocol):
