@@ -297,7 +297,8 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._answering = cycle
-        super()._start_asgi_task(cycle, app if _direct is None or isinstance(app, _Refuse) else _direct)
+        chosen: Any = app if _direct is None or isinstance(app, _Refuse) else _direct
+        super()._start_asgi_task(cycle, chosen)
 
     def _should_upgrade(self) -> bool:
         return False

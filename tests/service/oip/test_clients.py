@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import httpx
 import numpy as np
@@ -213,7 +214,7 @@ def test_json_and_binary_data_answer_alike(served):
             given.set_data_from_numpy(IMAGES, binary_data=sent)
             outputs = [triton_http.InferRequestedOutput(name, binary_data=wanted) for name in ("probs", "class_name")]
             answer = client.infer("images", [given], outputs=outputs)
-            found.append((answer.as_numpy("probs").tolist(), [str(one) for one in answer.as_numpy("class_name")]))
+            found.append((answer.as_numpy("probs").tolist(), np.array(answer.as_numpy("class_name")).astype(str).tolist()))
     assert found[0][0] == found[1][0] == found[2][0] == found[3][0]
     client.close()
 
@@ -284,7 +285,7 @@ def test_health_and_reflection_answer(served):
         with pytest.raises(grpc.RpcError) as refused:
             health.Check(health_pb2.HealthCheckRequest(service="x"))
         assert refused.value.code() == grpc.StatusCode.NOT_FOUND
-        ask = reflection_pb2.ServerReflectionRequest
+        ask: Any = reflection_pb2.ServerReflectionRequest
         answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
             iter([ask(list_services=""), ask(file_containing_symbol="inference.GRPCInferenceService")])
         )
