@@ -10,7 +10,7 @@ export BENTOML_HOME := $(CURDIR)/$(VENV)/bentoml# BentoML does not start without
 endif
 endif
 
-.PHONY: help serve bento test test-service lint format docs clean
+.PHONY: help serve bento test test-service lint format gpu-check docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -41,6 +41,9 @@ lint: $(VENV)/.installed-dev  ## ruff and pyright
 format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+gpu-check:  ## everything that needs a GPU, in pieces of at most 8 minutes; exit code 3 without a GPU
+	@if [ -x $(PY) ]; then $(PY) -m benchmarks.gpu.check; else $(PYTHON) -m benchmarks.gpu.check; fi
 
 docs: $(VENV)/.installed-docs  ## the documentation site, into site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

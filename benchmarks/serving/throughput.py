@@ -1,16 +1,10 @@
-"""Requests a second, tail latency and CPU time of one ensemble behind HTTP: this service, two others, and the limit without HTTP.
+"""Parts of the benchmarks of the service: an ensemble to serve, a server in its own process, `wrk`, known answers, the limit without HTTP.
 
-    python -m benchmarks.serving.throughput [--members 12] [--rounds 3] [--seconds 5] [--connections 1 8 64]
-
-Needs `wrk` (Debian has it) and the training extra (it exports preresnet8 members; speed does not depend on their weights). LitServe
-is installed into .venv-peers. Every server has its own process, is asked for a known answer, warmed, and then loaded with one image
-a request; rounds are interleaved, so that a slow minute of the machine hits all of them. Medians over the rounds go to
-benchmarks/results/serving.md.
+servers.py compares servers with them.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -18,7 +12,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,11 +24,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import psutil
-from tabulate import tabulate
 
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "benchmarks/results/serving.md"
 SHAPE, CLASSES, NAME = (1, 28, 28), 10, "twelve"
+SHAPES = {"preresnet8": (SHAPE, CLASSES), "torchvision.models:resnet50": ((3, 224, 224), 1000)}
 FORMS = {"JSON": "application/json", "npy": "application/x-npy"}
 READY_SECONDS = 60
 
@@ -49,40 +41,12 @@ class Arm:
     environment: dict[str, str]
     forms: tuple[str, ...] = ("JSON", "npy")
     read: str = "ours"
+    ports: dict[str, str] = field(default_factory=dict)  # of forms that have a port of their own
     cells: dict[tuple[str, int], list[dict[str, float]]] = field(default_factory=dict)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--members", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=5)
-    parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--arms", nargs="+", help="only those whose label begins so; the results file is not written")
-    parser.add_argument("--limit", type=Path, help=argparse.SUPPRESS)  # the process that measures without HTTP
-    args = parser.parse_args()
-    if args.limit:
-        print(json.dumps(limit(args.limit, args.seconds)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        members = publish(store, args.members)
-        arms = [arm for arm in make_arms(store, members) if not args.arms or arm.label.startswith(tuple(args.arms))]
-        bodies = write_bodies(Path(folder))
-        limits: list[dict[str, float]] = []
-        for number in range(args.rounds):
-            limits.append(measure_limit(store, args.seconds))
-            print(f"round {number + 1}, without HTTP: {limits[-1]}", flush=True)
-            for arm in arms:
-                measure(arm, bodies, args, members)
-    report = render(arms, limits, args)
-    print(report)
-    if not args.arms:
-        RESULT.write_text(report)
-
-
-def publish(root: Path, count: int, seed: int = 0, resize: str = "refuse") -> Path:
-    """An ensemble of preresnet8 with random weights; the folder of its members."""
+def publish(root: Path, count: int, seed: int = 0, resize: str = "refuse", network: str = "preresnet8") -> Path:
+    """An ensemble of networks with random weights; the folder of its members."""
     import torch
 
     from models_store.manifest import Draft, InputSpec, Member, Origin
@@ -90,55 +54,25 @@ def publish(root: Path, count: int, seed: int = 0, resize: str = "refuse") -> Pa
     from training.members.export import Exporter, Normalised
     from training.networks import build
 
-    store, exporter = Store(root), Exporter(InputSpec(shape=SHAPE))
-    images = np.random.default_rng(0).random((8, *SHAPE), dtype=np.float32)
+    shape, classes = SHAPES[network]
+    store, exporter = Store(root), Exporter(InputSpec(shape=shape))
+    images = np.random.default_rng(0).random((8, *shape), dtype=np.float32)
     with store.staging(NAME) as staged:
         (staged / "members").mkdir()
         members = []
         for index in range(count):
             torch.manual_seed(seed + index)
-            network = Normalised(build("preresnet8", CLASSES, SHAPE, {}), (0.286,), (0.353,))
-            model, _ = exporter.export(network, images, torch.device("cpu"))
+            made = Normalised(build(network, classes, shape, {}), (0.286,) * shape[0], (0.353,) * shape[0])
+            model, _ = exporter.export(made, images, torch.device("cpu"))
             (staged / f"members/{index:03d}.onnx").write_bytes(model)
             members.append(Member(file=f"members/{index:03d}.onnx", origin=Origin(), weight=1 / count))
         draft = Draft(
             method="import",
-            input=InputSpec(shape=SHAPE, resize=resize),
-            classes=[str(i) for i in range(CLASSES)],
+            input=InputSpec(shape=shape, resize=resize),
+            classes=[str(i) for i in range(classes)],
             members=members,
         )
         return store.publish(NAME, Path(staged), draft).folder / "members"
-
-
-def make_arms(store: Path, members: Path) -> list[Arm]:
-    cores = len(os.sched_getaffinity(0))
-    litserve = [str(peers_python()), "-m", "benchmarks.peers.litserve_ensemble"]
-    theirs = {"MEMBERS": str(members)}
-    return [
-        Arm("modepath", ["bentoml", "serve", "--port", "{port}"], {"MODELS_STORE": str(store)}),
-        Arm(
-            "BentoML as documented",
-            ["bentoml", "serve", "benchmarks.peers.documented_bentoml:Ensemble", "--host", "127.0.0.1", "--port", "{port}"],
-            theirs,
-            forms=("JSON",),  # it reads no binary array
-            read="rows",
-        ),
-        Arm("LitServe, its documented batching", litserve, {**theirs, "PORT": "{port}"}, read="output"),
-        Arm(
-            "LitServe, 10 ms and a worker a core",
-            litserve,
-            {**theirs, "PORT": "{port}", "BATCH_TIMEOUT": "0.01", "WORKERS": str(cores)},
-            read="output",
-        ),
-    ]  # fmt: skip
-
-
-def peers_python() -> Path:
-    python = ROOT / ".venv-peers/bin/python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-peers"], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "litserve", "onnxruntime", "numpy"], check=True)
-    return python
 
 
 def write_bodies(folder: Path, image: np.ndarray | None = None) -> dict[str, tuple[Path, np.ndarray]]:
@@ -232,22 +166,6 @@ def until_ready(url: str) -> None:
     raise SystemExit("the service does not become ready")
 
 
-def measure(arm: Arm, bodies: dict[str, tuple[Path, np.ndarray]], args: argparse.Namespace, members: Path) -> None:
-    with running(arm) as (url, process):
-        for form in arm.forms:
-            script, image = bodies[form]
-            check(url, script.with_suffix(""), form, arm.read, expected(members, image))
-        for form in arm.forms:
-            script, _ = bodies[form]
-            for connections in args.connections:
-                wrk(url, script, connections, 2)
-                before = cpu_seconds(process)
-                cell = wrk(url, script, connections, args.seconds)
-                cell["cpu_ms"] = 1000 * (cpu_seconds(process) - before) / cell["requests"]
-                arm.cells.setdefault((form, connections), []).append(cell)
-                print(f"  {arm.label}, {form}, {connections}: {cell}", flush=True)
-
-
 def check(url: str, body: Path, form: str, read: str, probs: np.ndarray) -> None:
     """Wait until it answers, and see that it answers rightly."""
     request = urllib.request.Request(url, body.read_bytes(), {"Content-Type": FORMS[form]})
@@ -311,14 +229,6 @@ def cpu_seconds(process: psutil.Process) -> float:
     return total
 
 
-def measure_limit(store: Path, seconds: int) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving.throughput", "--limit", store, "--seconds", str(seconds)],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout)
-
-
 def limit(store: Path, seconds: int) -> dict[str, float]:
     """Images a second through the same sessions, by batch size, in a process that does nothing else."""
     from models_store.graphs.runtime import EnsembleSession
@@ -328,8 +238,9 @@ def limit(store: Path, seconds: int) -> dict[str, float]:
     session = EnsembleSession(version.folder, version.manifest, "cpu")
     found = {}
     for batch in (1, 8, 32):
-        images = np.random.default_rng(0).random((batch, *SHAPE), dtype=np.float32)
-        for _ in range(20):
+        images = np.random.default_rng(0).random((batch, *version.manifest.input.shape), dtype=np.float32)
+        began = time.perf_counter()
+        while time.perf_counter() - began < 1:
             session.logits(images)
         began, count = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
@@ -337,48 +248,3 @@ def limit(store: Path, seconds: int) -> dict[str, float]:
             count += batch
         found[str(batch)] = round(count / (time.perf_counter() - began), 1)
     return found
-
-
-def render(arms: list[Arm], limits: list[dict[str, float]], args: argparse.Namespace) -> str:
-    def median(arm: Arm, form: str, connections: int, what: str) -> float | None:
-        cells = arm.cells.get((form, connections))
-        return statistics.median(cell[what] for cell in cells) if cells else None
-
-    without = {batch: statistics.median(one[batch] for one in limits) for batch in limits[0]}
-    best = max(without.values())
-    ours, rows = arms[0], []
-    for form in FORMS:
-        for connections in args.connections:
-            for arm in arms:
-                rate = median(arm, form, connections, "rate")
-                if rate is None:
-                    continue
-                spread = [cell["rate"] for cell in arm.cells[form, connections]]
-                rows.append(
-                    [
-                        form,
-                        connections,
-                        arm.label,
-                        f"{rate:.0f}",
-                        f"{min(spread):.0f} to {max(spread):.0f}",
-                        f"{median(arm, form, connections, 'p50'):.1f}",
-                        f"{median(arm, form, connections, 'p99'):.1f}",
-                        f"{median(arm, form, connections, 'cpu_ms'):.2f}",
-                        f"{median(ours, form, connections, 'rate') / rate:.2f}",
-                        f"{rate / best:.2f}",
-                    ]
-                )
-    heads = ["body", "connections", "server", "requests/s", "range", "p50 ms", "p99 ms", "CPU ms/request", "ours ÷ it", "of the limit"]  # fmt: skip
-    notes = [
-        f"# {args.members} members of preresnet8 (28 × 28, 10 classes), one image a request",
-        f"`python -m benchmarks.serving.throughput --members {args.members} --rounds {args.rounds} --seconds {args.seconds}`, "
-        f"{len(os.sched_getaffinity(0))} cores, shared with wrk; medians of {args.rounds} interleaved rounds.",
-        "Without HTTP, images/s by batch size: " + ", ".join(f"{b}: {rate:.0f}" for b, rate in without.items())
-        + f". The limit is the best of them, {best:.0f}.",
-        "BentoML as documented reads no binary array: with npy compare its JSON figures.",
-    ]  # fmt: skip
-    return "\n\n".join([*notes, tabulate(rows, heads, tablefmt="github", disable_numparse=True)]) + "\n"
-
-
-if __name__ == "__main__":
-    main()

@@ -12,6 +12,7 @@ metric_files.py.
 | `FORWARDED_ALLOW_IPS` | any process on this machine could claim another client address | uvicorn 0.54.0 |
 | `uvicorn.config.HTTP_PROTOCOLS` | the default protocol bounds neither heads nor idle connections | uvicorn 0.54.0 |
 | `uvicorn.Server.shutdown` | resets connections whose request is not read yet; may wait for ever | uvicorn 0.54.0 |
+| `client.http.tempfile`, `client.proxy2.tempfile` | each worker makes a temporary folder that nothing uses; a killed one leaves it behind | bentoml 1.4.40 |
 | `circus.arbiter.Arbiter.initialize` | see below | circus 0.18.3 |
 | `circus.arbiter.Arbiter.stop` | a signal that arrives while a worker is being started is lost | circus 0.18.3 |
 | `circus.arbiter.Arbiter._stop_watchers` | connections that no worker accepts any more are reset | circus 0.18.3 |
@@ -29,13 +30,16 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # the service sends no usage reports
 
 import uvicorn
 import uvicorn.config
+from _bentoml_impl.client import http, proxy2  # pyright: ignore[reportMissingTypeStubs]
 from bentoml._internal.context import server_context
 from bentoml._internal.server.http import traffic
 from bentoml._internal.utils.analytics import usage_stats
@@ -90,7 +94,29 @@ def _without_limit(original: Any) -> Any:
     return unlimited
 
 
+class _NoFolder:
+    """Stands for the temporary folder of the client of itself that BentoML gives each worker.
+
+    Nothing here uses that client, and the folder would stay behind when its worker is killed.
+    """
+
+    def __init__(self, prefix: str):
+        self.name = tempfile.gettempdir()
+
+    def cleanup(self) -> None:
+        """There is nothing to remove."""
+
+
+def _make_no_folders() -> None:
+    for module in (http, proxy2):
+        real: Any = vars(module).get("tempfile")
+        if real is tempfile:
+            own = {name: getattr(real, name) for name in real.__all__}
+            vars(module)["tempfile"] = SimpleNamespace(**{**own, "TemporaryDirectory": _NoFolder})
+
+
 track_nothing()
+_make_no_folders()
 uvicorn.config.HTTP_PROTOCOLS["auto"] = "service.http.connections:Connection"
 change(traffic, "TimeoutMiddleware", _without_limit, ["app", "timeout"])
 

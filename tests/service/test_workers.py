@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -180,6 +182,21 @@ def test_the_death_of_a_worker_costs_its_own_connections_only(store, serve):
     labels = frozenset({("ensemble", "animals"), ("mode", "average"), ("version", "1")})
     # The dead worker may have answered a request whose response was lost, so that it was sent again.
     assert 400 <= metrics_of(server.url)["modepath_queue_seconds_count", labels] <= 408
+
+
+def test_a_killed_worker_leaves_nothing_behind(store, serve):
+    publish(store, "animals")
+    with tempfile.TemporaryDirectory() as folder:  # a short path, because sockets are made in it
+        server = serve(store, MODEPATH_WORKERS="2", TMPDIR=folder)
+        server.until(200)
+        os.kill((victim := workers_of(server)[0]).pid, signal.SIGKILL)
+        for _ in range(300):
+            if len([worker for worker in workers_of(server) if worker.pid != victim.pid]) == 2:
+                break
+            time.sleep(0.1)
+        time.sleep(2)
+        assert server.stop() == 0
+        assert list(Path(folder).iterdir()) == []
 
 
 def test_structured_lines_when_asked(store, serve):

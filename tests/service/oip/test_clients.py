@@ -214,7 +214,9 @@ def test_json_and_binary_data_answer_alike(served):
             given.set_data_from_numpy(IMAGES, binary_data=sent)
             outputs = [triton_http.InferRequestedOutput(name, binary_data=wanted) for name in ("probs", "class_name")]
             answer = client.infer("images", [given], outputs=outputs)
-            found.append((answer.as_numpy("probs").tolist(), np.array(answer.as_numpy("class_name")).astype(str).tolist()))
+            found.append(
+                (answer.as_numpy("probs").tolist(), np.array(answer.as_numpy("class_name")).astype(str).tolist())
+            )
     assert found[0][0] == found[1][0] == found[2][0] == found[3][0]
     client.close()
 
