@@ -41,7 +41,6 @@ from benchmarks.serving.throughput import (
     free_port,
     limit,
     parsed,
-    peers_python,
     publish,
     running,
 )
@@ -204,6 +203,14 @@ def make_arms(store: Path, members: Path, shape: tuple[int, ...], classes: int, 
             Arm("Triton", command, {**theirs, **ports}, ("OIP", "OIP JSON", "gRPC"), ports={"gRPC": their_grpc})
         )
     return arms
+
+
+def peers_python() -> Path:
+    python = ROOT / ".venv-peers/bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-peers"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "litserve", "onnxruntime", "numpy"], check=True)
+    return python
 
 
 def check(base: str, form: str, sent: Sent, right: np.ndarray, arm: Arm) -> None:
