@@ -133,7 +133,7 @@ TRAININGS = {
     "fge": ["training.fge", "--epochs", "40", "--members", "4"],
     "curve": ["training.curve", "--epochs", "20"],
     "simplex": ["training.espro", "--epochs", "20"],
-    "swag": ["training.swag", "--epochs", "40"],
+    "swag": ["training.swag", "--epochs", "40", "--members", "4"],
 }
 
 
