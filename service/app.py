@@ -28,12 +28,11 @@ from service.access.guard import KEY, Guard
 from service.access.hosts import Hosts
 from service.http import activation, feedback, openapi, pages
 from service.http.access_log import AccessLog
-from service.http.bodies import read_request
+from service.http.bodies import read_request, refuse_coded
 from service.http.connections import LEFT
 from service.http.errors import (
     BadRequestError,
     DeadlineError,
-    MediaTypeError,
     MisdirectedError,
     NoFeedbackError,
     NoRouteError,
@@ -123,7 +122,7 @@ class _Routes:
     async def predict(self, request: Request) -> Response:
         """POST /predict."""
         content_type, query = request.headers.get("content-type", ""), request.query_params.multi_items()
-        _refuse_coded(request)
+        refuse_coded(request.headers.get("content-encoding"))
         who = self._asker(request)
         async with deadline(self._settings.timeout), self._worker.intake.body(request) as body:
             read = partial(read_request, content_type, query, body.data, max_rows=self._worker.limits.rows)
@@ -138,7 +137,7 @@ class _Routes:
             raise NoFeedbackError(
                 "This service keeps no answers, so it cannot count labels. Its operator can switch feedback on: MODEPATH_FEEDBACK."
             )
-        _refuse_coded(request)
+        refuse_coded(request.headers.get("content-encoding"))
         try:
             async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
                 parse = partial(feedback.parse, bytes(body.data))
@@ -165,7 +164,7 @@ class _Routes:
         worker, ensemble = self._worker, self._worker.ensembles.get(request.path_params["name"])
         content_type, manifest = request.headers.get("content-type", ""), ensemble.manifest
         ensemble.check_path()
-        _refuse_coded(request)
+        refuse_coded(request.headers.get("content-encoding"))
         try:
             async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
                 worker.batcher.refuse_if_full()
@@ -187,7 +186,7 @@ class _Routes:
     async def activate(self, request: Request) -> Response:
         """POST /ensembles/{name}/activate: serve another published version."""
         worker, name = self._worker, request.path_params["name"]
-        _refuse_coded(request)
+        refuse_coded(request.headers.get("content-encoding"))
         async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
             wanted = activation.parse(request.headers.get("content-type", ""), bytes(body.data))
             found = await asyncio.to_thread(activation.activate, Store(self._settings.store), name, wanted.version)
@@ -197,7 +196,7 @@ class _Routes:
     async def roll_out(self, request: Request) -> Response:
         """GET, PUT and DELETE /ensembles/{name}/rollout: the canary of an ensemble."""
         worker, name, store = self._worker, request.path_params["name"], Store(self._settings.store)
-        _refuse_coded(request)
+        refuse_coded(request.headers.get("content-encoding"))
         async with asyncio.timeout(self._settings.timeout), worker.intake.body(request) as body:
             if request.method == "PUT":
                 plan = activation.parse_roll_out(request.headers.get("content-type", ""), bytes(body.data))
@@ -272,11 +271,6 @@ def write_json(told: Told) -> bytes:
     return reply if mode in TOGETHER else padded(reply, told.manifest, told.policy, mode, len(rows))
 
 
-def _refuse_coded(request: Request) -> None:
-    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
-        raise MediaTypeError(f"Content-Encoding {coding[:80]!r} is not supported; send the body uncompressed.")
-
-
 async def show_metrics(request: Request) -> Response:
     """GET /metrics: the metrics of all workers."""
     return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)
@@ -349,8 +343,8 @@ def create_app(chosen: Settings, worker: Worker) -> ASGIApp:
     if not chosen.cors_origins:
         return app
     return CORSMiddleware(
-        app, chosen.cors_origins, allow_methods=("GET", "POST"), allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
-        expose_headers=("Retry-After", "X-Request-ID"), max_age=3600,
+        app, chosen.cors_origins, allow_methods=("GET", "POST"), allow_headers=("Authorization", "Content-Type", "X-Request-ID", oip.LENGTH),
+        expose_headers=("Retry-After", "X-Request-ID", oip.LENGTH), max_age=3600,
     )  # fmt: skip
 
 

@@ -69,6 +69,11 @@ def _starting(send: Send) -> Send:
     return sending
 
 
+def _refuse_calls() -> None:
+    if _grpc is not None:
+        _grpc.begin_stop()
+
+
 def _stopping(receive: Receive) -> Receive:
     """Finish the calls of gRPC before the worker ends."""
 
@@ -97,13 +102,14 @@ class Modepath:
         chosen = settings()
         log_writer.take_over(chosen.log_format)
         log_writer.count_with(metrics.dropped)
-        bentoml_internals.end_gently(chosen.grace_seconds, log_writer.drain)
+        bentoml_internals.end_gently(chosen.grace_seconds, _refuse_calls, log_writer.drain)
         self._worker = worker = Worker(chosen)
         _app = create_app(chosen, worker)
         connections.answer_with(_app, chosen.trusted_proxies)
         if chosen.grpc_port is not None:
-            from service.oip.grpc_server import GrpcServer  # its libraries are an extra
+            from service.oip.grpc_server import GrpcServer, most_connections  # its libraries are an extra
 
+            connections.leave(most_connections())
             _grpc = GrpcServer(chosen, worker)
         self._pulse = Pulse(
             bentoml_internals.worker_number() or 0, metrics.look, worker.batcher.longest_seconds, chosen.grace_seconds

@@ -206,7 +206,8 @@ class Predictor:
         worker = self._worker
         limits, spec = replace(worker.limits, hold=partial(worker.intake.decode, body)), ensemble.manifest.input
 
-        if (texts := asked.texts) is not None:
+        # A field of a table may have the name `texts`, too.
+        if (texts := asked.texts) is not None and (ensemble.tokenizer is not None or spec.fields is None):
             read = partial(from_texts, texts, spec, ensemble.tokenizer, limits)
             work = work_of(texts) if ensemble.tokenizer is not None else 0
             if work > limits.pixels or work <= INLINE_CHARACTERS * PIXELS_OF_A_CHARACTER:  # refused, or done at once
@@ -235,17 +236,17 @@ class Predictor:
         options, version = asked.options, asked.version
         keyed = (options.mode or active.policy.modes[0]) == "keyed"
         if version is not None:
-            return _exactly(active, version, keyed=keyed), _check(active, options)
+            return _exactly(active, version, keyed=keyed), _check(active, asked)
         # In `keyed` a client must not choose the version, or it would get a draw from each.
         alone = keyed and not asker.caller
         chosen = active if alone else self._worker.roll_outs.choose(active, asker.caller or asker.given_id or "")
         if chosen is not active:
             try:
-                return chosen, _check(chosen, options)
+                return chosen, _check(chosen, asked)
             except BadRequestError:  # it has no calibration or cascade, for example
                 if keyed:
                     raise
-        return active, _check(active, options)
+        return active, _check(active, asked)
 
     def _bound_answer(self, ensemble: Ensemble, rows: int, members: bool) -> None:
         manifest = ensemble.manifest
@@ -303,12 +304,15 @@ def _exactly(active: Ensemble, version: int, *, keyed: bool) -> Ensemble:
     return active
 
 
-def _check(ensemble: Ensemble, options: Options) -> Mode:
+def _check(ensemble: Ensemble, asked: Asked) -> Mode:
     """Check that an ensemble can do what is asked, and return the mode."""
+    options = asked.options
     mode = ensemble.mode(options.mode)
     _refuse_members(ensemble, mode, options)
     ensemble.decisions.check(mode, options)
     ensemble.session(mode, options.rule)
+    if asked.check is not None:
+        asked.check(ensemble, mode)
     return mode
 
 

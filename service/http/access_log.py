@@ -43,16 +43,28 @@ class AccessLog:
         try:
             await self._inner(scope, receive, watched)
         finally:
-            line = {
-                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-                "client": (scope.get("client") or [None])[0],
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "seconds": round(time.perf_counter() - started, 6),
-                "bytes": sent,
-                **fields,
-            }
-            short = {name: value[:MAX_FIELD] if isinstance(value, str) else value for name, value in line.items()}
-            # JSON escapes line breaks that a client sends, so that it cannot forge log lines.
-            log_writer(1).write(orjson.dumps(short, option=orjson.OPT_APPEND_NEWLINE))
+            client, seconds = (scope.get("client") or [None])[0], time.perf_counter() - started
+            write_line(client, scope["method"], scope["path"], status, seconds, sent, fields)
+
+
+def write_line(
+    client: str | None, method: str, path: str, status: int | str, seconds: float, sent: int, fields: dict[str, Any]
+) -> None:
+    """Write the line of one request.
+
+    Args:
+        client: its address.
+        method: of HTTP, or gRPC.
+        path: of the request; over gRPC that of the same request over HTTP.
+        status: of the answer.
+        seconds: from the request's head to the end of its answer.
+        sent: bytes of the answer.
+        fields: further ones.
+    """
+    line = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "client": client, "method": method, "path": path, "status": status, "seconds": round(seconds, 6), "bytes": sent, **fields,
+    }  # fmt: skip
+    short = {name: value[:MAX_FIELD] if isinstance(value, str) else value for name, value in line.items()}
+    # JSON escapes line breaks that a client sends, so that it cannot forge log lines.
+    log_writer(1).write(orjson.dumps(short, option=orjson.OPT_APPEND_NEWLINE))

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -36,6 +36,10 @@ MAGIC = {
 }
 ANY = "application/octet-stream"
 EXAMPLE = '{"inputs": [[[[0.0, ...]]]]}'
+if TYPE_CHECKING:
+    from service.inference.opening import Ensemble
+    from service.inference.policy import Mode
+
 Model = TypeVar("Model", bound=BaseModel)
 Open = Callable[[InputSpec, Limits], Images | Encoded]
 
@@ -50,6 +54,17 @@ class Asked:
     named: int = 0  # number of rows with named fields, which take longer than their bytes suggest
     version: int | None = None  # that must answer; None: the active one, or its canary
     texts: Sequence[str] | None = None  # which the ensemble's tokenizer turns into ids; `open` is not used then
+    check: Callable[[Ensemble, Mode], None] | None = None  # refuses what a version, in its mode, cannot answer
+
+
+def refuse_coded(coding: str | None) -> None:
+    """Refuse a body that is compressed, by the header Content-Encoding.
+
+    Raises:
+        MediaTypeError: it is.
+    """
+    if coding is not None and (coding := coding.strip().lower()) not in ("", "identity"):
+        raise MediaTypeError(f"Content-Encoding {coding[:80]!r} is not supported; send the body uncompressed.")
 
 
 def read_request(

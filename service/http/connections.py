@@ -48,6 +48,11 @@ _direct: Any = (
 )
 
 
+def leave(connections: int) -> None:
+    """Leave file descriptors to other connections than those of HTTP."""
+    Connection.most = max(16, most_connections() - connections)
+
+
 def answer_with(app: ASGIApp, trusted_proxies: str) -> None:
     """Let this application answer every request of this process, without the middleware around the one that uvicorn was given.
 
@@ -65,7 +70,7 @@ def answer_with(app: ASGIApp, trusted_proxies: str) -> None:
 class Connection(HttpToolsProtocol):
     """See the module. The parser's callbacks are called in the order of the bytes; all run on the event loop."""
 
-    _most = most_connections()
+    most = most_connections()
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -89,7 +94,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._late = self.loop.call_later(self._head_seconds, self._head_is_late)
         self._since = self.loop.time()
-        if len(self.connections) > self._most:
+        if len(self.connections) > self.most:
             self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:

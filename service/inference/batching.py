@@ -7,7 +7,7 @@ from the measured time per row.
 
 Requests take turns. A turn lasts as long as its rows need, up to a tenth of the time that a request may wait; a longer
 request has several. A turn runs in pieces of at most one batch, and each piece has a time at which it is due: SLOWDOWN
-times what the turn needs up to there, counted from the begin of the turn. What is due first runs first. So a small
+times what the turn needs up to there, but at most a turn, counted from the begin of the turn. What is due first runs first. So a small
 request passes between the pieces of a large one, and a request of one turn, once it is late, is not overtaken again.
 """
 
@@ -145,7 +145,8 @@ class Batcher:
             # A new request waits for the rest of the turn of each request before it.
             job.turn_seconds = min(left * row_seconds, max(piece, job.turn_left))
             job.turn_left -= piece
-            due = job.due = job.due + SLOWDOWN * piece
+            # Never later than a turn: where a row takes long, it would otherwise be due after its time to wait.
+            due = job.due = job.due + min(SLOWDOWN * piece, self._limits.seconds * TURN)
         else:
             job.turn_seconds = len(job.rows) * row_seconds
         self._push((due, next(self._numbers), job))

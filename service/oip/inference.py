@@ -25,7 +25,7 @@ from service.http.images import Encoded, Images, Limits
 from service.http.schemas import Options
 from service.inference.opening import Ensemble
 from service.inference.pieces import Answer
-from service.inference.policy import TOGETHER
+from service.inference.policy import TOGETHER, Mode
 from service.inference.session import Rows
 from service.oip.messages import Infer
 from service.oip.tensors import BYTES, Tensor
@@ -77,20 +77,19 @@ def asked(request: Infer, ensemble: str, version: int | None) -> Asked:
         record.setdefault("percentiles", True)
     options = validated(Options, Options.model_validate, {**record, "ensemble": ensemble})
     only = request.inputs[0] if len(request.inputs) == 1 and request.inputs[0].datatype == BYTES else None
-    if only is not None and only.name == TEXTS:
-        return Asked(options, images.none, version=version, texts=only.texts())
-    if only is not None and only.name == ENCODED and isinstance(only.values, list):
-        read = partial(images.open_encoded, only.values, f"Element {{}} of the input `{ENCODED}`")
-        return Asked(options, read, encoded=True, version=version)
     rows = max((one.shape[0] for one in request.inputs), default=0)
     return Asked(
-        options, partial(_opened, request.inputs), named=rows if len(request.inputs) > 1 else 0, version=version
-    )
+        options, partial(_opened, request.inputs), encoded=only is not None and only.name == ENCODED, version=version,
+        named=rows if len(request.inputs) > 1 else 0, texts=only.texts() if only is not None and only.name == TEXTS else None,
+        check=None if request.outputs is None else partial(_check_outputs, list(request.outputs), options),
+    )  # fmt: skip
 
 
 def _opened(inputs: Sequence[Tensor], spec: InputSpec, limits: Limits) -> Images | Encoded:
     expected = {name: datatype for name, datatype, _ in inputs_of(spec)}
     given = {one.name: one for one in inputs}
+    if spec.fields is None and list(given) == [ENCODED] and isinstance(files := given[ENCODED].values, list):
+        return images.open_encoded(files, f"Element {{}} of the input `{ENCODED}`", spec, limits)
     if len(given) < len(inputs):
         raise BadRequestError("An input is given twice; give each once.")
     for name, one in given.items():
@@ -120,36 +119,52 @@ def inputs_of(spec: InputSpec) -> list[tuple[str, str, list[int]]]:
 
 def outputs_of(ensemble: Ensemble) -> list[tuple[str, str, list[int]]]:
     """Name, datatype and shape of each output of a request without parameters."""
-    manifest, mode = ensemble.manifest, ensemble.policy.modes[0]
-    classes = len(manifest.classes)
-    probs = np.full((1, 1, classes), 1 / classes)
+    found = outputs(_example(ensemble, ensemble.policy.modes[0], Options()), None)
+    return [(one.name, one.datatype, [-1, *one.shape[1:]]) for one in found]
+
+
+def _example(ensemble: Ensemble, mode: Mode, options: Options) -> Told:
+    """An answer of the form that such a request gets. No network is drawn for it."""
+    manifest = ensemble.manifest
+    classes, members = len(manifest.classes), len(manifest.members) if mode == "average" else 1
+    probs = np.full((members, 1, classes), 1 / classes)
     used = np.ones(1, np.intp) if mode == "cascade" else None
-    answer = Answer(probs, combine(probs, np.ones(1)), 0.0, 0.0, used)
+    answer = Answer(None if used is not None else probs, combine(probs, np.full(members, 1 / members)), 0.0, 0.0, used)
     row = np.zeros((1, *manifest.input.shape), kinds.dtype(manifest.input))
-    rows, options = Rows(row, ensemble.rows(mode, row).networks), Options()
     decided = ensemble.decisions.decide(mode, options, row, answer.prediction)
-    told = Told(manifest, ensemble.policy, mode, options, "", rows, answer, decided)
-    return [(one.name, one.datatype, [-1, *one.shape[1:]]) for one in outputs(told, None)]
+    return Told(manifest, ensemble.policy, mode, options, "", Rows(row), answer, decided)
+
+
+# The names of the outputs, by version, mode, and what of a request decides them.
+_names: dict[tuple[object, ...], frozenset[str]] = {}
+MOST_NAMES = 4096  # of these: versions come and go
+
+
+def _check_outputs(wanted: Sequence[str], options: Options, ensemble: Ensemble, mode: Mode) -> None:
+    """Refuse a request that names outputs which its answer will not have, before any work is spent on it."""
+    decided = options.risk is not None or options.wrong_cost is not None
+    key = ensemble.identity, mode, options.coverage is not None, decided, options.percentiles, options.members
+    if (names := _names.get(key)) is None:
+        if len(_names) >= MOST_NAMES:
+            _names.clear()
+        names = _names[key] = frozenset(one.name for one in outputs(_example(ensemble, mode, options), None))
+    if missing := next((name for name in wanted if name not in names), None):
+        raise BadRequestError(
+            f"Output {missing!r} is not part of this answer in mode {mode!r}: it needs another mode, a parameter such as `coverage` or `risk`, or a policy that shows it. "
+            f"This answer has {', '.join(name for name in OUTPUTS if name in names)}."
+        )
 
 
 def outputs(told: Told, wanted: Mapping[str, bool] | None) -> list[Tensor]:
     """Return the outputs of an answer: those that were named, in their order, or all.
 
     Where a network is drawn for each row, outputs of BYTES are left out: the length of an answer must not depend on its content.
-
-    Raises:
-        BadRequestError: an output that was named is not part of this answer.
     """
     flat = dict(_flat(told.columns()))
     fixed = told.mode not in TOGETHER
     found = [name for name in OUTPUTS if name in flat and not (fixed and OUTPUTS[name][0] == BYTES)]
     if wanted is not None:
-        if missing := next((name for name in wanted if name not in found), None):
-            raise BadRequestError(
-                f"Output {missing!r} is not part of this answer in mode {told.mode!r}: it needs another mode, a parameter such as `coverage` or `risk`, or a policy that shows it. "
-                f"This answer has {', '.join(found)}."
-            )
-        found = list(wanted)
+        found = list(wanted)  # `asked` has refused those that are missing
     return [_tensor(name, flat[name], len(told.manifest.classes)) for name in found]
 
 

@@ -33,15 +33,16 @@ class Infer:
     binary: bool = False  # whether all outputs are wanted as raw bytes, if none are named
 
 
-def read(body: bytes | bytearray, header_length: str | None) -> Infer:
+def read(body: bytes | bytearray, header_length: str | None, max_rows: int) -> Infer:
     """Parse a request.
 
     Args:
         body: as received.
         header_length: the header Inference-Header-Content-Length; None if the body is JSON as a whole.
+        max_rows: largest number of elements of an input of BYTES.
 
     Raises:
-        TooLargeError: the JSON is too long.
+        TooLargeError: the JSON is too long, or an input has too many rows.
         BadRequestError: the JSON, an input, or a field is not valid.
     """
     length = len(body)
@@ -70,7 +71,9 @@ def read(body: bytes | bytearray, header_length: str | None) -> Infer:
     place = length
     for one in given:
         entry = _object(one, "An input")
-        name, datatype, shape = tensors.check_form(entry.get("name"), entry.get("datatype"), entry.get("shape"))
+        name, datatype, shape = tensors.check_form(
+            entry.get("name"), entry.get("datatype"), entry.get("shape"), max_rows
+        )
         size = _object(entry.get("parameters", {}), f"`parameters` of {name[:80]!r}").get("binary_data_size")
         if size is None:
             found.append(tensors.from_values(name, datatype, shape, entry.get("data")))

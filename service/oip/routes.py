@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.http.bodies import Asked
+from service.http.bodies import Asked, refuse_coded
 from service.http.errors import MediaTypeError, NotReadyError, UnknownEnsembleError
 from service.http.intake import Body
 from service.inference.opening import Ensemble
@@ -69,15 +69,23 @@ class Routes:
 
     async def infer(self, request: Request) -> Response:
         """POST /v2/models/{name}/infer."""
-        if (media_type := request.headers.get("content-type", "").partition(";")[0].strip().lower()) in FORMS:
-            raise MediaTypeError(f"Content-Type {media_type!r} is not read here; send application/json.")
+        refuse_coded(request.headers.get("content-encoding"))
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type in FORMS or (not media_type and "origin" in request.headers):
+            raise MediaTypeError(f"Content-Type {media_type or 'none'!r} is not read here; send application/json.")
         name, version = request.path_params["name"], version_of(request.path_params)
         async with deadline(self._settings.timeout), self._worker.intake.body(request) as body:
-            one = HttpInfer(body, name, version, request.headers.get(LENGTH))
-            content = await self._predictor.answer(body, one.read, one.write, self._asker(request))
+            one, who = (
+                HttpInfer(body, name, version, request.headers.get(LENGTH), self._worker.limits.rows),
+                self._asker(request),
+            )
+            content = await self._predictor.answer(body, one.read, one.write, who)
+        headers = {"X-Request-ID": who.given_id} if who.given_id else {}
         if one.json_bytes == len(content):
-            return Response(content, media_type="application/json")
-        return Response(content, headers={LENGTH: str(one.json_bytes)}, media_type="application/octet-stream")
+            return Response(content, headers=headers, media_type="application/json")
+        return Response(
+            content, headers={**headers, LENGTH: str(one.json_bytes)}, media_type="application/octet-stream"
+        )
 
     def _ensemble(self, request: Request) -> Ensemble:
         return ensemble_of(self._worker, request.path_params["name"], version_of(request.path_params))
@@ -86,14 +94,15 @@ class Routes:
 class HttpInfer:
     """One request: what was asked decides how the answer is written."""
 
-    def __init__(self, body: Body, name: str, version: int | None, header_length: str | None):
+    def __init__(self, body: Body, name: str, version: int | None, header_length: str | None, max_rows: int):
         self._body, self._name, self._version, self._header_length = body, name, version, header_length
+        self._max_rows = max_rows
         self._request: Infer | None = None
         self.json_bytes = 0  # of the answer
 
     def read(self, specs: object) -> Asked:
         """Parse the body."""
-        self._request = messages.read(self._body.data, self._header_length)
+        self._request = messages.read(self._body.data, self._header_length, self._max_rows)
         return inference.asked(self._request, self._name, self._version)
 
     def write(self, told: Told) -> bytes:

@@ -5,6 +5,7 @@ Raw bytes are little-endian and row-major. An element of BYTES is its length in 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.http.errors import BadRequestError
+from service.http.errors import BadRequestError, TooLargeError
 
 DATATYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -23,6 +24,7 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 BYTES = "BYTES"
 MAX_AXES = 16
+MAX_SIZE = 2**40  # of an axis, and of a tensor
 LENGTH_BYTES = 4  # of the length before each element of BYTES
 
 
@@ -64,11 +66,12 @@ class Tensor:
             raise BadRequestError(f"Input {self.name!r} holds a text that is not UTF-8: {error.reason}.") from None
 
 
-def check_form(name: object, datatype: object, shape: object) -> tuple[str, str, tuple[int, ...]]:
+def check_form(name: object, datatype: object, shape: object, max_rows: int) -> tuple[str, str, tuple[int, ...]]:
     """Check the name, datatype and shape of an input.
 
     Raises:
         BadRequestError: one of them is missing or not valid.
+        TooLargeError: more than `max_rows` elements of BYTES, each of which takes an object.
     """
     if not isinstance(name, str) or not name:
         raise BadRequestError("An input has no `name`; GET /v2/models/NAME says how the inputs are named.")
@@ -78,9 +81,19 @@ def check_form(name: object, datatype: object, shape: object) -> tuple[str, str,
             f"{where} has the datatype {str(datatype)[:20]!r}; this service reads {', '.join([*DATATYPES, BYTES])}."
         )
     axes = list(cast(Sequence[object], shape)) if isinstance(shape, Sequence) and not isinstance(shape, str) else []
-    sizes = tuple(axis for axis in axes if type(axis) is int and 0 <= axis < 2**40)
-    if not 1 <= len(axes) <= MAX_AXES or len(sizes) < len(axes):
-        raise BadRequestError(f"{where} has the shape {str(axes)[:80]}; a shape is a list of one to {MAX_AXES} sizes.")
+    sizes: tuple[int, ...] = tuple(axis for axis in axes[: MAX_AXES + 1] if type(axis) is int and 0 < axis < MAX_SIZE)
+    if not 1 <= len(axes) <= MAX_AXES or len(sizes) < len(axes) or math.prod(sizes) >= MAX_SIZE:
+        raise BadRequestError(
+            f"{where} has the shape {str(axes[:MAX_AXES])[:80]}; a shape is a list of one to {MAX_AXES} sizes, each at least 1."
+        )
+    if datatype == BYTES:
+        rows, *rest = sizes
+        if rest not in ([], [1]):
+            raise BadRequestError(
+                f"{where} has the shape {list(sizes)}; an input of BYTES has one element in each row: [n] or [n, 1]."
+            )
+        if rows > max_rows:
+            raise TooLargeError(f"{where} has {rows} rows; at most {max_rows} are allowed. Send them in parts.")
     return name, datatype, sizes
 
 
@@ -117,6 +130,18 @@ def _elements(name: str, count: int, raw: bytes | memoryview) -> list[bytes]:
     return found
 
 
+def _flat(where: str, values: Sequence[object]) -> tuple[Sequence[object], tuple[int, ...]]:
+    """Return the values of lists within lists, and the shape of those."""
+    nesting = [len(values)]
+    while values and isinstance(values[0], list):
+        rows = [cast(list[object], row) for row in values if isinstance(row, list)]
+        if len(rows) < len(values) or len(set(map(len, rows))) > 1 or len(nesting) == MAX_AXES:
+            raise BadRequestError(f"{where} is ragged: its lists differ in length or depth.")
+        nesting.append(len(rows[0]))
+        values = list(itertools.chain.from_iterable(rows))
+    return values, tuple(nesting)
+
+
 def from_values(name: str, datatype: str, shape: tuple[int, ...], values: object) -> Tensor:
     """Read an input from a JSON list, flat or nested, in row-major order.
 
@@ -132,13 +157,16 @@ def from_values(name: str, datatype: str, shape: tuple[int, ...], values: object
         if not len(flat) == len(elements) == count:
             raise BadRequestError(f"{where} must hold {count} texts, as its shape {list(shape)} says.")
         return Tensor(name, datatype, shape, elements)
-    try:
-        array: NDArray[Any] = np.array(cast(Any, values))
-    except (TypeError, ValueError, OverflowError, MemoryError):
-        raise BadRequestError(f"{where} is ragged: its lists differ in length.") from None
+    flat, nesting = _flat(where, cast(Sequence[object], values))
     dtype = DATATYPES[datatype]
-    if array.size != count:
-        raise BadRequestError(f"{where} has {array.size} values; its shape {list(shape)} needs {count}.")
+    if len(flat) != count or (len(nesting) > 1 and nesting != shape):
+        raise BadRequestError(
+            f"{where} has values of the shape {list(nesting)}; its shape {list(shape)} needs {count}, flat or nested alike."
+        )
+    # Types are checked before numpy sees the values: with one text among them, it would make each number a text as long.
+    if not set(map(type, flat)) <= ({bool} if datatype == "BOOL" else {int, float}):
+        raise BadRequestError(f"{where} holds values that are not {datatype} (null, text, true or false?).")
+    array: NDArray[Any] = np.array(flat)
     kinds = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
     if count and array.dtype.kind not in kinds:
         raise BadRequestError(f"{where} holds values that are not {datatype} (null, text, true or false?).")

@@ -134,16 +134,18 @@ def trust_proxies(addresses: str) -> None:
     os.environ["FORWARDED_ALLOW_IPS"] = addresses
 
 
-def end_gently(grace_seconds: float, at_the_end: Callable[[], None]) -> None:
+def end_gently(grace_seconds: float, at_the_begin: Callable[[], None], at_the_end: Callable[[], None]) -> None:
     """Let uvicorn answer requests that clients have already sent when it shuts down, but not wait for ever.
 
     Args:
         grace_seconds: time that requests may still take.
-        at_the_end: called when uvicorn has shut down.
+        at_the_begin: called when uvicorn begins to shut down.
+        at_the_end: called when it has shut down.
     """
 
     def make(original: Any) -> Any:
         async def shutdown(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+            at_the_begin()
             for server in self.servers:
                 server.close()
             for listener in sockets or []:

@@ -282,13 +282,14 @@ def test_health_and_reflection_answer(served):
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
     with grpc.insecure_channel(served[1]["grpc"]) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as refused:
             health.Check(health_pb2.HealthCheckRequest(service="x"))
         assert refused.value.code() == grpc.StatusCode.NOT_FOUND
         ask: Any = reflection_pb2.ServerReflectionRequest
-        answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        answers = stub.ServerReflectionInfo(
             iter([ask(list_services=""), ask(file_containing_symbol="inference.GRPCInferenceService")])
         )
         listed, described = list(answers)

@@ -48,7 +48,7 @@ def test_everything_that_is_changed_looks_as_it_did_in_the_tested_versions(messa
         (uvicorn.Server, "shutdown"), (Arbiter, "initialize"), (Arbiter, "stop"), (Arbiter, "_stop_watchers"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))  # so that monkeypatch restores it
-    bentoml_internals.end_gently(1, lambda: None)
+    bentoml_internals.end_gently(1, lambda: None, lambda: None)
     bentoml_internals.supervise(None, lambda living: None)
     assert not messages
 
@@ -105,7 +105,7 @@ def served(monkeypatch):
 
     def served(app, grace_seconds):
         ended = []
-        bentoml_internals.end_gently(grace_seconds, lambda: ended.append(True))
+        bentoml_internals.end_gently(grace_seconds, lambda: None, lambda: ended.append(True))
         made.append(Served(app, socket.create_server(("127.0.0.1", 0))))
         made[-1].ended = ended
         return made[-1]
