@@ -150,6 +150,17 @@ def test_named_fields_are_inputs_of_their_own(client, served):
         asked.infer("table", given[:2])
 
 
+def test_a_field_may_be_named_as_another_form_of_input(serve, store):
+    spec = InputSpec(kind="features", shape=(2,), fields=[TableField(name="texts", categories=["blue", "red"])])
+    version = publish(store, "table", spec=spec, member=of_features)
+    server = serve(store)
+    server.until(200)
+    with triton_http.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        given = [tensor(triton_http, "texts", np.array([b"red", b"blue"], object), "BYTES")]
+        found = client.infer("table", given).as_numpy("probs")
+    assert found == pytest.approx(right_probs(version, np.eye(2, dtype=np.float32)[[1, 0]]), abs=1e-6)
+
+
 def test_texts_and_token_ids_are_read(client, served):
     asked, library = client
     texts = np.array([b"a b c", b"z"], object)
