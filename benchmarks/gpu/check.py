@@ -178,8 +178,7 @@ def parity(on: str) -> Rows:
             version = Store(Path(folder, "store")).resolve(name)
             images = np.random.default_rng(0).random((64, *version.manifest.input.shape), np.float32)
             found = [
-                EnsembleSession(version.folder, version.manifest, provider).logits(images)
-                for provider in ("cpu", on)
+                EnsembleSession(version.folder, version.manifest, provider).logits(images) for provider in ("cpu", on)
             ]
             rows.append((precision, f"{np.abs(found[0] - found[1]).max() / np.abs(found[0]).max():.2e}"))
     return ("precision of the training", "largest relative difference"), rows

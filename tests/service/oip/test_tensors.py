@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from service.http.errors import BadRequestError, TooLargeError
@@ -11,7 +11,6 @@ utils = pytest.importorskip("tritonclient.utils")
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(DATATYPES)), shapes, st.data())
 def test_raw_bytes_are_those_of_the_client_library(datatype, shape, data):
     count = int(np.prod(shape)) * DATATYPES[datatype].itemsize
@@ -24,7 +23,6 @@ def test_raw_bytes_are_those_of_the_client_library(datatype, shape, data):
     assert Tensor.of("x", datatype, read.values).raw() == raw
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=10))
 def test_elements_of_bytes_are_those_of_the_client_library(elements):
     raw = utils.serialize_byte_tensor(np.array(elements, object)).item()
@@ -33,7 +31,6 @@ def test_elements_of_bytes_are_those_of_the_client_library(elements):
     assert read.raw() == raw
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=5), max_size=5), st.binary(min_size=1, max_size=3), st.integers(0, 6))
 def test_elements_that_do_not_fill_the_bytes_are_refused(elements, more, count):
     raw = b"".join(len(one).to_bytes(4, "little") + one for one in elements)
@@ -41,7 +38,6 @@ def test_elements_that_do_not_fill_the_bytes_are_refused(elements, more, count):
         tensors.from_raw("x", BYTES, (count,), raw + more[:3])
 
 
-@settings(deadline=None)
 @given(shapes, st.data())
 def test_flat_and_nested_lists_are_the_same_tensor(shape, data):
     count = int(np.prod(shape))
