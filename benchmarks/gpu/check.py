@@ -238,7 +238,7 @@ def serving(on: str) -> Rows:
         raise SystemExit("wrk is not installed")
     from benchmarks.serving import servers, throughput
 
-    network = "torchvision.models:resnet50" if on == "cuda" else "preresnet8"
+    network = "resnet50" if on == "cuda" else "preresnet8"
     rows: list[Sequence[Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -27,7 +27,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 SHAPE, CLASSES, NAME = (1, 28, 28), 10, "twelve"
-SHAPES = {"preresnet8": (SHAPE, CLASSES), "torchvision.models:resnet50": ((3, 224, 224), 1000)}
+SHAPES = {"preresnet8": (SHAPE, CLASSES), "resnet50": ((3, 224, 224), 1000)}
 FORMS = {"JSON": "application/json", "npy": "application/x-npy"}
 READY_SECONDS = 60
 
@@ -48,6 +48,7 @@ class Arm:
 def publish(root: Path, count: int, seed: int = 0, resize: str = "refuse", network: str = "preresnet8") -> Path:
     """An ensemble of networks with random weights; the folder of its members."""
     import torch
+    import torchvision
 
     from models_store.manifest import Draft, InputSpec, Member, Origin
     from models_store.store import Store
@@ -62,7 +63,12 @@ def publish(root: Path, count: int, seed: int = 0, resize: str = "refuse", netwo
         members = []
         for index in range(count):
             torch.manual_seed(seed + index)
-            made = Normalised(build(network, classes, shape, {}), (0.286,) * shape[0], (0.353,) * shape[0])
+            plain = (
+                torchvision.models.resnet50(num_classes=classes)
+                if network == "resnet50"
+                else build(network, classes, shape, {})
+            )
+            made = Normalised(plain.eval(), (0.286,) * shape[0], (0.353,) * shape[0])
             model, _ = exporter.export(made, images, torch.device("cpu"))
             (staged / f"members/{index:03d}.onnx").write_bytes(model)
             members.append(Member(file=f"members/{index:03d}.onnx", origin=Origin(), weight=1 / count))
