@@ -63,7 +63,7 @@ class GrpcServer:
     async def start(self) -> None:
         """Listen."""
         self._server = server = grpc.aio.server(
-            interceptors=(_Reflection(self._worker.guard),),
+            interceptors=() if self._worker.guard is None else (_Reflection(self._worker.guard),),
             options=(
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", self._settings.max_body_bytes + OVERHEAD_BYTES),
@@ -227,14 +227,14 @@ class _Health(health_pb2_grpc.HealthServicer):
 
 
 class _Reflection(grpc.aio.ServerInterceptor):
-    """Describes the service to holders of a key with the scope read, where there are keys."""
+    """Describes the service to holders of a key with the scope read."""
 
-    def __init__(self, guard: Guard | None):
+    def __init__(self, guard: Guard):
         self._guard = guard
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
-        if self._guard is None or REFLECTION not in handler_call_details.method:
+        if REFLECTION not in handler_call_details.method:
             return handler
         metadata = handler_call_details.invocation_metadata
         headers = [

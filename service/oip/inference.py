@@ -35,25 +35,24 @@ log = logging.getLogger("bentoml.modepath")
 NAME = "input"
 ENCODED = "images"
 TEXTS = "texts"
-# Of each output: its datatype, and its shape after the batch axis, where None is the number of classes and -1 that of the
-# members. Fields within a field are named with a dot, as `uncertainty.disagreement`.
-OUTPUTS: dict[str, tuple[str, tuple[int | None, ...]]] = {
-    "label": ("INT64", ()),
-    "class_name": (BYTES, ()),
-    "confidence": ("FP32", ()),
-    "probs": ("FP32", (None,)),
-    **{f"novelty.{name}": ("FP32", ()) for name in ("score", "percentile")},
-    **{f"percentiles.{name}": ("FP32", ()) for name in UNCERTAINTY_MEASURES},
-    "prediction_set": ("BOOL", (None,)),  # whether each class is in the set
-    "decision": (BYTES, ()),
-    "reason": (BYTES, ()),  # "" if the decision needs none
-    "point": ("INT64", ()),
+# The datatype of each output. Fields within a field are named with a dot, as `uncertainty.disagreement`.
+OUTPUTS = {
+    "label": "INT64",
+    "class_name": BYTES,
+    "confidence": "FP32",
+    "probs": "FP32",  # (batch, classes)
+    **{f"novelty.{name}": "FP32" for name in ("score", "percentile")},
+    **{f"percentiles.{name}": "FP32" for name in UNCERTAINTY_MEASURES},
+    "prediction_set": "BOOL",  # (batch, classes): whether each class is in the set
+    "decision": BYTES,
+    "reason": BYTES,  # "" if the decision needs none
+    "point": "INT64",
     **{
-        f"uncertainty.{name}": ("FP32", ())
+        f"uncertainty.{name}": "FP32"
         for name in ("predictive_entropy", "expected_entropy", "mutual_information", "disagreement")
     },
-    "members_used": ("INT64", ()),
-    "members": ("FP32", (-1, None)),
+    "members_used": "INT64",
+    "members": "FP32",  # (batch, members, classes)
 }
 # Parameters that clients of other servers send, and that mean nothing here.
 IGNORED = {"binary_data_output", "priority", "timeout"}
@@ -162,7 +161,7 @@ def outputs(told: Told, wanted: Mapping[str, bool] | None) -> list[Tensor]:
     """
     flat = dict(_flat(told.columns()))
     fixed = told.mode not in TOGETHER
-    found = [name for name in OUTPUTS if name in flat and not (fixed and OUTPUTS[name][0] == BYTES)]
+    found = [name for name in OUTPUTS if name in flat and not (fixed and OUTPUTS[name] == BYTES)]
     if wanted is not None:
         found = list(wanted)  # `asked` has refused those that are missing
     return [_tensor(name, flat[name], len(told.manifest.classes)) for name in found]
@@ -178,7 +177,7 @@ def _flat(columns: Columns) -> Iterator[tuple[str, Column]]:
 
 
 def _tensor(name: str, column: Column, classes: int) -> Tensor:
-    datatype = OUTPUTS[name][0]
+    datatype = OUTPUTS[name]
     if datatype == BYTES:
         return Tensor.of_texts(name, ["" if one is None else one for one in column])
     if name == "prediction_set":
