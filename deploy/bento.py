@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import bentoml.exceptions
 from packaging.requirements import Requirement
 
 from models_store.errors import StoreError
+from models_store.manifest import Manifest
 from models_store.store import Store, Version
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +96,7 @@ def build(tag: str, version: Version, unpacked: Path) -> str:
             include=["**"],
             description=DESCRIPTION.format(name=version.name, members=len(version.manifest.members)),
             python={
-                "packages": pinned_requirements(*(("texts",) if version.manifest.input.tokenizer else ())),
+                "packages": pinned_requirements(*_extras(version.manifest)),
                 "lock_packages": False,
             },
             build_ctx=str(context),
@@ -109,6 +111,12 @@ def copy_sources(context: Path, version: Version) -> None:
         ignored = shutil.ignore_patterns("ensembles", "__pycache__")
         shutil.copytree(ROOT / room, context / room, ignore=ignored)
     Store(context / "models_store" / "ensembles").adopt(version)
+
+
+def _extras(manifest: Manifest) -> list[str]:
+    """The extras that the version needs, and that of gRPC if it is installed here."""
+    texts = ["texts"] if manifest.input.tokenizer else []
+    return [*texts, *(["grpc"] if importlib.util.find_spec("grpc_health") else [])]
 
 
 def pinned_requirements(*extras: str) -> list[str]:
