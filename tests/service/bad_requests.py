@@ -194,7 +194,7 @@ def requests(*, body_limit, rows_limit, elsewhere):
         "an address of 20 kB": (414, message("/ensembles/" + "a" * 20_000, method="GET")),
         "a query of 20 kB": encoded(picture(), 414, query="?ensemble=" + "a" * 20_000),
         "unknown address": (404, message("/admin", method="GET")),
-        "an address of BentoML's": (404, message("/schema.json", method="GET")),
+        "an address of BentoML's": (404, message("/healthz", method="GET")),
     }  # fmt: skip
     stalled = message("/predict", b'{"inputs"', "application/json", headers=["Content-Length: 1000"])
     return [
