@@ -206,8 +206,8 @@ class Predictor:
         worker = self._worker
         limits, spec = replace(worker.limits, hold=partial(worker.intake.decode, body)), ensemble.manifest.input
 
-        # A field of a table may have the name `texts`, too.
-        if (texts := asked.texts) is not None and (ensemble.tokenizer is not None or spec.fields is None):
+        is_field = ensemble.tokenizer is None and any(one.name == "texts" for one in spec.fields or ())
+        if (texts := asked.texts) is not None and not is_field:
             read = partial(from_texts, texts, spec, ensemble.tokenizer, limits)
             work = work_of(texts) if ensemble.tokenizer is not None else 0
             if work > limits.pixels or work <= INLINE_CHARACTERS * PIXELS_OF_A_CHARACTER:  # refused, or done at once
