@@ -30,8 +30,10 @@ test: lint test-service  ## everything that must hold
 		tests/service/test_app.py tests/service/test_bad_input.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/training tests/benchmarks tests/modepath --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
+# The client libraries of gRPC and of Triton bring threads and fork handlers, so their tests have a process of their own.
 test-service: $(VENV)-service/.installed  ## the service and the store where torch is not installed
-	$(VENV)-service/bin/python -m pytest tests/service tests/models_store tests/deploy tests/modepath tests/test_corpora.py
+	$(VENV)-service/bin/python -m pytest tests/service tests/models_store tests/deploy tests/modepath tests/test_corpora.py --ignore=tests/service/oip
+	$(VENV)-service/bin/python -m pytest tests/service/oip
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(VENV)/bin/ruff check .
