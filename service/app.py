@@ -59,7 +59,7 @@ from service.oip import description
 from service.oip import routes as oip
 from service.operations import metrics
 from service.operations.settings import Settings
-from service.predicting import INLINE_BYTES, Asker, Predictor, Told, asker, deadline
+from service.predicting import INLINE_BYTES, Answered, Asker, Predictor, asker, deadline
 from service.worker import Worker
 
 MAX_ADDRESS_BYTES = 4096  # path and query together
@@ -259,16 +259,16 @@ class _Routes:
         )  # fmt: skip
 
 
-def write_json(told: Told) -> bytes:
+def write_json(answered: Answered) -> bytes:
     """Write the answer to POST /predict."""
-    mode, rows = told.mode, told.rows
+    mode, rows = answered.mode, answered.rows
     reply = orjson.dumps(
         respond(
-            told.manifest, told.request_id, mode, told.answer, told.policy, members=told.options.members,
-            points=[network.number for network in rows.networks], decided=told.decided,
+            answered.manifest, answered.request_id, mode, answered.answer, answered.policy, members=answered.options.members,
+            points=[network.number for network in rows.networks], decided=answered.decided,
         )
     )  # fmt: skip
-    return reply if mode in TOGETHER else padded(reply, told.manifest, told.policy, mode, len(rows))
+    return reply if mode in TOGETHER else padded(reply, answered.manifest, answered.policy, mode, len(rows))
 
 
 async def show_metrics(request: Request) -> Response:

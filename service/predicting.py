@@ -1,6 +1,6 @@
 """The way of a request from its parsed body to its answer, the same for every protocol.
 
-A protocol (service/app.py, service/oip) reads a request into `Asked`, and writes what comes out, `Told`, in its own form.
+A protocol (service/app.py, service/oip) reads a request into `Asked`, and writes what comes out, `Answered`, in its own form.
 Choosing the version, decoding, limits, quotas, the queue, metrics and feedback lie between, here.
 """
 
@@ -96,7 +96,7 @@ def asker(
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Answered:
     """An answer before it is written."""
 
     manifest: Manifest
@@ -117,7 +117,7 @@ class Told:
 
 
 Read = Callable[[Sequence[InputSpec]], Asked]
-Write = Callable[[Told], bytes]
+Write = Callable[[Answered], bytes]
 
 
 @contextlib.asynccontextmanager
@@ -270,7 +270,7 @@ class Predictor:
         began = time.perf_counter()
         manifest, policy = ensemble.manifest, ensemble.policy
         decided = ensemble.decisions.decide(mode, options, rows.images, answer.prediction)
-        reply = write(Told(manifest, policy, mode, options, request_id, rows, answer, decided))
+        reply = write(Answered(manifest, policy, mode, options, request_id, rows, answer, decided))
         # Counted before it is sent, so that a client that has its answer finds it in the metrics.
         seconds = time.perf_counter() - began
         each = not policy.hides(mode) or self._settings.metrics_port is not None

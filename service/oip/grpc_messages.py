@@ -15,7 +15,7 @@ from service.oip.messages import MAX_ID, Infer
 from service.oip.routes import version_of
 from service.oip.schema import message
 from service.oip.tensors import BYTES, Tensor
-from service.predicting import Told
+from service.predicting import Answered
 
 NOT_A_REQUEST = "The message is not a ModelInferRequest of the Open Inference Protocol."
 MOST_FIELDS = 1024  # of a message: inputs, outputs, parameters and raw contents
@@ -69,15 +69,15 @@ class GrpcInfer:
         version = version_of({"version": found.model_version} if found.model_version else {})
         return inference.asked(self._request, found.model_name, version)
 
-    def write(self, told: Told) -> bytes:
+    def write(self, answered: Answered) -> bytes:
         """Write the answer. Numbers are raw bytes, so its length does not depend on them."""
         assert self._request is not None, "it was read"
-        manifest = told.manifest
+        manifest = answered.manifest
         answer = InferResponse(model_name=manifest.name, model_version=str(manifest.version), id=self._request.id)
-        for name, value in inference.parameters_of(told).items():
+        for name, value in inference.parameters_of(answered).items():
             kind = "string_param" if isinstance(value, str) else "int64_param"
             setattr(answer.parameters[name], kind, value)
-        for one in inference.outputs(told, self._request.outputs):
+        for one in inference.outputs(answered, self._request.outputs):
             answer.outputs.add(name=one.name, datatype=one.datatype, shape=one.shape)
             answer.raw_output_contents.append(one.raw())
         return answer.SerializeToString()

@@ -29,7 +29,7 @@ from service.inference.policy import TOGETHER, Mode
 from service.inference.session import Rows
 from service.oip.messages import Infer
 from service.oip.tensors import BYTES, Tensor
-from service.predicting import Told
+from service.predicting import Answered
 
 log = logging.getLogger("bentoml.modepath")
 NAME = "input"
@@ -122,7 +122,7 @@ def outputs_of(ensemble: Ensemble) -> list[tuple[str, str, list[int]]]:
     return [(one.name, one.datatype, [-1, *one.shape[1:]]) for one in found]
 
 
-def _example(ensemble: Ensemble, mode: Mode, options: Options) -> Told:
+def _example(ensemble: Ensemble, mode: Mode, options: Options) -> Answered:
     """An answer of the form that such a request gets. No network is drawn for it."""
     manifest = ensemble.manifest
     classes, members = len(manifest.classes), len(manifest.members) if mode == "average" else 1
@@ -131,7 +131,7 @@ def _example(ensemble: Ensemble, mode: Mode, options: Options) -> Told:
     answer = Answer(None if used is not None else probs, combine(probs, np.full(members, 1 / members)), 0.0, 0.0, used)
     row = np.zeros((1, *manifest.input.shape), kinds.dtype(manifest.input))
     decided = ensemble.decisions.decide(mode, options, row, answer.prediction)
-    return Told(manifest, ensemble.policy, mode, options, "", Rows(row), answer, decided)
+    return Answered(manifest, ensemble.policy, mode, options, "", Rows(row), answer, decided)
 
 
 # The names of the outputs, by version, mode, and what of a request decides them.
@@ -154,17 +154,17 @@ def _check_outputs(wanted: Sequence[str], options: Options, ensemble: Ensemble, 
         )
 
 
-def outputs(told: Told, wanted: Mapping[str, bool] | None) -> list[Tensor]:
+def outputs(answered: Answered, wanted: Mapping[str, bool] | None) -> list[Tensor]:
     """Return the outputs of an answer: those that were named, in their order, or all.
 
     Where a network is drawn for each row, outputs of BYTES are left out: the length of an answer must not depend on its content.
     """
-    flat = dict(_flat(told.columns()))
-    fixed = told.mode not in TOGETHER
+    flat = dict(_flat(answered.columns()))
+    fixed = answered.mode not in TOGETHER
     found = [name for name in OUTPUTS if name in flat and not (fixed and OUTPUTS[name] == BYTES)]
     if wanted is not None:
         found = list(wanted)  # `asked` has refused those that are missing
-    return [_tensor(name, flat[name], len(told.manifest.classes)) for name in found]
+    return [_tensor(name, flat[name], len(answered.manifest.classes)) for name in found]
 
 
 def _flat(columns: Columns) -> Iterator[tuple[str, Column]]:
@@ -188,11 +188,11 @@ def _tensor(name: str, column: Column, classes: int) -> Tensor:
     return Tensor.of(name, datatype, np.asarray(column))
 
 
-def parameters_of(told: Told) -> dict[str, Any]:
+def parameters_of(answered: Answered) -> dict[str, Any]:
     """What an answer says beside its outputs."""
-    found: dict[str, Any] = {"mode": told.mode, "request_id": told.request_id}
-    if told.mode == "average":
-        found["members_used"] = len(told.manifest.members)
+    found: dict[str, Any] = {"mode": answered.mode, "request_id": answered.request_id}
+    if answered.mode == "average":
+        found["members_used"] = len(answered.manifest.members)
     return found
 
 

@@ -19,7 +19,7 @@ from service.inference.policy import TOGETHER
 from service.oip import inference, messages
 from service.oip.messages import Infer
 from service.operations.settings import Settings
-from service.predicting import Asker, Predictor, Told, deadline
+from service.predicting import Answered, Asker, Predictor, deadline
 from service.worker import Worker
 
 LENGTH = "Inference-Header-Content-Length"
@@ -105,14 +105,16 @@ class HttpInfer:
         self._request = messages.read(self._body.data, self._header_length, self._max_rows)
         return inference.asked(self._request, self._name, self._version)
 
-    def write(self, told: Told) -> bytes:
+    def write(self, answered: Answered) -> bytes:
         """Write the answer. Where a network is drawn for each row, blanks make its length independent of its content."""
         assert self._request is not None, "it was read"
-        outputs = inference.outputs(told, self._request.outputs)
-        parameters = inference.parameters_of(told)
-        record, raw = messages.write(told.manifest.name, told.manifest.version, self._request, parameters, outputs)
-        if told.mode not in TOGETHER:
-            record = record.ljust(messages.most_bytes(told.manifest.name, self._request, outputs))
+        outputs = inference.outputs(answered, self._request.outputs)
+        parameters = inference.parameters_of(answered)
+        record, raw = messages.write(
+            answered.manifest.name, answered.manifest.version, self._request, parameters, outputs
+        )
+        if answered.mode not in TOGETHER:
+            record = record.ljust(messages.most_bytes(answered.manifest.name, self._request, outputs))
         self.json_bytes = len(record)
         return record + raw
 
