@@ -119,7 +119,7 @@ def document(
         "/readyz": {"get": _get("Whether a request would be answered", "Status", 503)},
         "/docs.json": {"get": _get("This document", None)},
         "/schema.json": {"get": _get("What BentoML's own client asks for", None)},
-        **description.paths(served, _answers),
+        **description.paths(served, schemas["Options"]["properties"], _answers),
     }
     if has_metrics:
         text = {"text/plain": {"schema": {"type": "string"}}}

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models_store.manifest import InputSpec, Manifest
 from service.http.schemas import PredictRequest
-from service.oip.inference import inputs_of
+from service.oip.inference import IGNORED, inputs_of
+from service.oip.messages import MAX_ID
 from service.oip.tensors import BYTES
 
 JSON = "application/json"
 
 
-def infer_body(served: Sequence[Manifest]) -> dict[str, Any]:
-    """The schema of a request of one row; a batch has a larger first axis, and more data."""
+def infer_body(served: Sequence[Manifest], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a request of one row; a batch has a larger first axis, and more data.
+
+    Args:
+        served: the manifests of the served ensembles.
+        options: the schema of each option of /predict, by name.
+    """
+    parameters = {name: schema for name, schema in options.items() if name != "ensemble"}
+    parameters["binary_data_output"] = {
+        "type": "boolean",
+        "description": "write the outputs as raw bytes after the JSON",
+    }
     specs = {manifest.input.model_dump_json(): manifest.input for manifest in served}
     forms = [_one_row(spec) for spec in specs.values()] or [
         {"type": "array", "items": {"type": "object"}, "minItems": 1}
@@ -24,10 +35,14 @@ def infer_body(served: Sequence[Manifest]) -> dict[str, Any]:
         "type": "object",
         "properties": {
             "inputs": forms[0] if len(forms) == 1 else {"anyOf": forms},
-            "id": {"type": "string", "maxLength": 256},
+            "id": {"type": "string", "maxLength": MAX_ID},
+            "parameters": {
+                "type": "object",
+                "properties": {**parameters, **{name: {"description": "ignored"} for name in IGNORED - {*parameters}}},
+                "additionalProperties": False,
+            },
         },
         "required": ["inputs"],
-        "additionalProperties": False,
     }
 
 
@@ -62,11 +77,12 @@ def _value(spec: InputSpec, name: str, datatype: str) -> dict[str, Any]:
     return {"type": "number", "minimum": -3e38 if low is None else low, "maximum": 3e38 if high is None else high}
 
 
-def paths(served: Sequence[Manifest], answers: Any) -> dict[str, dict[str, Any]]:
+def paths(served: Sequence[Manifest], options: Mapping[str, Any], answers: Any) -> dict[str, dict[str, Any]]:
     """The routes under /v2.
 
     Args:
         served: the manifests of the served ensembles.
+        options: the schema of each option of /predict, by name.
         answers: returns the responses of an operation, given its schema, or None, and the refusals.
     """
     name = {
@@ -105,11 +121,19 @@ def paths(served: Sequence[Manifest], answers: Any) -> dict[str, dict[str, Any]]
                 "description": "The options of /predict are `parameters`. Tensors may follow the JSON as raw bytes; then the header "
                 "Inference-Header-Content-Length says where they begin.",
                 "parameters": named,
-                "requestBody": {"required": True, "content": {JSON: {"schema": infer_body(served)}}},
-                "responses": answers(None, 400, 403, 404, 408, 413, 414, 415, 421, 429, 431, 500, 501, 503, 504),
+                "requestBody": {"required": True, "content": {JSON: {"schema": infer_body(served, options)}}},
+                "responses": _or_binary(
+                    answers(None, 400, 403, 404, 408, 413, 414, 415, 421, 429, 431, 500, 501, 503, 504)
+                ),
             }
         }
     return found
+
+
+def _or_binary(answers: dict[str, Any]) -> dict[str, Any]:
+    whole = {"type": "string", "format": "binary", "description": "JSON, followed by the bytes of the outputs"}
+    answers["200"]["content"]["application/octet-stream"] = {"schema": whole}
+    return answers
 
 
 def of_bentoml() -> dict[str, Any]:

@@ -89,7 +89,7 @@ def read(body: bytes | bytearray, header_length: str | None, max_rows: int) -> I
             f"{len(whole) - place} bytes of the body belong to no input; is Inference-Header-Content-Length set, and are all sizes right?"
         )
     parameters = _object(fields.get("parameters", {}), "`parameters`")
-    binary = parameters.get("binary_data_output") is True
+    binary = _boolean(parameters, "binary_data_output", default=False)
     return Infer(found, parameters, _id(fields.get("id", "")), _outputs(fields.get("outputs"), binary=binary), binary)
 
 
@@ -105,7 +105,7 @@ def _outputs(given: object, *, binary: bool) -> dict[str, bool] | None:
         parameters = _object(entry.get("parameters", {}), f"`parameters` of {name[:80]!r}")
         if parameters.get("classification"):
             raise BadRequestError("`classification` is not supported; ask for `label`, `class_name` and `probs`.")
-        found[name] = parameters.get("binary_data", binary) is True
+        found[name] = _boolean(parameters, "binary_data", default=binary)
     return found
 
 
@@ -139,6 +139,12 @@ def write(
 def _id(given: object) -> str:
     if not isinstance(given, str) or len(given) > MAX_ID:
         raise BadRequestError(f"`id` must be a text of at most {MAX_ID} characters.")
+    return given
+
+
+def _boolean(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    if not isinstance(given := parameters.get(name, default), bool):
+        raise BadRequestError(f"`{name}` must be true or false.")
     return given
 
 

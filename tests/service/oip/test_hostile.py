@@ -84,6 +84,8 @@ BODIES = {
     "an unknown output": {"inputs": [tensor()], "outputs": [{"name": "logits"}]},
     "an output that this answer has not": {"inputs": [tensor()], "outputs": [{"name": "decision"}]},
     "binary data that is not there": {"inputs": [{**tensor(), "parameters": {"binary_data_size": 50}}]},
+    "an answer in bytes, or not": {"inputs": [tensor()], "parameters": {"binary_data_output": "yes"}},
+    "an output in bytes, or not": {"inputs": [tensor()], "outputs": [{"name": "probs", "parameters": {"binary_data": 1}}]},
     "binary data of negative size": {"inputs": [{**tensor(), "parameters": {"binary_data_size": -1}}]},
     "texts of two axes": {"inputs": [tensor(name="images", datatype="BYTES", shape=[2, 2], data=["a"] * 4)]},
 }  # fmt: skip
