@@ -22,7 +22,7 @@ from pydantic import (
 
 from models_store.errors import ManifestError
 
-READABLE = (1, 2, 3)  # version 1 has no calibration, version 2 takes images only
+READABLE = (1, 2, 3, 4)  # version 1 has no calibration, version 2 takes images only, version 3 has float32 members
 ONNX_OPSET = 18
 OUTPUT_NAME = "logits"
 ECE_BINS = 15
@@ -202,6 +202,18 @@ class Member(_Record):
     validation: Scores | None = None
 
 
+class Quantization(_Record):
+    """The members in fewer bits, and what that cost."""
+
+    format: Literal["int8", "bf16"] = Field(
+        description="int8: weights and activations; bf16: weights, which are converted to float32 when the member is loaded"
+    )
+    inputs: int | None = Field(
+        default=None, ge=1, description="largest number of training inputs that ranges of activations were measured on"
+    )
+    float32: Scores = Field(description="scores of the average on the validation split before quantisation")
+
+
 class Geometry(_Record):
     """The shape in weight space that the members lie on."""
 
@@ -293,6 +305,7 @@ class Draft(_Record):
     members: list[Member] = Field(min_length=1, max_length=MAX_MEMBERS)
     temperature: Temperature = Field(default=1.0, description="one T for all members' logits in `average`")
     validation: Scores | None = Field(default=None, description="the average's scores on the validation split")
+    quantization: Quantization | None = Field(default=None, description="null, or left out, if the members are float32")
     geometry: Geometry | None = Field(default=None, description="null if each member was trained directly")
     bank: Bank | None = Field(default=None, description="null when there is no bank/")
     calibration: Calibration | None = Field(
@@ -332,7 +345,7 @@ class Draft(_Record):
 class Manifest(Draft):
     """A published version."""
 
-    schema_version: Literal[1, 2, 3]
+    schema_version: Literal[1, 2, 3, 4]
     digest: Sha256 | None = Field(
         default=None,
         description="sha256 of manifest.json with 64 zeros in place of the digits; null in the first releases",
@@ -352,6 +365,8 @@ class Manifest(Draft):
             raise ValueError("a calibration needs schema version 2")
         if self.schema_version < 3 and self.input.kind != "image":
             raise ValueError("inputs other than images need schema version 3")
+        if self.schema_version < 4 and self.quantization is not None:
+            raise ValueError("quantised members need schema version 4")
         named = [*(self.geometry.vertices if self.geometry else ()), *(BANK_FILES if self.bank else ())]
         named += [TOKENIZER_FILE] if self.input.tokenizer else []
         named += [CALIBRATION_FILE] if self.calibration else []
@@ -365,8 +380,10 @@ class Manifest(Draft):
         return self
 
     @staticmethod
-    def schema_of(draft: Draft) -> Literal[1, 2, 3]:
+    def schema_of(draft: Draft) -> Literal[1, 2, 3, 4]:
         """The lowest schema version that can express a draft, so that earlier releases read what they can."""
+        if draft.quantization:
+            return 4
         return 3 if draft.input.kind != "image" else 2 if draft.calibration else 1
 
     @classmethod
@@ -416,7 +433,9 @@ class Manifest(Draft):
 
     def dump(self) -> str:
         """The text of `manifest.json`. Seal a manifest before it is written."""
-        record = self.model_dump(mode="json", exclude={"digest"} if self.digest is None else None)
+        record = self.model_dump(
+            mode="json", exclude={name for name in ("digest", "quantization") if getattr(self, name) is None}
+        )
         return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

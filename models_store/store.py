@@ -221,11 +221,18 @@ class Store:
         """The file that holds the signature of a version, if it is signed; see signing.py."""
         return self._folder(name) / ".signatures" / f"{version}.sig"
 
-    def find_run(self, name: str, run: str) -> int | None:
-        """The version of `name` that training run `run` published; None if it is not in the store."""
+    def find_run(self, name: str, run: str, quantized: str | None = None) -> int | None:
+        """The version of `name` that training run `run` published; None if it is not in the store.
+
+        Args:
+            name: the ensemble.
+            run: identity of the run.
+            quantized: format of the members; None: float32. A run may be published once in each.
+        """
         for version in self.versions(name):
             with contextlib.suppress(StoreError):
-                if self.load(name, version).manifest.provenance.run == run:
+                found = self.load(name, version).manifest
+                if (found.provenance.run, found.quantization and found.quantization.format) == (run, quantized):
                     return version
         return None
 

@@ -59,6 +59,8 @@ class Options(TypedDict, total=False):
     workers: int
     bn_images: int
     keep_all_members: bool
+    quantize: Literal["none", "int8", "bf16"]
+    quantize_loss: float
     device: Literal["auto", "cpu", "cuda"]
     devices: int
     precision: Literal["auto", "32", "bf16"]

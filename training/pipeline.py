@@ -106,7 +106,8 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
             )
             if leader:
                 _write_starts(session, this_run, starts)
-        if (done := store.find_run(config.published_name, this_run.identity)) is not None:
+        quantize = None if config.quantize == "none" else config.quantize
+        if (done := store.find_run(config.published_name, this_run.identity, quantize)) is not None:
             logger.info(
                 f"already finished: this run published {config.published_name}@{done}. Nothing to do; --fresh trains again."
             )
@@ -115,7 +116,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
         else:
             logger.info(f"run {this_run.folder} on {hardware.describe(session.fabric)}")
             _train_and_publish(session, config, plan, store, this_run, exporter)
-            done = store.find_run(config.published_name, this_run.identity)
+            done = store.find_run(config.published_name, this_run.identity, quantize)
         return store.load(config.published_name, done)
 
 

@@ -1,9 +1,9 @@
-"""Members in int8 beside the published float32 ones: rate, size, accuracy, NLL and agreement.
+"""Members in int8 and bf16 beside the published float32 ones: rate, size, accuracy, NLL and agreement.
 
     python -m benchmarks.serving.quantised NAME --dataset fashion-mnist [--images 512] [--members 4]
     python -m benchmarks.serving.quantised resnet50 --images 64      random weights: rates alone
 
-Each member is quantised by ONNX Runtime's static quantiser (QDQ, one scale for each output channel), calibrated on training images. Rates
+Each member is quantised as `--quantize` does it. Rates
 are those of one session with one thread, at batch 1 and 32, in rounds that take turns. The table goes to benchmarks/results/quantised.md.
 """
 
@@ -13,13 +13,10 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from tabulate import tabulate
 
 from benchmarks.serving.throughput import SHAPES, publish
@@ -27,29 +24,17 @@ from models_store.store import Store
 from models_store.uncertainty import softmax
 from training.data import as_arrays, load
 from training.data.options import DataOptions
+from training.members.quantising import Quantiser
 
 RESULT = Path(__file__).parents[1] / "results/quantised.md"
 ROUNDS, SECONDS = 5, 2.0
-
-
-class Reader(CalibrationDataReader):
-    """Training images in batches."""
-
-    def __init__(self, name: str, images: np.ndarray):
-        self._batches: Iterator[dict[str, np.ndarray]] = iter(
-            [{name: images[i : i + 32]} for i in range(0, len(images), 32)]
-        )
-
-    def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The next batch; None after the last."""
-        return next(self._batches, None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name")
     parser.add_argument("--dataset", default="fashion-mnist")
-    parser.add_argument("--images", type=int, default=512, help="training images that the scales are calibrated on")
+    parser.add_argument("--images", type=int, default=512, help="training images that the ranges are measured on")
     parser.add_argument("--members", type=int, default=4)
     args = parser.parse_args()
     if args.name in SHAPES:
@@ -60,9 +45,10 @@ def main() -> None:
     train, test = as_arrays(data.train, args.images), as_arrays(data.test)
     files = sorted((version.folder / "members").glob("*.onnx"))[: args.members]
     with tempfile.TemporaryDirectory() as folder:
-        kinds: dict[str, list[Path]] = {"float32": files, "int8": []}
+        kinds: dict[str, list[Path]] = {"float32": files, "int8": [], "bf16": []}
         for file in files:
-            kinds["int8"].append(quantised(file, Path(folder), train[0]))
+            for kind in ("int8", "bf16"):
+                kinds[kind].append(quantised(kind, file, Path(folder), train[0]))
         probs = {kind: np.stack([of(file, test[0]) for file in own]) for kind, own in kinds.items()}
         rates = measured(kinds)
         sizes = {kind: sum(file.stat().st_size for file in own) / len(own) / 2**20 for kind, own in kinds.items()}
@@ -82,7 +68,7 @@ def main() -> None:
     heads = ["members", "MiB each", "images/s, batch 1", "images/s, batch 32", "accuracy of a member", "accuracy of the average", "NLL, nats", "labels as float32", "largest difference of a probability"]  # fmt: skip
     table = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
     text = (
-        f"# Members in int8\n\n`python -m benchmarks.serving.quantised {args.name} --dataset {args.dataset} --images {args.images} --members {args.members}`: {len(files)} members, "
+        f"# Members in int8 and bf16\n\n`python -m benchmarks.serving.quantised {args.name} --dataset {args.dataset} --images {args.images} --members {args.members}`: {len(files)} members, "
         f"{len(test[1])} test images; medians and ranges of {ROUNDS} rounds, one thread.\n\n{table}\n"
     )
     print(text)
@@ -95,7 +81,10 @@ def of_network(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (file,) = publish(Path(folder) / "store", 1, network=args.name).glob("*.onnx")
         images = np.random.default_rng(0).random((args.images, *shape), np.float32)
-        kinds = {"float32": [file], "int8": [quantised(file, Path(folder), images)]}
+        kinds = {
+            "float32": [file],
+            **{kind: [quantised(kind, file, Path(folder), images)] for kind in ("int8", "bf16")},
+        }
         rates, sizes = measured(kinds), {kind: own[0].stat().st_size / 2**20 for kind, own in kinds.items()}
     rows = [[kind, f"{sizes[kind]:.1f}", *(shown(rates[kind, batch]) for batch in (1, 32))] for kind in kinds]
     table = tabulate(
@@ -111,14 +100,9 @@ def of_network(args: argparse.Namespace) -> None:
         result.write(text)
 
 
-def quantised(file: Path, folder: Path, images: np.ndarray) -> Path:
-    prepared, made = folder / f"prepared-{file.name}", folder / file.name
-    quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
-    name = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).get_inputs()[0].name
-    quantize_static(
-        str(prepared), str(made), Reader(name, images), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
+def quantised(kind: str, file: Path, folder: Path, images: np.ndarray) -> Path:
+    made = folder / f"{kind}-{file.name}"
+    made.write_bytes(Quantiser("int8" if kind == "int8" else "bf16", images)(file.read_bytes()))
     return made
 
 

@@ -112,6 +112,12 @@ def _evaluation(manifest: Manifest) -> Iterator[str]:
         values = [getattr(one, name) for one in own]
         yield f"| {title} | {getattr(scores, name):.4f} | {f'{min(values):.4f} to {max(values):.4f}' if values else '-'} |"
     yield ""
+    if quantized := manifest.quantization:
+        yield (
+            f"The members are stored in {quantized.format}. In float32 the average has accuracy {quantized.float32.accuracy:.4f}, "
+            f"NLL {quantized.float32.nll:.4f}."
+        )
+        yield ""
     yield "Scores on a test split, on foreign images and on corrupted images: `python -m training.evaluate`."
     yield ""
 

@@ -18,6 +18,7 @@ MODELS = [
     "Member",
     "Origin",
     "Scores",
+    "Quantization",
     "Geometry",
     "Bank",
     "Calibration",

@@ -55,7 +55,7 @@ def test_dump_and_parse_are_inverse(store):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema_version": 4}, "schema version 4"),
+        ({"schema_version": 5}, "schema version 5"),
         ({"surprise": 1}, "surprise"),
         ({"temperature": 0}, "temperature"),
         ({"files": {"../x": "0" * 64}}, "FORMAT.md"),

@@ -17,7 +17,8 @@ from training.data import Data, as_arrays
 from training.errors import ExportError
 from training.geometry.vertices import State, put_into
 from training.members import batch_norm
-from training.members.export import Exporter, Normalised
+from training.members.export import Exporter, Normalised, open_exported
+from training.members.quantising import Quantiser
 from training.networks import layout
 from training.networks.normaliser import Normaliser
 
@@ -31,10 +32,17 @@ class Member:
     onnx: bytes
     state: State  # parameters and re-estimated buffers by torch name
     validation_logits: NDArray[np.float32]  # (batch, classes), from the ONNX member
+    exact_logits: NDArray[np.float32]  # the same before quantisation
 
 
 def make(
-    network: nn.Module, weights: State, data: Data, bn_images: int, device: torch.device, exporter: Exporter
+    network: nn.Module,
+    weights: State,
+    data: Data,
+    bn_images: int,
+    device: torch.device,
+    exporter: Exporter,
+    quantiser: Quantiser | None = None,
 ) -> Member:
     """Turn a path point's weights into a member. No other code may do so, because batch norm is easily forgotten.
 
@@ -45,6 +53,7 @@ def make(
         bn_images: number of clean training images for batch norm.
         device: where torch runs.
         exporter: the same for all members of this network.
+        quantiser: the same for all members; None: they stay float32.
 
     Raises:
         ExportError: export failed, or the member's outputs differ from torch's or depend on the other images of a
@@ -55,12 +64,17 @@ def make(
     settle(network, data, bn_images, device)
     images, _ = as_arrays(data.validation)
     model, session = exporter.export(served, images[:PARITY_IMAGES], device)
+    exact = logits = in_batches(session, images)
+    if quantiser is not None:
+        model = quantiser(model)
+        session = open_exported(model)
+        logits = in_batches(session, images)
     if (fault := independence.fault(session.logits, kinds.probes(data.input, images), exporter.spec)) is not None:
         raise ExportError(
             f"The exported member {fault}. Served, it would mix the images of several clients. Nothing was published."
         )
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
-    return Member(model, state, in_batches(session, images))
+    return Member(model, state, logits, exact)
 
 
 def settle(network: nn.Module, data: Data, bn_images: int, device: torch.device) -> None:

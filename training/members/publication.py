@@ -27,10 +27,11 @@ from training.errors import ExportError
 from training.geometry.coefficients import Coefficients, Coordinates
 from training.geometry.vertices import State, coordinates
 from training.geometry.vertices import combine as combine_states
-from training.members import activation, bank, batch_norm, member
+from training.members import activation, bank, batch_norm, member, quantising
 from training.members.activation import Answers
 from training.members.export import Exporter
 from training.members.metrics import score
+from training.members.quantising import Quantiser
 from training.runs import Run, load_weights, save_state
 
 LIBRARIES = ("torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy", "lightning-fabric")
@@ -78,6 +79,7 @@ class _Members:
     """The networks that are averaged; their files are in the staging folder."""
 
     logits: NDArray[np.float32]  # (members, batch, classes), of the validation images
+    exact: NDArray[np.float32]  # the same before quantisation
     temperatures: list[float]  # of each member alone
     origins: list[manifest.Origin]
     made: int  # number of exported members, with those left out of the average
@@ -94,7 +96,8 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
         cost: cost of the training.
 
     Raises:
-        ExportError: a member cannot be exported faithfully; then nothing is published.
+        ExportError: a member cannot be exported faithfully, or loses too much when it is quantised; then nothing is
+            published.
         StoreError: the store cannot be written.
     """
     config, data = job.config, job.data
@@ -116,6 +119,7 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
         fitted = temperature.estimate(members.logits[:, fitting], labels[fitting], weights)
         average = score(combine(softmax(members.logits, fitted.temperature), weights).mean_probs, labels)
         rows = points.bank(positions) if points else np.zeros((0, 0))
+        quantised = _quantisation(config, members, labels, weights, fitting, average)
         records = _records(members, weights, labels)
         kept_bank = _keep_bank(
             staged,
@@ -133,6 +137,7 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
             members=records,
             temperature=fitted.temperature,
             validation=average,
+            quantization=quantised,
             geometry=points and _keep_vertices(staged, states, points),
             bank=_describe(kept_bank) if kept_bank else None,
             calibration=measure(
@@ -190,12 +195,15 @@ def _make_members(
     (staged / "weights").mkdir()
     origins: list[manifest.Origin] = []
     collected: list[np.ndarray] = []
+    exact: list[np.ndarray] = []
+    quantiser = Quantiser.of(job.config.quantize, job.data)
     for index, (state, origin) in enumerate(weights):
-        made = member.make(job.network, state, job.data, job.config.bn_images, job.device, job.exporter)
+        made = member.make(job.network, state, job.data, job.config.bn_images, job.device, job.exporter, quantiser)
         (staged / f"members/{index:03d}.onnx").write_bytes(made.onnx)
         save_state(staged / f"weights/{index:03d}.safetensors", made.state)
         origins.append(origin)
         collected.append(made.validation_logits)
+        exact.append(made.exact_logits)
     logits = np.stack(collected)
     fitting, _ = halves(len(labels))
     own = [temperature.fit(one[None][:, fitting], labels[fitting], np.ones(1)) for one in logits]
@@ -203,7 +211,28 @@ def _make_members(
         Answers.of(one[None][:, fitting], labels[fitting], np.ones(1), t) for one, t in zip(logits, own, strict=True)
     ]
     kept = _choose(staged, job.config, alone, labels[fitting])
-    return _Members(logits[kept], [own[i] for i in kept], [origins[i] for i in kept], len(collected))
+    return _Members(
+        logits[kept], np.stack(exact)[kept], [own[i] for i in kept], [origins[i] for i in kept], len(collected)
+    )
+
+
+def _quantisation(
+    config: Config,
+    members: _Members,
+    labels: activation.Labels,
+    weights: NDArray[np.float64],
+    fitting: NDArray[np.intp],
+    average: manifest.Scores,
+) -> manifest.Quantization | None:
+    """What quantisation cost the average, which has the scores `average`, in comparison with the same members in float32."""
+    if config.quantize == "none":
+        return None
+    fitted = temperature.estimate(members.exact[:, fitting], labels[fitting], weights)
+    before = score(combine(softmax(members.exact, fitted.temperature), weights).mean_probs, labels)
+    quantising.check_loss(config.quantize, before, average, config.quantize_loss)
+    return manifest.Quantization(
+        format=config.quantize, inputs=quantising.IMAGES if config.quantize == "int8" else None, float32=before
+    )
 
 
 def _records(members: _Members, weights: NDArray[np.float64], labels: activation.Labels) -> list[manifest.Member]:
