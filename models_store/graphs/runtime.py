@@ -132,12 +132,41 @@ class Part:
         return Outputs(np.stack(values[:count]), values[count] if self._novelty else None)
 
 
+# Of a model and the threads that are there for one call: the number of threads to use.
+Within = Callable[[Path | bytes, int], int]
+
+
+def all_threads(model: Path | bytes, most: int) -> int:
+    """Use all threads for each call."""
+    return most
+
+
 class EnsembleSession:
     """All members of one published version, ready to run. Several threads may call it at once."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, providers: ProviderChoice = "auto", threads: int | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        providers: ProviderChoice = "auto",
+        threads: int | None = None,
+        choose: Within = all_threads,
     ):
+        """Create the sessions.
+
+        Args:
+            folder: the version's folder.
+            manifest: the version's manifest.
+            providers: see MemberSession.
+            threads: threads that work on one batch; see MemberSession.
+            choose: the number of threads of each member on a CPU, of those that are left over for it.
+
+        Raises:
+            MemberError: ONNX Runtime refuses a model.
+            ProviderError: see MemberSession.
+        """
+        if _resolve(providers) != [CPU]:
+            choose = all_threads
         self.manifest = manifest
         threads = threads or default_threads()
         files = [folder / member.file for member in manifest.members]
@@ -155,9 +184,11 @@ class EnsembleSession:
             within = threads // together
             groups = [list(range(first, len(files), together)) for first in range(together)]
             joined = [merging.merged([models[i] for i in group]) for group in groups]
+            within = choose(joined[0], within)
             self.parts = [Part(model, f"the members of {folder}", providers, within) for model in joined]
         else:
             groups = [[i] for i in range(len(files))]
+            within = choose(files[0], within)
             self.parts = [
                 Part(
                     detector.attached_to(file) if detector and detector.member == i else file,

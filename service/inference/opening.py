@@ -17,6 +17,7 @@ from models_store import examples, signing
 from models_store.bank import Bank, Points
 from models_store.decisions.leaving import Rule
 from models_store.errors import MemberError
+from models_store.graphs import threads
 from models_store.graphs.runtime import EnsembleSession, ProviderChoice, default_threads
 from models_store.inputs import kinds
 from models_store.inputs.texts import Tokenizer
@@ -174,7 +175,8 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
     draws: dict[Mode, Draw] = {}
     pool = None
     if "average" in modes:
-        members = EnsembleSession(version.folder, version.manifest, recipe.providers, recipe.threads)
+        choose = threads.Measured.of(version.manifest.input)
+        members = EnsembleSession(version.folder, version.manifest, recipe.providers, recipe.threads, choose)
         sessions["average"], providers = Average(members), members.providers
     cascades = stages(version, recipe.providers, recipe.threads) if "cascade" in modes else {}
     if "cascade" in modes and not cascades:
