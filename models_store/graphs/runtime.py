@@ -116,9 +116,11 @@ class Outputs(NamedTuple):
 class Part:
     """Some members of an ensemble that one thread runs with one call."""
 
-    def __init__(self, model: Path | bytes, label: str, providers: ProviderChoice, threads: int):
+    def __init__(
+        self, model: Path | bytes, label: str, providers: ProviderChoice, threads: int, shares_arena: bool = False
+    ):
         """Create a session as MemberSession does; `label` names the model in errors."""
-        self._session = _open(model, label, providers, threads)
+        self._session = _open(model, label, providers, threads, shares_arena=shares_arena)
         self._input: str = self._session.get_inputs()[0].name
         names = [output.name for output in self._session.get_outputs()]
         self._logits = [name for name in names if not name.endswith(NOVELTY_NAME)]
@@ -195,6 +197,8 @@ class EnsembleSession:
                     str(file),
                     providers,
                     within,
+                    shares_arena=len(files)
+                    > 1,  # else each large member would keep the activations of its largest batch
                 )
                 for i, file in enumerate(files)
             ]
@@ -270,7 +274,7 @@ class Group:
             self.parts = [Part(merging.merged(models), f"members of {folder}", providers, 1)]
         else:
             within = max(1, threads // len(files))
-            self.parts = [Part(file, str(file), providers, within) for file in files]
+            self.parts = [Part(file, str(file), providers, within, shares_arena=len(files) > 1) for file in files]
 
 
 def in_batches(

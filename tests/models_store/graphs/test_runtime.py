@@ -92,3 +92,15 @@ def test_sessions_that_share_an_arena_keep_activations_once():
     activations = 4 * 64 * 128 * 128 * 4
     assert grown[False] > 15 * activations
     assert grown[True] < 3 * activations
+
+
+def test_large_members_of_an_ensemble_share_an_arena(store, monkeypatch):
+    version = publish(store, "a", seeds=(0, 1, 2))
+    monkeypatch.setattr(runtime.merging, "MERGED_BYTES", 0)
+    shared = []
+    original = runtime._open
+    monkeypatch.setattr(
+        runtime, "_open", lambda *given, shares_arena: shared.append(shares_arena) or original(*given, shares_arena=shares_arena)
+    )  # fmt: skip
+    EnsembleSession(version.folder, version.manifest, "cpu", 2)
+    assert shared == [True, True, True]
