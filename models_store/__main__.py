@@ -38,7 +38,7 @@ def _list(store: Store, args: argparse.Namespace) -> int:
         print(*names, sep="\n", end="\n" if names else "")
         return 0
     if not names:
-        print(f"{store.root} holds no ensemble. Train one: python -m training.fge --help")
+        print(f"{store.address} holds no ensemble. Train one: python -m training.fge --help")
     for name in names:
         try:
             versions = store.versions(name)

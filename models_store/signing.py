@@ -47,6 +47,7 @@ def sign(store: Store, version: Version, key: Path, password: str | None = None)
         files.sync(begun)
         begun.replace(target)
         files.sync(target.parent)
+    store.keep_signature(version.manifest.name, version.manifest.version)
     return target
 
 

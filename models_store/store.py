@@ -75,19 +75,23 @@ def default_root(package: Path = Path(__file__).parent) -> Path:
 
 
 class Store:
-    """The published ensembles in one folder, which need not exist yet.
+    """The published ensembles in one folder, which need not exist yet, or in a bucket, if the root is its address.
 
     Raises:
-        StoreError: the root is an address instead of a folder.
+        StoreError: the root is an address, but not one of object storage, or what that needs is missing.
     """
+
+    def __new__(cls, root: Path | None = None) -> Store:
+        """Open a RemoteStore if the root is an address."""
+        if cls is not Store or not _ADDRESS.match(str(root or default_root())):
+            return super().__new__(cls)
+        from models_store.remote.store import RemoteStore  # it is a Store, and few need it
+
+        return super().__new__(RemoteStore)  # pyright: ignore[reportArgumentType]
 
     def __init__(self, root: Path | None = None):
         self.root = root or default_root()
-        if _ADDRESS.match(str(self.root)):
-            raise StoreError(
-                f"The store {str(self.root)!r} is an address, and object storage is not supported by this release: "
-                "set $MODELS_STORE to a folder of a file system."
-            )
+        self.address = str(self.root)
         self._activations = Activations(self.root)
         self._roll_outs = RollOuts(self.root)
 
@@ -107,7 +111,7 @@ class Store:
         except FileNotFoundError:
             return []
         except NotADirectoryError:
-            raise StoreReadError(f"The store {self.root} is not a folder. Set $MODELS_STORE to one.") from None
+            raise StoreReadError(f"The store {self.address} is not a folder. Set $MODELS_STORE to one.") from None
         return sorted(name for name in entries if NAME_PATTERN.fullmatch(name) and self._may_hold_versions(name))
 
     def versions(self, name: str) -> list[int]:
@@ -136,7 +140,7 @@ class Store:
         self._folder(name)
         if (version := self._activations.active(name)) is None:
             raise EnsembleNotFoundError(
-                f"No version of {name!r} is active in {self.root}. {self._published()} "
+                f"No version of {name!r} is active in {self.address}. {self._published()} "
                 f"Publish one, or run: python -m models_store activate {name} VERSION"
             )
         return version
@@ -207,7 +211,7 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             known = ", ".join(map(str, self.versions(name))) or "none"
             raise EnsembleNotFoundError(
-                f"{name!r} has no version {version} in {self.root} (published: {known}). {self._published()}"
+                f"{name!r} has no version {version} in {self.address} (published: {known}). {self._published()}"
             ) from None
 
     def resolve(self, reference: str) -> Version:
@@ -315,7 +319,7 @@ class Store:
         with files.writing(self.root):
             if self_test:
                 examples.write(staged, draft)
-            version = numbering.next_number(self.root, name)
+            version = self._next_number(name)
             hashes = {path: files.sha256(staged / path, _most_bytes(path)) for path in _files(staged)}
             manifest = Manifest(
                 **draft.model_dump(),
@@ -341,9 +345,11 @@ class Store:
             StoreWriteError: the disk is full, or the store cannot be written. The message states what was published.
         """
         with self.staging(version.manifest.name) as staged:
-            target = staged.parent / str(version.manifest.version)
-            if _is_there(target):
-                raise StoreError(f"{target} exists already; give another folder, or remove it.")
+            name, number = version.manifest.name, version.manifest.version
+            if self._is_published(name, number):
+                raise StoreError(
+                    f"{name}@{number} exists already in {self.address}; give another folder, or remove it."
+                )
             for path in (MANIFEST, *version.manifest.files):
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 with (
@@ -528,6 +534,16 @@ class Store:
             target.unlink(missing_ok=True)
             files.write(target, content)
             files.sync(target.parent)
+        self.keep_signature(name, number)
+
+    def keep_signature(self, name: str, version: int) -> None:
+        """Keep what was written to the file `signature`; a store in a bucket sends it there."""
+
+    def _next_number(self, name: str) -> int:
+        return numbering.next_number(self.root, name)
+
+    def _is_published(self, name: str, version: int) -> bool:
+        return _is_there(self._folder(name) / str(version))
 
     def _put(self, staged: Path, manifest: Manifest, digest: str, *, activate: bool) -> Version:
         """Turn a staged folder that holds its manifest into a version."""

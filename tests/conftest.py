@@ -21,6 +21,7 @@ def own_folders(tmp_path, monkeypatch):
     """Point all settings at temporary folders, so that no test touches the developer's store, runs or server state."""
     monkeypatch.setenv("MODELS_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("MODEPATH_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("MODEPATH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MODEPATH_FEEDBACK", "off")
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
     monkeypatch.setenv("BENTOML_DO_NOT_TRACK", "True")

@@ -21,7 +21,7 @@ from pathlib import Path
 import onnxruntime as untyped_onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import TypeAdapter, ValidationError
 
-from models_store import files
+from models_store import files, local_cache
 from models_store.errors import StoreWriteError
 from models_store.graphs.runtime import MemberSession
 from models_store.inputs import kinds
@@ -45,11 +45,9 @@ class Measured:
 
     @classmethod
     def of(cls, spec: InputSpec) -> Measured:
-        """Keep measurements in $MODEPATH_CACHE, by default ~/.cache/modepath."""
-        for variable, below in (("MODEPATH_CACHE", ""), ("XDG_CACHE_HOME", "modepath"), ("HOME", ".cache/modepath")):
-            if folder := os.environ.get(variable):
-                return cls(spec, Path(folder) / below / "threads.json")
-        return cls(spec, None)
+        """Keep measurements in the folder of local_cache."""
+        folder = local_cache.folder()
+        return cls(spec, folder and folder / "threads.json")
 
     def __call__(self, model: Path | bytes, most: int) -> int:
         """The number of threads for calls of a CPU session on this model, from 1 to `most`.

@@ -254,13 +254,13 @@ class Ensembles:
         except Exception as error:  # loaded ensembles keep answering, whatever happens to the store
             look, why = None, str(error)
         else:
-            why = f"the store {self._store.root} has suddenly become empty"
+            why = f"the store {self._store.address} has suddenly become empty"
         with self._changed:
             lost = look is None or (not look.names and bool(self._served.loaded))
             if lost and self._reachable:
                 log.error("%s. Loaded ensembles keep answering; the store is checked again at every poll.", why)
             if not lost and not self._reachable:
-                log.warning("the store %s can be read again", self._store.root)
+                log.warning("the store %s can be read again", self._store.address)
             self._reachable = not lost
             if look is not None and not lost:
                 self._take(look)

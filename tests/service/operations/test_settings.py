@@ -21,10 +21,10 @@ def test_a_wrong_setting_is_refused(monkeypatch, name, value):
         Settings()
 
 
-def test_a_store_that_is_an_address_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setenv("MODELS_STORE", "s3://bucket/ensembles")
+def test_a_store_at_an_address_of_another_kind_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("MODELS_STORE", "ftp://bucket/ensembles")
     settings.cache_clear()
-    with pytest.raises(WrongSettingError, match=r"^MODELS_STORE: .*object storage is not supported"):
+    with pytest.raises(WrongSettingError, match=r"^MODELS_STORE: .*is not an address of object storage"):
         settings()
 
 

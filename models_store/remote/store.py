@@ -1,0 +1,230 @@
+"""The store of a bucket: what store.Store does for a folder.
+
+files/<name>/<number>/…            a version's files, as on a disk
+manifests/<name>/<number>.json     its manifest, written last
+signatures/<name>/<number>.sig     its signature
+records.py has the rest. Versions are read by way of the cache, so that members, banks and checks find files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from models_store import files
+from models_store.errors import CorruptionError, EnsembleNotFoundError, StoreError
+from models_store.manifest import MAX_BYTES, Manifest
+from models_store.remote import records
+from models_store.remote.cache import Cache
+from models_store.remote.objects import SCHEMES, Objects
+from models_store.remote.records import Listing, RemoteActivations, RemoteRollOuts
+from models_store.store import MANIFEST, NAME_PATTERN, Store, Version, default_root
+
+_AT_ONCE = 8  # files that are uploaded in parallel
+_KEY = re.compile(r"([^/]+)/([1-9][0-9]{0,17})\.json")
+
+
+class RemoteVersion(Version):
+    """A published version, whose files are fetched when its folder is asked for."""
+
+    _fetch: Callable[[Manifest], Path]
+    _place: Path | None
+
+    def __init__(self, manifest: Manifest, digest: str, fetch: Callable[[Manifest], Path]):
+        for name, value in (("manifest", manifest), ("digest", digest), ("_fetch", fetch), ("_place", None)):
+            object.__setattr__(self, name, value)  # it is frozen
+
+    @property
+    def folder(self) -> Path:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The folder in the cache, complete and checked at the first use of this object.
+
+        Raises:
+            CorruptionError: an object is missing, or is not what was published.
+            StoreReadError: the bucket cannot be read, and the cache does not hold the version.
+        """
+        if self._place is None:
+            object.__setattr__(self, "_place", self._fetch(self.manifest))
+        assert self._place is not None, "it was just fetched"
+        return self._place
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemoteVersion) and (self.manifest, self.digest) == (other.manifest, other.digest)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+class RemoteStore(Store):
+    """The published ensembles in a bucket."""
+
+    def __init__(self, root: Path | None = None):
+        """Open it; nothing is asked of the bucket yet.
+
+        Raises:
+            StoreError: the address is not one of object storage, or a package or the cache is missing.
+        """
+        address = re.sub(
+            r"^([A-Za-z0-9+.-]+):/+", r"\1://", str(root or default_root())
+        )  # Path collapses the two slashes
+        self.root = Path(address)
+        self.address = address.rstrip("/")
+        if address.partition("://")[0] not in SCHEMES:
+            raise StoreError(
+                f"The store {address!r} is not an address of object storage. Set $MODELS_STORE to a folder, or to s3://BUCKET/PREFIX, gs://BUCKET/PREFIX "
+                "or az://CONTAINER/PREFIX."
+            )
+        self._objects = Objects(self.address)
+        self._cache = Cache(self.address)
+        self._manifests = Listing(self._objects, "manifests")
+        self._remote_activations = RemoteActivations(self._objects, self._manifests)
+        self._activations = self._remote_activations
+        self._roll_outs = RemoteRollOuts(self._objects)
+
+    # Reading
+
+    def names(self) -> list[str]:
+        """See Store."""
+        return sorted({name for name, _ in self._keys()})
+
+    def versions(self, name: str) -> list[int]:
+        """See Store."""
+        self._folder(name)
+        return sorted(number for one, number in self._keys() if one == name)
+
+    def _keys(self) -> list[tuple[str, int]]:
+        found = map(_KEY.fullmatch, self._manifests.tags())
+        return [(one[1], int(one[2])) for one in found if one and NAME_PATTERN.fullmatch(one[1])]
+
+    def load(self, name: str, version: int | None = None) -> Version:
+        """See Store."""
+        version = self.active(name) if version is None else version
+        content = self._manifest(name, version)
+        manifest = Manifest.parse(content, where=f"{self.address}/manifests/{name}/{version}.json")
+        if (manifest.name, manifest.version) != (name, version):
+            raise CorruptionError(
+                f"{self.address}/manifests/{name}/{version}.json is the manifest of {manifest.name}@{manifest.version}: it was moved or copied."
+            )
+        return RemoteVersion(manifest, hashlib.sha256(content).hexdigest(), self._fetch)
+
+    def _manifest(self, name: str, version: int) -> bytes:
+        self._folder(name)
+        content = self._manifests.content(f"{name}/{version}.json")
+        if content is None:  # the listing may be older than the version
+            found = self._objects.get(f"manifests/{name}/{version}.json")
+            content = found and found[0]
+        if content is None:
+            known = ", ".join(map(str, self.versions(name))) or "none"
+            raise EnsembleNotFoundError(
+                f"{name!r} has no version {version} in {self.address} (published: {known}). {self._published()}"
+            )
+        if len(content) > MAX_BYTES:
+            raise CorruptionError(f"{self.address}/manifests/{name}/{version}.json is too large to be a manifest.")
+        return content
+
+    def _fetch(self, manifest: Manifest) -> Path:
+        name, number = manifest.name, manifest.version
+        content = self._manifest(name, number)
+        with files.writing(self._cache.folder, lambda: f"{name}@{number} could not be copied to this machine."):
+            folder = self._cache.fill(
+                name, number, manifest.files, self._objects, lambda path: f"files/{name}/{number}/{path}"
+            )
+            if not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_bytes() != content:
+                files.replace(folder / MANIFEST, content.decode("utf-8", "surrogatepass"))
+            self._fetch_signature(name, number)
+        return folder
+
+    def signature(self, name: str, version: int) -> Path:
+        """The copy of a signature in the cache; see Store."""
+        self._folder(name)
+        with files.writing(self._cache.folder, lambda: f"The signature of {name}@{version} could not be copied."):
+            return self._fetch_signature(name, version)
+
+    def _fetch_signature(self, name: str, version: int) -> Path:
+        file = self._cache.folder / name / ".signatures" / f"{version}.sig"
+        if (found := self._objects.get(f"signatures/{name}/{version}.sig")) is None:
+            file.unlink(missing_ok=True)
+        elif not file.is_file() or file.read_bytes() != found[0]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".{secrets.token_hex(4)}")
+            partial.write_bytes(found[0])
+            partial.replace(file)
+        return file
+
+    def keep_signature(self, name: str, version: int) -> None:
+        """See Store."""
+        self._objects.put(
+            f"signatures/{name}/{version}.sig", self._cache.folder / name / ".signatures" / f"{version}.sig"
+        )
+
+    # Writing
+
+    def check_writable(self, name: str) -> None:
+        """See Store."""
+        self._folder(name)
+        probe = f"probes/{secrets.token_hex(8)}"
+        self._objects.put(probe, b"x")
+        self._objects.delete(probe)
+
+    @contextlib.contextmanager
+    def staging(self, name: str) -> Generator[Path]:
+        """A folder for a version's files, on this machine; see Store. Publishers do not wait for one another."""
+        self._folder(name)
+        with files.writing(self._cache.folder):
+            self._finish_pending(name)
+            self._cache.folder.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=self._cache.folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _next_number(self, name: str) -> int:
+        return records.claim_number(self._objects, name, above=max(self.versions(name), default=0))
+
+    def _is_published(self, name: str, version: int) -> bool:
+        return self._objects.get(f"manifests/{name}/{version}.json") is not None
+
+    def _put(self, staged: Path, manifest: Manifest, digest: str, *, activate: bool) -> Version:
+        name, number = manifest.name, manifest.version
+        records.claim_this_number(self._objects, name, number)
+        if activate:
+            self._activations.announce(name, number)
+
+        def upload(path: str) -> None:
+            self._objects.put(f"files/{name}/{number}/{path}", staged / path)
+
+        with ThreadPoolExecutor(_AT_ONCE, "uploading") as threads:
+            list(threads.map(upload, manifest.files))
+        content = (staged / MANIFEST).read_bytes()
+        if not self._objects.put_new(f"manifests/{name}/{number}.json", content):
+            raise StoreError(f"{name}@{number} was published by somebody else meanwhile. Nothing was published.")
+        self._manifests.forget()
+        if activate:
+            self._remote_activations.serve(name, number, only_newer=True)
+            self._roll_outs.remove(name)
+            self._activations.settle(name, ())
+        return RemoteVersion(manifest, digest, self._fetch)
+
+    def remove(self, name: str, version: int) -> bool:
+        """See Store. Do not activate the same version at the same moment: there is no lock."""
+        self._folder(name)
+        if version in (self._activations.active(name), self._activations.pending(name), self.canary(name)):
+            return False
+        self._objects.delete(f"manifests/{name}/{version}.json")  # first: readers see the whole version or none
+        self._manifests.forget()
+        self._objects.delete(*(entry.key for entry in self._objects.list(f"files/{name}/{version}")))
+        self._objects.delete(f"signatures/{name}/{version}.sig")
+        return True
+
+    def _records(self) -> Path:
+        return self._cache.folder
+
+    def _publishers_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
