@@ -70,7 +70,7 @@ $(VENV)/.installed-docs: pyproject.toml
 
 $(VENV)-service/.installed: pyproject.toml Makefile
 	test -x $(VENV)-service/bin/python || $(PYTHON) -m venv $(VENV)-service
-	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service,client,grpc,postgres,signing,texts,tracing]' pytest pytest-timeout hypothesis jsonschema kubernetes-validate playwright axe-playwright-python 'tritonclient[grpc,http]'
+	$(PIP:$(PY)%=$(VENV)-service/bin/python%) -e '.[service,client,grpc,postgres,remote,signing,texts,tracing]' 'moto[server]' pytest pytest-timeout hypothesis jsonschema kubernetes-validate playwright axe-playwright-python 'tritonclient[grpc,http]'
 	@touch $@
 
 # A real Triton, and MLServer, to compare with. Triton's wheel needs the Python 3.11.2 of Debian.

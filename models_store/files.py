@@ -84,6 +84,16 @@ def tree(folder: Path) -> dict[str, bool]:
     return found
 
 
+def cache_folder() -> Path | None:
+    """The folder for what can be measured or fetched again: $MODEPATH_CACHE; else `modepath` in the user's cache folder; None
+    if there is no such user.
+    """
+    for variable, below in (("MODEPATH_CACHE", ""), ("XDG_CACHE_HOME", "modepath"), ("HOME", ".cache/modepath")):
+        if given := os.environ.get(variable):
+            return Path(given) / below
+    return None
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its missing parents, each durably."""
     if folder.is_dir():

@@ -31,6 +31,7 @@ class Buckets:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
             )
+        assert self._process.stdout is not None, "it is a pipe"
         for line in self._process.stdout:
             if line.startswith("port "):
                 self.url = f"http://127.0.0.1:{line.split()[1]}"

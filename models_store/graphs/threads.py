@@ -21,7 +21,7 @@ from pathlib import Path
 import onnxruntime as untyped_onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import TypeAdapter, ValidationError
 
-from models_store import files, local_cache
+from models_store import files
 from models_store.errors import StoreWriteError
 from models_store.graphs.runtime import MemberSession
 from models_store.inputs import kinds
@@ -45,8 +45,8 @@ class Measured:
 
     @classmethod
     def of(cls, spec: InputSpec) -> Measured:
-        """Keep measurements in the folder of local_cache."""
-        folder = local_cache.folder()
+        """Keep measurements in the cache folder."""
+        folder = files.cache_folder()
         return cls(spec, folder and folder / "threads.json")
 
     def __call__(self, model: Path | bytes, most: int) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from models_store import files, local_cache
+from models_store import files
 from models_store.errors import CorruptionError, StoreError
 from models_store.remote.objects import Objects
 
@@ -33,7 +33,7 @@ class Cache:
         Raises:
             StoreError: there is no folder for caches.
         """
-        place = local_cache.folder()
+        place = files.cache_folder()
         if place is None:
             raise StoreError(
                 f"The store {address} needs a folder for copies of its versions: set $MODEPATH_CACHE to one."

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from models_store import local_cache
+from models_store import files
 from models_store.errors import CorruptionError, StoreError, StoreReadError, StoreWriteError
 from models_store.remote import cache, objects, records
 from models_store.remote.objects import Objects
@@ -18,7 +18,7 @@ from tests.onnx_members import publish
 
 
 def copies(name, number):
-    (folder,) = (local_cache.folder() / "objects").iterdir()
+    (folder,) = (files.cache_folder() / "objects").iterdir()
     return folder / name / str(number)
 
 

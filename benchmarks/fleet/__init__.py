@@ -1,0 +1,1 @@
+"""Several machines: replicas on one bucket, and a simulation of a fleet."""
