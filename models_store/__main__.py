@@ -269,16 +269,18 @@ def _gc(store: Store, args: argparse.Namespace) -> int:
 
 
 def _backup(store: Store, args: argparse.Namespace) -> int:
-    return _copied(upkeep.copy_all(store, Store(args.dir)), args.dir)
+    target = Store(args.dir)
+    return _copied(upkeep.copy_all(store, target), target.address)
 
 
 def _restore(store: Store, args: argparse.Namespace) -> int:
-    if not args.dir.is_dir():
-        raise StoreError(f"{args.dir} is not a folder.")
-    return _copied(upkeep.copy_all(Store(args.dir), store), store.root)
+    source = Store(args.dir)
+    if type(source) is Store and not args.dir.is_dir():
+        raise StoreError(f"{args.dir} is neither a folder nor the address of a bucket.")
+    return _copied(upkeep.copy_all(source, store), store.address)
 
 
-def _copied(found: upkeep.Outcome, where: Path) -> int:
+def _copied(found: upkeep.Outcome, where: str) -> int:
     for name in found.done:
         print(f"copied {name} to {where}")
     for name, why in found.damaged.items():

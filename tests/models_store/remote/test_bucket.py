@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from models_store import files
+from models_store.__main__ import main
 from models_store.errors import CorruptionError, StoreError, StoreReadError, StoreWriteError
 from models_store.remote import cache, objects, records
 from models_store.remote.objects import Objects
@@ -224,6 +225,18 @@ def test_an_answer_that_was_lost_does_not_make_a_write_look_lost(remote, address
     tag = bucket.get("k")[1]
     assert bucket.put_over("k", b"next", tag)
     assert not bucket.put_over("k", b"other", tag)
+
+
+def test_the_commands_copy_a_folder_to_a_bucket_and_back(address, tmp_path, capsys):
+    publish(Store(tmp_path / "one"), "a")
+    assert main(["--store", str(tmp_path / "one"), "backup", address]) == 0
+    assert address in capsys.readouterr().out
+    assert main(["--store", address, "list"]) == 0
+    assert "* " in capsys.readouterr().out
+    assert main(["--store", address, "verify"]) == 0
+    assert main(["--store", str(tmp_path / "two"), "restore", address]) == 0
+    assert Store(tmp_path / "two").active("a") == 1
+    assert main(["--store", str(tmp_path / "two"), "restore", str(tmp_path / "none")]) == 2
 
 
 def test_without_a_folder_for_copies_the_store_says_what_to_set(address, monkeypatch):
