@@ -10,7 +10,7 @@ export BENTOML_HOME := $(CURDIR)/$(VENV)/bentoml# BentoML does not start without
 endif
 endif
 
-.PHONY: help serve bento test test-service lint format gpu-check docs clean
+.PHONY: help serve bento test test-service lint format cluster gpu-check docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -43,6 +43,10 @@ lint: $(VENV)/.installed-dev  ## ruff and pyright
 format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+cluster: $(VENV)/.installed  ## several Ray nodes in network namespaces of this machine (root); stop them: python -m deploy.ray_cluster down
+	$(PIP) -e ".[ray]"
+	$(PY) -m deploy.ray_cluster up
 
 gpu-check:  ## everything that needs a GPU, in pieces of at most 8 minutes; exit code 3 without a GPU
 	@if [ -x $(PY) ]; then $(PY) -m benchmarks.gpu.check; else $(PYTHON) -m benchmarks.gpu.check; fi

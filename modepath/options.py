@@ -61,6 +61,9 @@ class Options(TypedDict, total=False):
     keep_all_members: bool
     quantize: Literal["none", "int8", "bf16"]
     quantize_loss: float
+    ray: str | None
+    ray_cpus: float
+    ray_gpus: float
     device: Literal["auto", "cpu", "cuda"]
     devices: int
     precision: Literal["auto", "32", "bf16"]

@@ -29,7 +29,18 @@ class Config:
     method: ClassVar[str]
     # Options that do not change the result; they are left out of the hash of the run.
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset(
-        {"log", "fresh", "activate", "activate_anyway", "workers", "quantize", "quantize_loss"}
+        {
+            "log",
+            "fresh",
+            "activate",
+            "activate_anyway",
+            "workers",
+            "quantize",
+            "quantize_loss",
+            "ray",
+            "ray_cpus",
+            "ray_gpus",
+        }
     )
 
     name: str | None = None
@@ -182,6 +193,16 @@ class Config:
     compile: bool = False
     """Compile the network with torch.compile (on a CPU this needs a C++ compiler)."""
 
+    ray: str | None = None
+    """Train what does not depend on one another (runs, cycles of several starts, endpoints) as tasks of Ray: local, or the
+    address of a cluster that this machine is a node of. Needs `pip install 'modepath[ray]'`. A node that is lost costs the
+    work of one task since its last finished epoch. The result is that of a training with --ray-cpus threads, bit for bit on
+    equal processors."""
+    ray_cpus: float = 1
+    """CPUs, and threads, of each task."""
+    ray_gpus: float = 0
+    """GPUs of each task, for example 0.5."""
+
     log: LogKind = "none"
     """Also write the learning rate, training loss and validation scores of each epoch: csv and tensorboard to the run's
     folder, mlflow and wandb to these trackers, which read their own environment variables (MLFLOW_TRACKING_URI,
@@ -217,6 +238,10 @@ class Config:
         for key in positive:
             if getattr(self, key) <= 0:
                 raise ConfigError(f"--{key.replace('_', '-')} must be positive; got {getattr(self, key)}.")
+        if self.ray and (self.devices > 1 or self.log != "none"):
+            raise ConfigError("--ray has neither several --devices nor a --log; leave them out.")
+        if self.ray_cpus <= 0 or self.ray_gpus < 0:
+            raise ConfigError("--ray-cpus must be positive, and --ray-gpus not negative.")
         if not 0 <= self.quantize_loss <= 1:
             raise ConfigError(f"--quantize-loss must lie in [0, 1]; got {self.quantize_loss}.")
         if self.activate_anyway and not self.activate:

@@ -128,7 +128,12 @@ def _train_and_publish(
     if planned.note:
         logger.info(planned.note)
     with _weights_named(run):
-        seconds = session.train(run, planned.legs)
+        if config.ray:
+            from training.cluster import tasks  # few need it
+
+            seconds = tasks.train(session, run, planned.legs, plan)
+        else:
+            seconds = session.train(run, planned.legs)
         if fabric.is_global_zero:
             on_device = session.data_on_device
             if planned.build_vertices:

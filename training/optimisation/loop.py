@@ -10,7 +10,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -66,8 +66,25 @@ def initialise(seed: int, number: int = 0) -> None:
     _seed_everything(derive(seed, Stream.WEIGHTS, 0, number))
 
 
-def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Data, legs: list[Leg]) -> float:
-    """Train all legs, resuming after the last finished epoch. Vertices are written to `run.vertex_file(leg, number)`.
+def train(
+    config: Config,
+    fabric: Fabric,
+    run: Run,
+    network: nn.Module,
+    data: Data,
+    legs: Sequence[Leg],
+    only: Sequence[int] | None = None,
+) -> float:
+    """Train legs, resuming after the last finished epoch. Vertices are written to `run.vertex_file(leg, number)`.
+
+    Args:
+        config: the options.
+        fabric: the device and the processes.
+        run: the run, which holds what was trained before.
+        network: its weights are overwritten.
+        data: on the device.
+        legs: of the plan.
+        only: indices of the legs to train, ascending; None: all.
 
     Returns:
         Seconds spent in training, over all sessions of the run.
@@ -85,7 +102,9 @@ def train(config: Config, fabric: Fabric, run: Run, network: nn.Module, data: Da
     job = _Job(config, fabric, run, network, wrapped, data, loss_of(config, data), log)
     steps: Steps | None = None
     seconds = done.seconds
-    for index in range(done.leg, len(legs)):
+    for index in range(len(legs)) if only is None else only:
+        if index < done.leg:
+            continue
         leg, first = legs[index], done.epoch if index == done.leg else 0
         before, steps = steps, leg.steps(Training(config, fabric, network, data))
         if index == done.leg and done != Progress():

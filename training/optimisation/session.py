@@ -42,10 +42,15 @@ class Session:
             logger.info(note)
         for warning in loaded.warnings:
             logger.warning(warning)
-        network = _build(config, loaded, 0)
+        found = cls(config, fabric, loaded, _build(config, loaded, 0))
         if config.train or config.freeze:
-            logger.info(f"{partial.trained_share(network):.2%} of the parameters are trained; the rest is frozen")
-        return cls(config, fabric, loaded, network)
+            logger.info(f"{partial.trained_share(found.network):.2%} of the parameters are trained; the rest is frozen")
+        return found
+
+    @classmethod
+    def of(cls, config: Config, loaded: Data) -> Self:
+        """A session on data that was loaded elsewhere; raises as `open` does."""
+        return cls(config, hardware.launch(config), loaded, _build(config, loaded, 0))
 
     def initialised(self, number: int = 0) -> nn.Module:
         """A new network with the initial weights of the `number`-th network of a run."""

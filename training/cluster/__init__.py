@@ -1,0 +1,1 @@
+"""One training on several machines: chains of legs as tasks of Ray."""
