@@ -54,6 +54,7 @@ LAYERS = [
     "runs",
     "members",
     "optimisation",
+    "cluster",
     "measurement",
     "command",
     "pipeline",

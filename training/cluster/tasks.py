@@ -11,8 +11,12 @@ import contextlib
 import dataclasses
 import importlib
 import logging
+import os
+import re
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +36,7 @@ from training.optimisation.session import Session
 from training.runs import Progress, Run, save_state, write_whole
 
 CHECKPOINT = "checkpoint.safetensors"
+SHOWN_SECONDS = 1.0  # until the last lines of tasks have arrived
 RETRIES = 20  # of a task whose node or process is lost
 
 
@@ -115,9 +120,8 @@ def train(session: Session, run: Run, legs: Sequence[Leg], plan: Callable[..., A
         DivergenceError: the loss of a chain is NaN or infinite.
     """
     config = session.config
-    done = run.progress()
-    if done.leg >= len(legs):
-        return done.seconds
+    if run.progress().leg >= len(legs):
+        return session.train(run, legs)
     ray = _connected(config)
     try:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
@@ -143,6 +147,7 @@ def train(session: Session, run: Run, legs: Sequence[Leg], plan: Callable[..., A
             finished += 1
             labels = ", ".join(dict.fromkeys(legs[leg].label for leg in waiting.pop(ready)))
             logger.info(f"finished {finished} of {len(groups)} tasks: {labels}")
+        time.sleep(SHOWN_SECONDS)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise cause if isinstance(cause, TrainingError) else error from None
@@ -150,16 +155,20 @@ def train(session: Session, run: Run, legs: Sequence[Leg], plan: Callable[..., A
         ray.shutdown()  # it stops the tasks of this command
     last = Progress(len(legs), 0, seconds)
     save_state(run.folder / CHECKPOINT, {}, {"leg": str(last.leg), "epoch": "0", "seconds": str(seconds)})
-    return seconds
+    return session.train(run, legs)  # it prepares the network as after any training
 
 
 def _connected(config: Config) -> Any:
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of different tasks are alike, and each is wanted
     try:
         ray: Any = importlib.import_module("ray")  # few need it, and it is not installed with the rest
     except ImportError:
         raise ConfigError("--ray needs the package ray: pip install 'modepath[ray]'.") from None
     address = None if config.ray == "local" else config.ray
     try:
+        if address is not None and (place := re.fullmatch(r"([^:/]+):(\d+)", address)):
+            # Ray itself would try for minutes.
+            socket.create_connection((place[1], int(place[2])), timeout=5).close()
         ray.init(address=address, logging_level=logging.WARNING, include_dashboard=False if address is None else None)
     except Exception as error:  # ConnectionError, ValueError and others
         raise ConfigError(
@@ -171,10 +180,11 @@ def _connected(config: Config) -> Any:
 
 def _trained(task: _Task, data: Data, keeper: Any, chain: int) -> float:
     """Train one chain on this node. Returns its seconds of training."""
-    from training.command import show_log  # it sets up signals, which only commands need
-
     ray: Any = importlib.import_module("ray")
-    show_log()  # Ray shows it where the command runs
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stdout))  # Ray shows it where the command runs
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
     torch.set_num_threads(task.threads)
     module = importlib.import_module(task.module)
     config: Config = module.Config(**task.options)

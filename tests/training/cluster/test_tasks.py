@@ -16,7 +16,7 @@ from training import independent
 from training.errors import ConfigError
 
 pytest.importorskip("ray", reason="the ray extra is not installed")
-OPTIONS = ("--dataset", "digits", "--network", "preresnet8", "--network-options", "width=0.5", "--epochs", "3", "--runs", "3", "--limit", "500", "--name", "d")  # fmt: skip
+OPTIONS = ("--dataset", "digits", "--network", "preresnet8", "--network-options", "width=1.0", "--epochs", "30", "--runs", "3", "--name", "d")  # fmt: skip
 
 
 def start(folder, *options, store="store"):
@@ -49,7 +49,7 @@ def test_members_are_those_of_a_local_training_bit_for_bit(tmp_path, local):
     assert hashes(tmp_path, "store") == local
     assert "3 tasks on the Ray cluster" in output
     assert "finished 3 of 3 tasks" in output
-    assert "network 2 epoch 3/3" in output  # what nodes say is shown here
+    assert "network 2 epoch 30/30" in output  # what nodes say is shown here
 
 
 def test_a_process_that_is_killed_costs_one_task_its_last_epoch_and_the_result_is_the_same(tmp_path, local):
@@ -59,10 +59,11 @@ def test_a_process_that_is_killed_costs_one_task_its_last_epoch_and_the_result_i
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        if killed is None and "epoch 2/3" in line:
+        if killed is None and "epoch 5/30" in line:
             workers = [one for one in psutil.Process(process.pid).children(recursive=True) if "ray::_trained" in " ".join(one.cmdline())]  # fmt: skip
             killed = workers[0].pid
             os.kill(killed, signal.SIGKILL)
+    process.stdout.close()
     output = "".join(lines)
     assert process.wait(300) == 0, output
     assert killed is not None, output
@@ -74,7 +75,7 @@ def test_an_interrupted_command_stops_its_tasks_and_the_same_command_resumes(tmp
     process = start(tmp_path, "--ray", "local")
     assert process.stdout is not None
     for line in process.stdout:
-        if "epoch 2/3" in line:
+        if "epoch 5/30" in line:
             break
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
