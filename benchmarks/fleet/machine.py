@@ -23,13 +23,18 @@ class Costs:
     """What a request of one row costs, in seconds of one core."""
 
     loop: float  # Python's part
+    batch_loop: float  # Python's part of each batch: threads that wake each other
+    idle: float  # time, of no core, until a batch begins on cores that were idle
+    spread: (
+        float  # standard deviation of the logarithm of the time of a batch: other work of the machine, and its memory
+    )
     rows: Sequence[int]  # sizes of batches, ascending
     members: Sequence[float]  # of all members together, for a batch of each size
     tasks: int = 2  # of a batch
     cores: int = 2
     most_rows: int = 64
 
-    def batch(self, rows: int) -> float:
+    def members_of(self, rows: int) -> float:
         """Time of one core for a batch; linear between the measured sizes and beyond them."""
         if rows >= self.rows[-1]:
             return self.members[-1] * rows / self.rows[-1]
@@ -38,13 +43,14 @@ class Costs:
     @property
     def capacity(self) -> float:
         """Requests a second that all cores together can answer."""
-        return self.cores / (self.loop + self.batch(self.most_rows) / self.most_rows)
+        return self.cores / (self.loop + (self.batch_loop + self.members_of(self.most_rows)) / self.most_rows)
 
 
 @dataclass
 class _Batch:
     rows: int
     left: int  # tasks that are not started
+    slower: float  # factor of its time, 1 in the mean
     running: int
     done: simpy.Event
 
@@ -58,12 +64,14 @@ class Machine:
     waited: list[float] = field(default_factory=list[float])  # time in the queue of each answered request
     answered: list[float] = field(default_factory=list[float])  # time from arrival to answer of each
     at: list[float] = field(default_factory=list[float])  # when each was answered
+    seed: int = 0
 
     def __post_init__(self) -> None:
         self._cores = simpy.Resource(self.env, self.costs.cores)
         self._loop = simpy.Resource(self.env, 1)
         self._waiting: list[tuple[float, simpy.Event]] = []
         self._open: _Batch | None = None
+        self._rng = np.random.default_rng(self.seed)
         self._work = self.env.event()
         for _ in range(self.costs.cores):
             self.env.process(self._thread())
@@ -95,8 +103,7 @@ class Machine:
         while seconds > 1e-9:
             with self._cores.request() as core:
                 yield core
-                # Alone it runs on; with others it takes turns.
-                spent = seconds if not self._cores.queue else min(seconds, SLICE)
+                spent = min(seconds, SLICE)
                 yield self.env.timeout(spent)
             seconds -= spent
 
@@ -108,19 +115,26 @@ class Machine:
         while True:
             if self._open is None or not self._open.left:
                 if not self._waiting:
-                    self._work = self.env.event()
+                    if self._work.triggered:
+                        self._work = self.env.event()
                     yield self._work
                     continue
                 count = min(self.costs.most_rows, -(-len(self._waiting) // 2))
                 taken, self._waiting = self._waiting[:count], self._waiting[count:]
-                batch = _Batch(count, self.costs.tasks, 0, self.env.event())
+                slower = self._rng.lognormal(-(self.costs.spread**2) / 2, self.costs.spread)
+                batch = _Batch(count, self.costs.tasks, slower, 0, self.env.event())
                 self._open = batch
                 self.env.process(self._finish(batch, taken, self.env.now))
                 self._notify()
+                if self._cores.count == 0:
+                    yield self.env.timeout(self.costs.idle)
+                yield from self._on_a_core(self.costs.batch_loop)
+                if not batch.left:  # the other threads have begun all of its tasks meanwhile
+                    continue
             batch = self._open
             batch.left -= 1
             batch.running += 1
-            yield from self._on_a_core(self.costs.batch(batch.rows) / self.costs.tasks)
+            yield from self._on_a_core(batch.slower * self.costs.members_of(batch.rows) / self.costs.tasks)
             batch.running -= 1
             if not batch.left and not batch.running:
                 batch.done.succeed()

@@ -24,7 +24,8 @@ from models_store.records.numbering import NUMBER
 from models_store.records.rollout import RollOut, RollOuts
 from models_store.remote.objects import Objects
 
-# A listing serves all reads within this time, so that a look at a thousand ensembles takes a few requests.
+# A listing serves all reads within this time, or within the time that it took if that was longer, so that a look at a thousand
+# ensembles takes a few requests.
 FRESH_SECONDS = 0.25
 _TRIES = 20  # of a conditional write
 
@@ -36,7 +37,7 @@ class Listing:
         self._objects = objects
         self._prefix = prefix
         self._lock = threading.Lock()
-        self._listed = float("-inf")
+        self._stale = float("-inf")
         self._tags: Mapping[str, str] = {}
         self._contents: dict[tuple[str, str], bytes] = {}
 
@@ -47,11 +48,13 @@ class Listing:
             StoreReadError: the bucket cannot be read.
         """
         with self._lock:
-            if time.monotonic() - self._listed > FRESH_SECONDS:
+            began = time.monotonic()
+            if began > self._stale:
                 found = self._objects.list(self._prefix)
                 self._tags = {one.key.removeprefix(f"{self._prefix}/"): one.tag for one in found}
                 self._contents = {at: held for at, held in self._contents.items() if self._tags.get(at[0]) == at[1]}
-                self._listed = time.monotonic()
+                ended = time.monotonic()
+                self._stale = ended + max(FRESH_SECONDS, ended - began)
             return self._tags
 
     def content(self, key: str) -> bytes | None:
@@ -73,7 +76,7 @@ class Listing:
     def forget(self) -> None:
         """List again at the next read, because this process wrote."""
         with self._lock:
-            self._listed = float("-inf")
+            self._stale = float("-inf")
 
 
 class _Active(BaseModel):

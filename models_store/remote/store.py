@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,6 +83,7 @@ class RemoteStore(Store):
         self._objects = Objects(self.address)
         self._cache = Cache(self.address)
         self._manifests = Listing(self._objects, "manifests")
+        self._named: tuple[object, Mapping[str, list[int]]] = None, {}
         self._remote_activations = RemoteActivations(self._objects, self._manifests)
         self._activations = self._remote_activations
         self._roll_outs = RemoteRollOuts(self._objects)
@@ -91,16 +92,23 @@ class RemoteStore(Store):
 
     def names(self) -> list[str]:
         """See Store."""
-        return sorted({name for name, _ in self._keys()})
+        return sorted(self._by_name())
 
     def versions(self, name: str) -> list[int]:
         """See Store."""
         self._folder(name)
-        return sorted(number for one, number in self._keys() if one == name)
+        return sorted(self._by_name().get(name, ()))
 
-    def _keys(self) -> list[tuple[str, int]]:
-        found = map(_KEY.fullmatch, self._manifests.tags())
-        return [(one[1], int(one[2])) for one in found if one and NAME_PATTERN.fullmatch(one[1])]
+    def _by_name(self) -> Mapping[str, list[int]]:
+        """The numbers of each name. They are read once from each listing, which stays the same object while it is fresh."""
+        tags = self._manifests.tags()
+        if self._named[0] is not tags:
+            found: dict[str, list[int]] = {}
+            for key in filter(None, map(_KEY.fullmatch, tags)):
+                if NAME_PATTERN.fullmatch(key[1]):
+                    found.setdefault(key[1], []).append(int(key[2]))
+            self._named = tags, found
+        return self._named[1]
 
     def load(self, name: str, version: int | None = None) -> Version:
         """See Store."""

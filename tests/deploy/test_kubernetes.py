@@ -117,7 +117,9 @@ def test_everything_selects_the_same_pods():
 
 
 def test_the_autoscaler_follows_a_metric_that_the_adapter_makes_of_one_of_the_service():
-    [metric] = ALL["autoscaler.yaml"]["spec"]["metrics"]
+    cpu, metric = ALL["autoscaler.yaml"]["spec"]["metrics"]
+    assert cpu["resource"]["name"] == "cpu"
+    assert "cpu" in CONTAINER["resources"]["requests"], "utilisation is a share of what is requested"
     adapter = yaml.safe_load((FOLDER / "prometheus-adapter.yaml").read_text())
     [rule] = adapter["rules"]["custom"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
