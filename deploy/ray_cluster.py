@@ -1,11 +1,11 @@
 """A Ray cluster of several nodes on this machine, each in a network namespace of its own, to try what several machines do.
 
     sudo make cluster                                  # or: python -m deploy.ray_cluster up --nodes 3 --cpus 1
-    python -m training.independent … --ray 10.77.0.1:6379
+    RAY_AUTH_MODE=disabled python -m training.independent … --ray 10.77.0.1:6379
     python -m deploy.ray_cluster kill 2                # node 2 is gone, without a word
     python -m deploy.ray_cluster down
 
-Needs root, iproute2 (Debian: iproute2) and the extra `ray`. The command itself runs outside of the namespaces, on a node without CPUs.
+The nodes are reached from this machine only, so they need no token. Needs root, iproute2 (Debian: iproute2) and the extra `ray`. The command itself runs outside of the namespaces, on a node without CPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "up":
         up(args.nodes, args.cpus)
-        print(f"{args.nodes} nodes: python -m training.independent … --ray {HEAD}")
+        print(f"{args.nodes} nodes: RAY_AUTH_MODE=disabled python -m training.independent … --ray {HEAD}")
     elif args.command == "kill":
         kill(args.node)
     else:
@@ -90,7 +90,7 @@ def ray(before: list[str], *options: str) -> None:
     """Run `ray start`, in a namespace if `before` says so."""
     done = subprocess.run(
         [*before, ray_command(), "start", "--disable-usage-stats", *options], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"ray start {' '.join(options)}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
