@@ -1,8 +1,8 @@
 """How many threads run one call of a member: measured once for each model and machine.
 
 More threads than a small network can use make it slower: a call of `preresnet8` on one image takes 0.20 ms with one thread and 0.36 ms
-with two. Members of an ensemble run beside each other in any case, which is at least as fast as all threads on each in turn; the
-choice is about the threads that are left over.
+with two. Members of an ensemble run in parallel in any case, which is at least as fast as all threads on each in turn; the choice is
+about the threads that are left over.
 """
 
 from __future__ import annotations
