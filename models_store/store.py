@@ -292,7 +292,7 @@ class Store:
             try:
                 yield folder
             except OSError as error:
-                if not _concerns(error, folder):
+                if not concerns(error, folder):
                     raise
                 with files.writing(self.root):
                     raise
@@ -350,6 +350,7 @@ class Store:
                 raise StoreError(
                     f"{name}@{number} exists already in {self.address}; give another folder, or remove it."
                 )
+            self._claim(name, number, version.digest)
             for path in (MANIFEST, *version.manifest.files):
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 with (
@@ -473,6 +474,20 @@ class Store:
             shutil.rmtree(gone)
         return True
 
+    def remove_remains(self, *, dry: bool = False) -> list[str]:
+        """Remove what publishers that were killed have left in a bucket; in a folder the next publisher does so.
+
+        Args:
+            dry: only find it.
+
+        Returns:
+            NAME@VERSION of each.
+
+        Raises:
+            StoreReadError, StoreWriteError: the store cannot be used.
+        """
+        return []
+
     # Checking
 
     def verify(self, version: Version) -> None:
@@ -542,6 +557,9 @@ class Store:
     def _next_number(self, name: str) -> int:
         return numbering.next_number(self.root, name)
 
+    def _claim(self, name: str, version: int, digest: str) -> None:
+        """Make sure that nobody else publishes this number meanwhile; `staging` does here."""
+
     def _is_published(self, name: str, version: int) -> bool:
         return _is_there(self._folder(name) / str(version))
 
@@ -554,7 +572,7 @@ class Store:
         def outcome() -> str:
             if not renamed:
                 return "Nothing was published."
-            return _not_activated(name, version) if activate else f"{name}@{version} is published, but may not last."
+            return not_activated(name, version) if activate else f"{name}@{version} is published, but may not last."
 
         with files.writing(self.root, outcome):
             for path in [*files.tree(staged), ""]:
@@ -575,7 +593,7 @@ class Store:
 
         def outcome() -> str:
             if not replaced:
-                return _not_activated(name, version)
+                return not_activated(name, version)
             return (
                 f"{name}@{version} is active, but that may not last, and may not be recorded as the last activation; "
                 f"run again: python -m models_store activate {name} {version}"
@@ -666,11 +684,12 @@ def _most_bytes(path: str) -> int:
     return MAX_MODEL_BYTES if path.endswith(".onnx") else MAX_WEIGHTS_BYTES
 
 
-def _not_activated(name: str, version: int) -> str:
+def not_activated(name: str, version: int) -> str:
+    """What to say if a version was published, but then could not be activated."""
     return f"{name}@{version} is published but not activated; run: python -m models_store activate {name} {version}"
 
 
-def _concerns(error: OSError, folder: Path) -> bool:
+def concerns(error: OSError, folder: Path) -> bool:
     """True if this error came from writing below the folder; the same block also reads data sets and trains."""
     if isinstance(error.filename, str | bytes):
         return Path(os.fsdecode(error.filename)).is_relative_to(folder)

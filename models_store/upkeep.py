@@ -58,6 +58,7 @@ def collect_garbage(store: Store, keep: int, *, dry: bool = False) -> Outcome:
                 outcome.kept[shown] = "it is a canary, or was just activated"
             else:
                 outcome.done.append(shown)
+    outcome.done += [f"the remains of {shown}" for shown in store.remove_remains(dry=dry)]
     return outcome
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,9 @@ class Ensemble:
     """Name and version, as NAME@VERSION."""
     folder: Path
     manifest: Manifest
+    _version: Version | None = field(
+        default=None, repr=False, compare=False
+    )  # keeps a copy from a bucket on this machine
 
     def predict(
         self,
@@ -246,7 +249,7 @@ def load(name: str, *, store: Path | str | None = None, verify: bool = True) -> 
 
 def of_version(version: Version) -> Ensemble:
     """Return the ensemble of a version that was already read from a store, without verifying its files."""
-    return Ensemble(version.name, version.folder, version.manifest)
+    return Ensemble(version.name, version.folder, version.manifest, version)
 
 
 def _named(images: Any) -> list[Mapping[str, Any]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from typing import Any
 from models_store.errors import StoreError, StoreReadError, StoreWriteError
 
 SCHEMES = ("s3", "gs", "az")
-# A try may take this long, and all tries of one request together.
+# A try may take this long, and all tries of one request together: of a request for a small object, and of one that carries a part of a file. The limit is for
+# the whole body, not for the time in which nothing arrives, so a file is read and written in parts.
 _TRY_SECONDS, _ALL_SECONDS = 20, 30
+_PART_TRY_SECONDS, _PART_ALL_SECONDS = 300, 600
+_PART_BYTES = 8 * 2**20
 _TRIES = 5
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, for other servers AWS_ENDPOINT_URL",
@@ -33,6 +37,7 @@ class Entry:
 
     key: str
     tag: str  # changes with the content
+    written: datetime.datetime
 
 
 class Objects:
@@ -59,16 +64,18 @@ class Objects:
             ) from None
         self._obstore: Any = obstore
         self._failures = (obstore.exceptions.BaseError, OSError)
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-        seconds = datetime.timedelta(seconds=_ALL_SECONDS)
-        try:
-            self._bucket: Any = from_url(
+        http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+
+        def opened(a_try: float, together: float) -> Any:
+            return from_url(
                 address,
-                client_options={
-                    "timeout": f"{_TRY_SECONDS}s", "connect_timeout": "5s", "allow_http": endpoint.startswith("http://"),
-                },
-                retry_config={"max_retries": _TRIES, "retry_timeout": seconds},
-            )  # fmt: skip
+                client_options={"timeout": f"{a_try}s", "connect_timeout": "5s", "allow_http": http},
+                retry_config={"max_retries": _TRIES, "retry_timeout": datetime.timedelta(seconds=together)},
+            )
+
+        try:
+            self._bucket = opened(_TRY_SECONDS, _ALL_SECONDS)
+            self._parts = opened(_PART_TRY_SECONDS, _PART_ALL_SECONDS)  # the same bucket, for files
         except Exception as error:  # obstore's exceptions and ValueError
             raise StoreError(
                 f"The store {address!r} cannot be opened: {_first_line(error)}. Give s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX; "
@@ -97,17 +104,20 @@ class Objects:
         """
         with self._reading():
             try:
-                found = self._obstore.get(self._bucket, key)
+                size = self._obstore.head(self._bucket, key)["size"]
             except FileNotFoundError:
                 return False
-            chunks = iter(found.stream(min_chunk_size=2**20))
         with file.open("wb") as target:
-            while True:
+            for begin in range(0, size, _PART_BYTES):
                 with self._reading():
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return True
-                target.write(bytes(chunk))
+                    try:
+                        part = self._obstore.get_range(
+                            self._parts, key, start=begin, end=min(begin + _PART_BYTES, size)
+                        )
+                    except FileNotFoundError:  # it was removed meanwhile
+                        return False
+                target.write(bytes(part))
+        return True
 
     def list(self, prefix: str) -> list[Entry]:
         """All objects whose keys begin with `prefix/`, with one request for each thousand.
@@ -117,7 +127,7 @@ class Objects:
         """
         with self._reading():
             found = self._obstore.list(self._bucket, prefix).collect()
-        return [Entry(one["path"], str(one["e_tag"])) for one in found]
+        return [Entry(one["path"], str(one["e_tag"]), one["last_modified"]) for one in found]
 
     def put(self, key: str, content: bytes | Path) -> None:
         """Write an object; it replaces an earlier one.
@@ -126,7 +136,7 @@ class Objects:
             StoreWriteError: the bucket cannot be written.
         """
         with self._writing():
-            self._obstore.put(self._bucket, key, content)
+            self._obstore.put(self._parts if isinstance(content, Path) else self._bucket, key, content)
 
     def put_new(self, key: str, content: bytes) -> bool:
         """Write an object only if there is none; False if there is another one.
@@ -134,14 +144,8 @@ class Objects:
         Raises:
             StoreWriteError: the bucket cannot be written.
         """
-        with self._writing():
-            try:
-                self._obstore.put(self._bucket, key, content, mode="create")
-            except self._obstore.exceptions.AlreadyExistsError:
-                # It may be ours: an earlier try succeeded, but its answer was lost.
-                found = self.get(key)
-                return found is not None and found[0] == content
-        return True
+        refused = self._obstore.exceptions.AlreadyExistsError
+        return self._unless(refused, key, content, lambda: self._obstore.put(self._bucket, key, content, mode="create"))
 
     def put_over(self, key: str, content: bytes, tag: str | None) -> bool:
         """Write an object only if the present one has this tag (None: there is none); False if it has another one.
@@ -151,13 +155,27 @@ class Objects:
         """
         if tag is None:
             return self.put_new(key, content)
+        refused = (self._obstore.exceptions.PreconditionError, FileNotFoundError)
+        put = lambda: self._obstore.put(self._bucket, key, content, mode={"e_tag": tag})  # noqa: E731
+        return self._unless(refused, key, content, put)
+
+    def _unless(self, refused: Any, key: str, content: bytes, put: Callable[[], object]) -> bool:
+        """Make a conditional write. obstore does not repeat one whose answer does not come, so this does."""
+        began = time.monotonic()
         with self._writing():
-            try:
-                self._obstore.put(self._bucket, key, content, mode={"e_tag": tag})
-            except (self._obstore.exceptions.PreconditionError, FileNotFoundError):
-                found = self.get(key)
-                return found is not None and found[0] == content
-        return True
+            while True:
+                try:
+                    put()
+                except refused:
+                    # It may be ours: an earlier try succeeded, but its answer was lost.
+                    found = self.get(key)
+                    return found is not None and found[0] == content
+                except self._failures:
+                    if time.monotonic() - began >= _ALL_SECONDS:
+                        raise
+                    time.sleep(0.1)  # a refusal that is not of this kind comes at once
+                else:
+                    return True
 
     def delete(self, *keys: str) -> None:
         """Remove objects, those that exist.

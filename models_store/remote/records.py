@@ -4,7 +4,7 @@ manifests/<name>/<number>.json   the manifest, written last: a version is publis
 numbers/<name>/<number>          claimed by a publisher, and never removed
 active/<name>                    the version that is served, as JSON
 pending/<name>/<number>          a version to activate once it is published; it remains if the publisher is killed in between
-rollouts/<name>                  the roll-out of an ensemble, as JSON
+rollouts/<name>                  the roll-out of an ensemble, and the activation that it is compared with, as JSON
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class RemoteActivations(Activations):
         found = self._read(name)
         return found and found.version
 
-    def token(self, name: str) -> object:
+    def token(self, name: str) -> str | None:
         """See Activations."""
         found = self._read(name)
         return found and found.token
@@ -131,7 +131,7 @@ class RemoteActivations(Activations):
     def retract(self, name: str) -> None:
         """Remove the announcements of versions up to the active one."""
         active = self.active(name) or 0
-        self._objects.delete(*(f"pending/{name}/{number}" for number in self._announced(name) if number <= active))
+        self._withdraw(name, [number for number in self._announced(name) if number <= active])
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Nothing: writes are conditional instead."""
@@ -166,8 +166,13 @@ class RemoteActivations(Activations):
         self._listing.forget()
 
     def settle(self, name: str, names: Collection[str]) -> None:
-        """See Activations."""
-        self.retract(name)
+        """Remove the announcements of all published versions: what was done now is later than their publication."""
+        self._published.forget()
+        tags = self._published.tags()
+        self._withdraw(name, [number for number in self._announced(name) if f"{name}/{number}.json" in tags])
+
+    def _withdraw(self, name: str, numbers: Collection[int]) -> None:
+        self._objects.delete(*(f"pending/{name}/{number}" for number in numbers))
 
     def _read(self, name: str) -> _Active | None:
         content = self._listing.content(name)
@@ -178,11 +183,23 @@ class RemoteActivations(Activations):
         return [int(number) for number in keys if NUMBER.fullmatch(number)]
 
 
-class RemoteRollOuts(RollOuts):
-    """The roll-outs of a store in a bucket; see RollOuts."""
+class _Bound(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    def __init__(self, objects: Objects):
+    against: str | None  # token of the activation that the canary is compared with
+    roll_out: RollOut
+
+
+class RemoteRollOuts(RollOuts):
+    """The roll-outs of a store in a bucket; see RollOuts.
+
+    Nothing is locked, so a roll-out holds the token of the activation it was begun beside: with the next one it no
+    longer counts.
+    """
+
+    def __init__(self, objects: Objects, activations: RemoteActivations):
         self._objects = objects
+        self._activations = activations
         self._listing = Listing(objects, "rollouts")
 
     def read(self, name: str) -> RollOut | None:
@@ -190,15 +207,17 @@ class RemoteRollOuts(RollOuts):
         if (content := self._listing.content(name)) is None:
             return None
         try:
-            return RollOut.model_validate_json(content, strict=True)
+            found = _Bound.model_validate_json(content, strict=True)
         except ValidationError as error:
             raise CorruptionError(
                 f"rollouts/{name} is not a roll-out ({error.errors()[0]['msg']}). Run: python -m models_store rollout {name} --end"
             ) from None
+        return found.roll_out if found.against == self._activations.token(name) else None
 
     def write(self, name: str, one: RollOut) -> None:
         """See RollOuts."""
-        self._objects.put(f"rollouts/{name}", one.model_dump_json().encode())
+        bound = _Bound(against=self._activations.token(name), roll_out=one)
+        self._objects.put(f"rollouts/{name}", bound.model_dump_json().encode())
         self._listing.forget()
 
     def remove(self, name: str) -> None:
@@ -222,9 +241,12 @@ def claim_number(objects: Objects, name: str, above: int) -> int:
     return number
 
 
-def claim_this_number(objects: Objects, name: str, number: int) -> None:
-    """Claim a number that a copied version brings; it may have been claimed by an earlier copy that was not completed."""
-    objects.put_new(f"numbers/{name}/{number}", json.dumps({"publisher": "copy"}).encode())
+def claim_this_number(objects: Objects, name: str, number: int, digest: str) -> bool:
+    """Claim a number that a copied version brings; False if it is somebody else's.
+
+    An earlier copy of the same version that was not completed may have claimed it: then it is ours.
+    """
+    return objects.put_new(f"numbers/{name}/{number}", json.dumps({"copy of": digest}).encode())
 
 
 def _parsed(content: bytes, key: str, name: str) -> _Active:

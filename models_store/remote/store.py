@@ -9,7 +9,10 @@ records.py has the rest. Versions are read by way of the cache, so that members,
 from __future__ import annotations
 
 import contextlib
+import datetime
+import fcntl
 import hashlib
+import os
 import re
 import secrets
 import shutil
@@ -19,40 +22,43 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from models_store import files
-from models_store.errors import CorruptionError, EnsembleNotFoundError, StoreError
+from models_store.errors import CorruptionError, EnsembleNotFoundError, StoreError, StoreReadError, StoreWriteError
 from models_store.manifest import MAX_BYTES, Manifest
 from models_store.remote import records
-from models_store.remote.cache import Cache
-from models_store.remote.objects import SCHEMES, Objects
+from models_store.remote.cache import Cache, Lease
+from models_store.remote.objects import SCHEMES, Entry, Objects
 from models_store.remote.records import Listing, RemoteActivations, RemoteRollOuts
-from models_store.store import MANIFEST, NAME_PATTERN, Store, Version, default_root
+from models_store.store import MANIFEST, NAME_PATTERN, Store, Version, concerns, default_root, not_activated
 
 _AT_ONCE = 8  # files that are uploaded in parallel
+_STAGING = ".staging-"
+REMAINS_AFTER = datetime.timedelta(days=1)
 _KEY = re.compile(r"([^/]+)/([1-9][0-9]{0,17})\.json")
 
 
 class RemoteVersion(Version):
     """A published version, whose files are fetched when its folder is asked for."""
 
-    _fetch: Callable[[Manifest], Path]
-    _place: Path | None
+    _fetch: Callable[[Manifest], tuple[Path, Lease]]
+    _place: tuple[Path, Lease] | None
 
-    def __init__(self, manifest: Manifest, digest: str, fetch: Callable[[Manifest], Path]):
+    def __init__(self, manifest: Manifest, digest: str, fetch: Callable[[Manifest], tuple[Path, Lease]]):
         for name, value in (("manifest", manifest), ("digest", digest), ("_fetch", fetch), ("_place", None)):
             object.__setattr__(self, name, value)  # it is frozen
 
     @property
     def folder(self) -> Path:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The folder in the cache, complete and checked at the first use of this object.
+        """The folder in the cache, complete and checked at the first use of this object. It stays while this object does.
 
         Raises:
             CorruptionError: an object is missing, or is not what was published.
-            StoreReadError: the bucket cannot be read, and the cache does not hold the version.
+            StoreReadError: the bucket cannot be read.
+            StoreWriteError: the cache cannot be written.
         """
         if self._place is None:
             object.__setattr__(self, "_place", self._fetch(self.manifest))
         assert self._place is not None, "it was just fetched"
-        return self._place
+        return self._place[0]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemoteVersion) and (self.manifest, self.digest) == (other.manifest, other.digest)
@@ -86,7 +92,7 @@ class RemoteStore(Store):
         self._named: tuple[object, Mapping[str, list[int]]] = None, {}
         self._remote_activations = RemoteActivations(self._objects, self._manifests)
         self._activations = self._remote_activations
-        self._roll_outs = RemoteRollOuts(self._objects)
+        self._roll_outs = RemoteRollOuts(self._objects, self._remote_activations)
 
     # Reading
 
@@ -136,22 +142,31 @@ class RemoteStore(Store):
             raise CorruptionError(f"{self.address}/manifests/{name}/{version}.json is too large to be a manifest.")
         return content
 
-    def _fetch(self, manifest: Manifest) -> Path:
+    def _fetch(self, manifest: Manifest) -> tuple[Path, Lease]:
         name, number = manifest.name, manifest.version
         content = self._manifest(name, number)
-        with files.writing(self._cache.folder, lambda: f"{name}@{number} could not be copied to this machine."):
-            folder = self._cache.fill(
-                name, number, manifest.files, self._objects, lambda path: f"files/{name}/{number}/{path}"
+        with self._caching():
+            lease = self._cache.fill(
+                name, number, content, manifest.files, self._objects, lambda path: f"files/{name}/{number}/{path}"
             )
-            if not (folder / MANIFEST).is_file() or (folder / MANIFEST).read_bytes() != content:
-                files.replace(folder / MANIFEST, content.decode("utf-8", "surrogatepass"))
             self._fetch_signature(name, number)
-        return folder
+        return self._cache.version(name, number), lease
+
+    @contextlib.contextmanager
+    def _caching(self) -> Generator[None]:
+        """Turn an OSError into a StoreWriteError that names the cache."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreWriteError(
+                f"Cannot write copies of {self.address} to {self._cache.folder}: {error.strerror or error}. Free space, lower $MODEPATH_CACHE_GIB, or "
+                "set $MODEPATH_CACHE to another folder."
+            ) from None
 
     def signature(self, name: str, version: int) -> Path:
         """The copy of a signature in the cache; see Store."""
         self._folder(name)
-        with files.writing(self._cache.folder, lambda: f"The signature of {name}@{version} could not be copied."):
+        with self._caching():
             return self._fetch_signature(name, version)
 
     def _fetch_signature(self, name: str, version: int) -> Path:
@@ -184,41 +199,76 @@ class RemoteStore(Store):
     def staging(self, name: str) -> Generator[Path]:
         """A folder for a version's files, on this machine; see Store. Publishers do not wait for one another."""
         self._folder(name)
-        with files.writing(self._cache.folder):
-            self._finish_pending(name)
-            self._cache.folder.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=self._cache.folder))
+        self._finish_pending(name)
+        with self._caching():
+            folder, lock = self._staged()
         try:
             yield folder
+        except OSError as error:
+            if not concerns(error, folder):
+                raise
+            with self._caching():
+                raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+    def _staged(self) -> tuple[Path, int]:
+        """A new folder, locked for as long as this process lives; those of publishers that were killed are removed."""
+        self._cache.folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(self._cache.folder / ".staging"):
+            for left in self._cache.folder.glob(f"{_STAGING}*"):
+                if (lock := _free(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
+            folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self._cache.folder))
+            lock = _free(folder)
+            assert lock is not None, "it was just made"
+        return folder, lock
 
     def _next_number(self, name: str) -> int:
         return records.claim_number(self._objects, name, above=max(self.versions(name), default=0))
+
+    def _claim(self, name: str, version: int, digest: str) -> None:
+        if not records.claim_this_number(self._objects, name, version, digest):
+            raise StoreError(
+                f"{name}@{version} in {self.address} was begun by another publisher, so it cannot be copied there under this number. Nothing was published."
+            )
 
     def _is_published(self, name: str, version: int) -> bool:
         return self._objects.get(f"manifests/{name}/{version}.json") is not None
 
     def _put(self, staged: Path, manifest: Manifest, digest: str, *, activate: bool) -> Version:
         name, number = manifest.name, manifest.version
-        records.claim_this_number(self._objects, name, number)
-        if activate:
-            self._activations.announce(name, number)
 
         def upload(path: str) -> None:
             self._objects.put(f"files/{name}/{number}/{path}", staged / path)
 
-        with ThreadPoolExecutor(_AT_ONCE, "uploading") as threads:
-            list(threads.map(upload, manifest.files))
+        with _said("Nothing was published."):
+            if activate:
+                self._activations.announce(name, number)
+            with ThreadPoolExecutor(_AT_ONCE, "uploading") as threads:
+                list(threads.map(upload, manifest.files))
         content = (staged / MANIFEST).read_bytes()
         if not self._objects.put_new(f"manifests/{name}/{number}.json", content):
             raise StoreError(f"{name}@{number} was published by somebody else meanwhile. Nothing was published.")
         self._manifests.forget()
         if activate:
-            self._remote_activations.serve(name, number, only_newer=True)
-            self._roll_outs.remove(name)
-            self._activations.settle(name, ())
+            with _said(not_activated(name, number)):
+                self._serve_newer(name, number)
         return RemoteVersion(manifest, digest, self._fetch)
+
+    def _serve_newer(self, name: str, version: int) -> bool:
+        """Serve a version unless a newer one is active. Returns whether it is active now."""
+        served = self._remote_activations.serve(name, version, only_newer=True)
+        if served:
+            self._roll_outs.remove(name)
+        self._activations.retract(name)
+        return served
+
+    def _activate(self, name: str, version: int, *, only_pending: bool = False) -> bool:
+        with _said(f"{name}@{version} may not be active; run again: python -m models_store activate {name} {version}"):
+            return self._serve_newer(name, version) if only_pending else super()._activate(name, version)
 
     def remove(self, name: str, version: int) -> bool:
         """See Store. Do not activate the same version at the same moment: there is no lock."""
@@ -231,8 +281,46 @@ class RemoteStore(Store):
         self._objects.delete(f"signatures/{name}/{version}.sig")
         return True
 
+    def remove_remains(self, *, dry: bool = False) -> list[str]:
+        """See Store. Files of a version without a manifest count as remains a day after the last of them was written."""
+        self._manifests.forget()
+        found: dict[str, list[Entry]] = {}
+        for entry in (one for prefix in ("files", "signatures") for one in self._objects.list(prefix)):
+            name, _, rest = entry.key.partition("/")[2].partition("/")
+            version = rest.partition("/")[0].removesuffix(".sig")
+            if f"{name}/{version}.json" not in self._manifests.tags():
+                found.setdefault(f"{name}@{version}", []).append(entry)
+        day_ago = datetime.datetime.now(datetime.UTC) - REMAINS_AFTER
+        old = {shown: entries for shown, entries in found.items() if max(one.written for one in entries) < day_ago}
+        if not dry:
+            self._objects.delete(*(entry.key for entries in old.values() for entry in entries))
+        return sorted(old)
+
     def _records(self) -> Path:
         return self._cache.folder
 
     def _publishers_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _said(outcome: str) -> Generator[None]:
+    """Add to the message of an error of the bucket what is published."""
+    try:
+        yield
+    except (StoreReadError, StoreWriteError) as error:
+        raise StoreWriteError(f"{error} {outcome}") from None
+
+
+def _free(folder: Path) -> int | None:
+    """A descriptor that locks a folder; None if another process has locked or removed it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

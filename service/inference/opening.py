@@ -70,6 +70,7 @@ class Ensemble:
     cascades: dict[Rule, Stage]  # first stages; empty if the mode is closed, or the version has no cascade
     tokenizer: Tokenizer | None = None  # of a version that answers texts
     path: Points | None = None  # the points of its curve, if the policy shows which one answers; all are open
+    version: Version | None = None  # the copy of a version that lies in a bucket stays on this machine while this does
 
     def mode(self, asked: Mode | None) -> Mode:
         """Return the mode of a request: `asked`, or the first open mode if it is None.
@@ -174,11 +175,11 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
     sessions: dict[Mode, Session] = {}
     draws: dict[Mode, Draw] = {}
     pool = None
+    choose = threads.Measured.of(version.manifest.input)
     if "average" in modes:
-        choose = threads.Measured.of(version.manifest.input)
         members = EnsembleSession(version.folder, version.manifest, recipe.providers, recipe.threads, choose)
         sessions["average"], providers = Average(members), members.providers
-    cascades = stages(version, recipe.providers, recipe.threads) if "cascade" in modes else {}
+    cascades = stages(version, recipe.providers, recipe.threads, choose) if "cascade" in modes else {}
     if "cascade" in modes and not cascades:
         log.warning("%s has no cascade: it has one member, or is not calibrated", version.name)
     alone: list[Mode] = [mode for mode in modes if mode not in TOGETHER]
@@ -205,6 +206,7 @@ def open_version(version: Version, recipe: Recipe, keyed: Keyed | None, warm: Wa
         cascades,
         tokenizer=_tokenizer(version),
         path=_path(version, recipe.policy, pool),
+        version=version,
     )
     _check_listing(ensemble)
     _self_test(ensemble, version)
