@@ -23,7 +23,7 @@ from training.config import Config
 from training.data import Data
 from training.errors import CheckpointError, DivergenceError, ExportError
 from training.geometry.vertices import State
-from training.members import activation, publication
+from training.members import activation, publication, quantising
 from training.members.export import Exporter
 from training.members.publication import Cost, Job, Points, Weigh
 from training.optimisation import hardware, trial
@@ -111,6 +111,7 @@ def run(config: C, plan: Callable[[C, Run, int], Plan]) -> Version:
             logger.info(
                 f"already finished: this run published {config.published_name}@{done}. Nothing to do; --fresh trains again."
             )
+            _warn_of_loss(store.load(config.published_name, done), config)
             if leader and config.activate:
                 _activate_late(store, config.published_name, done, this_run, config)
         else:
@@ -168,12 +169,25 @@ def _warn_of(given: Sequence[Given], loaded: Data, config: Config) -> None:
         )
 
 
+def _warn_of_loss(version: Version, config: Config) -> None:
+    quantised, scores = version.manifest.quantization, version.manifest.validation
+    if quantised is None or scores is None:
+        return
+    try:
+        quantising.check_loss(quantised.format, quantised.float32, scores, config.quantize_loss)
+    except ExportError:
+        logger.warning(
+            f"{version.name} was published with a larger --quantize-loss than {config.quantize_loss:g}: accuracy {scores.accuracy:.4f} and NLL "
+            f"{scores.nll:.4f}, in float32 {quantised.float32.accuracy:.4f} and {quantised.float32.nll:.4f}. It stays as it is."
+        )
+
+
 def _activate_late(store: Store, name: str, version: int, run: Run, config: Config) -> None:
     """Activate a published version if the run was stopped before doing so, or if --activate-anyway is new."""
-    refused = activation.activation_refused(run)
+    refused = activation.activation_refused(run, config.quantize)
     if refused is not None and config.activate_anyway:
         store.activate(name, version)
-        activation.keep_decision(run, refused, anyway=True)
+        activation.keep_decision(run, config.quantize, refused, anyway=True)
         logger.warning(f"{name}@{version} is active now because of --activate-anyway, although {refused}")
     elif refused is not None:
         logger.warning(f"NOT ACTIVATED: {refused} To serve it anyway, give --activate-anyway.")

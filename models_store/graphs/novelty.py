@@ -25,7 +25,7 @@ from models_store.manifest import NOVELTY_FILE, OUTPUT_NAME, Draft, Novelty
 
 NOVELTY_NAME = "modepath_novelty"  # of the output
 # Operators that may stand between the last matrix product and the logits: they compute each row alone.
-_ROW_BY_ROW = {"Add", "Cast", "Div", "Flatten", "Identity", "Log", "LogSoftmax", "Max", "Mul", "Reshape", "Softmax", "Sub"}  # fmt: skip
+_ROW_BY_ROW = {"Add", "Cast", "DequantizeLinear", "Div", "Flatten", "Identity", "Log", "LogSoftmax", "Max", "Mul", "QuantizeLinear", "Reshape", "Softmax", "Sub"}  # fmt: skip
 _PRODUCTS = {"Gemm", "MatMul"}
 
 

@@ -186,17 +186,15 @@ class EnsembleSession:
             within = threads // together
             groups = [list(range(first, len(files), together)) for first in range(together)]
             joined = [merging.merged([models[i] for i in group]) for group in groups]
-            within = choose(joined[0], within)
-            self.parts = [Part(model, f"the members of {folder}", providers, within) for model in joined]
+            self.parts = [Part(model, f"the members of {folder}", providers, choose(model, within)) for model in joined]
         else:
             groups = [[i] for i in range(len(files))]
-            within = choose(files[0], within)
             self.parts = [
                 Part(
                     detector.attached_to(file) if detector and detector.member == i else file,
                     str(file),
                     providers,
-                    within,
+                    choose(file, within),
                     shares_arena=len(files)
                     > 1,  # else each large member would keep the activations of its largest batch
                 )
@@ -267,14 +265,20 @@ class Group:
         members: Sequence[int],
         providers: ProviderChoice = "auto",
         threads: int | None = None,
+        choose: Within = all_threads,
     ):
+        """See EnsembleSession; `members` are numbers of members."""
+        if _resolve(providers) != [CPU]:
+            choose = all_threads
         threads = threads or default_threads()
         files = [folder / manifest.members[member].file for member in members]
         if len(files) > 1 and (models := merging.load_to_merge(files)) is not None:
             self.parts = [Part(merging.merged(models), f"members of {folder}", providers, 1)]
         else:
             within = max(1, threads // len(files))
-            self.parts = [Part(file, str(file), providers, within, shares_arena=len(files) > 1) for file in files]
+            self.parts = [
+                Part(file, str(file), providers, choose(file, within), shares_arena=len(files) > 1) for file in files
+            ]
 
 
 def in_batches(
@@ -292,8 +296,15 @@ def available_cores() -> int:
 
 
 def default_threads() -> int:
-    """$MODEPATH_THREADS, or the number of available cores."""
-    return int(os.environ.get("MODEPATH_THREADS", 0)) or available_cores()
+    """$MODEPATH_THREADS, or the number of available cores.
+
+    Raises:
+        ProviderError: the variable is not a number of threads.
+    """
+    given = os.environ.get("MODEPATH_THREADS", "0")
+    if not given.isdecimal():
+        raise ProviderError(f"$MODEPATH_THREADS must be a number of threads, or 0 for all cores; got {given!r}.")
+    return int(given) or available_cores()
 
 
 def _share(work: Callable[[], None], others: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import onnxruntime as untyped_onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import TypeAdapter, ValidationError
 
@@ -52,7 +53,8 @@ class Measured:
     def __call__(self, model: Path | bytes, most: int) -> int:
         """The number of threads for calls of a CPU session on this model, from 1 to `most`.
 
-        The measurement is kept where the cache can be written; else it is repeated at each start.
+        Models that differ in their weights alone are measured once. The measurement is kept where the cache can be
+        written; else it is repeated at each start.
 
         Raises:
             MemberError: ONNX Runtime refuses the model.
@@ -63,6 +65,8 @@ class Measured:
         if self.kept is None:
             return _measure(content, self.spec, most)
         key = _key(content, most)
+        if 1 <= (chosen := _read(self.kept).get(key, 0)) <= most:
+            return chosen
         try:
             self.kept.parent.mkdir(parents=True, exist_ok=True)
             # Under the lock: processes that start together would disturb each other's measurement.
@@ -128,7 +132,19 @@ def _read(file: Path) -> dict[str, int]:
 
 def _key(model: bytes, most: int) -> str:
     machine = f"{most} {_processor()} {os.cpu_count()} {untyped_onnxruntime.__version__}"
-    return hashlib.sha256(hashlib.sha256(model).digest() + machine.encode()).hexdigest()
+    return hashlib.sha256(hashlib.sha256(_structure(model)).digest() + machine.encode()).hexdigest()
+
+
+def _structure(model: bytes) -> bytes:
+    """The model without the values of its weights."""
+    found = onnx.ModelProto.FromString(model)
+    for tensor in found.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.INT64:  # shapes and axes
+            kind, dims, name = tensor.data_type, list(tensor.dims), tensor.name
+            tensor.Clear()
+            tensor.name, tensor.data_type = name, kind
+            tensor.dims.extend(dims)
+    return found.SerializeToString(deterministic=True)
 
 
 def _processor() -> str:

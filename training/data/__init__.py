@@ -233,9 +233,12 @@ def as_arrays(split: Split, limit: int | None = None) -> tuple[np.ndarray[Any, A
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def seen_images(data: Data, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], str]:
+def seen_images(
+    data: Data, name: str, most: int | None = None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], str]:
     """Random images of the train split without augmentation, their labels, and what they are: see calibrating.Labelled."""
-    count = min(len(data.train), max(SEEN_IMAGES, SEEN_OF_EACH_CLASS * len(data.classes)))
+    wanted = max(SEEN_IMAGES, SEEN_OF_EACH_CLASS * len(data.classes)) if most is None else most
+    count = min(len(data.train), wanted)
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:count]
     return (*as_arrays(data.train.take(chosen)), f"{count} images of the train split of {name}")
 

@@ -190,27 +190,28 @@ def answers_for_selection(
     return found and found.rows(halves(len(data.validation))[0])
 
 
-def keep_decision(run: Run, reason: str | None, *, anyway: bool = False) -> None:
+def keep_decision(run: Run, format_: str, reason: str | None, *, anyway: bool = False) -> None:
     """Store why this run's version must not be activated, or that it may be. Call it before publishing.
 
     Args:
         run: the run in whose folder it is stored.
+        format_: of the members, as in --quantize: a run publishes a version in each.
         reason: the reason against activation; None if there is none.
         anyway: whether the version is activated in spite of the reason, because the user asks for it.
     """
-    write_whole(_file(run), json.dumps({"refused": None if anyway else reason}).encode())
+    write_whole(_file(run, format_), json.dumps({"refused": None if anyway else reason}).encode())
 
 
-def activation_refused(run: Run) -> str | None:
-    """Why the version that this run published was not activated; None if it was, or if nothing was decided."""
+def activation_refused(run: Run, format_: str = "none") -> str | None:
+    """Why the version that this run published in this format was not activated; None if it was, or if nothing was decided."""
     try:
-        return json.loads(_file(run).read_text())["refused"]
+        return json.loads(_file(run, format_).read_text())["refused"]
     except FileNotFoundError:
         return None
 
 
-def _file(run: Run) -> Path:
-    return run.folder / "activation.json"
+def _file(run: Run, format_: str) -> Path:
+    return run.folder / ("activation.json" if format_ == "none" else f"activation-{format_}.json")
 
 
 def _comparable(active: Version, fingerprint: str, classes: Sequence[str]) -> bool:

@@ -164,7 +164,7 @@ def publish(job: Job, vertices: Sequence[Vertex], points: Points | None, weigh: 
             validation_cut=data.validation_cut,
         )
         activate = config.activate and (refused is None or config.activate_anyway)
-        activation.keep_decision(job.run, refused, anyway=activate)
+        activation.keep_decision(job.run, config.quantize, refused, anyway=activate)
         version = job.store.publish(config.published_name, staged, draft, activate=activate)
     beside = " in addition to the given networks'" if config.given() else ""
     best = max(one.validation.accuracy for one in records if one.validation)
@@ -205,11 +205,12 @@ def _make_members(
         collected.append(made.validation_logits)
         exact.append(made.exact_logits)
     logits = np.stack(collected)
+    if quantiser is not None:
+        quantising.check_finite(job.config.quantize, logits)
     fitting, _ = halves(len(labels))
     own = [temperature.fit(one[None][:, fitting], labels[fitting], np.ones(1)) for one in logits]
-    alone = [
-        Answers.of(one[None][:, fitting], labels[fitting], np.ones(1), t) for one, t in zip(logits, own, strict=True)
-    ]
+    # In float32, so that what quantisation costs is not hidden by leaving out a member that it has spoilt.
+    alone = [Answers.of(one[None][:, fitting], labels[fitting], np.ones(1)) for one in exact]
     kept = _choose(staged, job.config, alone, labels[fitting])
     return _Members(
         logits[kept], np.stack(exact)[kept], [own[i] for i in kept], [origins[i] for i in kept], len(collected)

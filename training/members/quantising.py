@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -35,7 +35,7 @@ _PRODUCTS = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
 
 @dataclass(frozen=True)
 class Quantiser:
-    """Quantises members of one ensemble."""
+    """Quantises the members of one ensemble."""
 
     format: Format
     inputs: Inputs  # (n, *shape): training inputs; empty for bf16
@@ -49,11 +49,10 @@ class Quantiser:
             wanted: none, int8 or bf16.
             data: its train split gives the inputs, without augmentation.
         """
-        for format_ in get_args(Format):
-            if format_ == wanted:
-                inputs, _, _ = seen_images(data, "")
-                return cls(format_, inputs[: IMAGES if format_ == "int8" else 0], data.input.kind == "tokens")
-        return None
+        masked = data.input.kind == "tokens"
+        if wanted == "int8":
+            return cls("int8", seen_images(data, "", IMAGES)[0], masked)
+        return cls("bf16", np.zeros((0, *data.shape), np.float32), masked) if wanted == "bf16" else None
 
     def __call__(self, model: bytes) -> bytes:
         """Quantise an exported member.
@@ -94,6 +93,23 @@ class Quantiser:
             return _tidied(onnx.load(made)).SerializeToString()
 
 
+def check_finite(format_: str, logits: NDArray[np.float32]) -> None:
+    """Refuse members that give numbers which are not finite.
+
+    Args:
+        format_: int8 or bf16.
+        logits: (members, batch, classes), of the validation split.
+
+    Raises:
+        ExportError: they do.
+    """
+    if not np.isfinite(logits).all():
+        raise ExportError(
+            f"In {format_} a member's outputs are not finite; in float32 they are. The network likely computes with numbers too large for {format_}. "
+            "Nothing was published; the same command without --quantize publishes the float32 members, without a new training."
+        )
+
+
 def check_loss(format_: str, before: Scores, after: Scores, most: float) -> None:
     """Refuse members whose average lost more than `most` of accuracy (a share) or NLL (nats) on the validation split.
 
@@ -114,7 +130,8 @@ def _bf16(model: bytes) -> bytes:
     found = onnx.load_from_string(model)
     nodes: list[onnx.NodeProto] = []
     for tensor in found.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT:
+        # Vectors and scalars need no space to speak of, and some must not be rounded: the lowest float32 becomes -inf.
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
             continue
         name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
         tensor.Clear()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from models_store.decisions.leaving import RULES, Rule, Step, steps
-from models_store.graphs.runtime import Group, Outputs, ProviderChoice
+from models_store.graphs.runtime import Group, Outputs, ProviderChoice, Within
 from models_store.store import Version
 from service.inference.session import Rows, Session, Settled
 
@@ -50,13 +50,18 @@ class Stage:
         return Settled(prediction, None, self._step.ran, stays, further)
 
 
-def stages(version: Version, providers: ProviderChoice, threads: int | None) -> dict[Rule, Stage]:
-    """Return the first stage of each rule; empty if the version has no cascade. `calibrated` needs a guarantee."""
+def stages(version: Version, providers: ProviderChoice, threads: int | None, choose: Within) -> dict[Rule, Stage]:
+    """Return the first stage of each rule; empty if the version has no cascade. `calibrated` needs a guarantee.
+
+    `choose` gives the number of threads of each member; see EnsembleSession.
+    """
     groups: list[Group] = []  # the rules run the same ones
     found: dict[Rule, Stage] = {}
     for rule in RULES:
         plan = steps(version.manifest, rule)
-        groups = groups or [Group(version.folder, version.manifest, step.members, providers, threads) for step in plan]
+        groups = groups or [
+            Group(version.folder, version.manifest, step.members, providers, threads, choose) for step in plan
+        ]
         stage: Stage | None = None
         for group, step in reversed(list(zip(groups, plan, strict=bool(plan)))):
             stage = Stage(group, step, stage)

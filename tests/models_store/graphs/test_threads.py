@@ -7,11 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+from onnx import helper
 
+from models_store import files
+from models_store.errors import ProviderError
 from models_store.graphs import threads
-from models_store.graphs.runtime import EnsembleSession
+from models_store.graphs.runtime import EnsembleSession, Group, default_threads
 from models_store.graphs.threads import Measured, choose
 from models_store.manifest import InputSpec
+from models_store.store import Store
 from tests.conftest import ROOT
 from tests.onnx_members import SHAPE, linear, publish
 
@@ -48,10 +52,41 @@ def test_a_measurement_is_kept_for_this_model_and_number_of_threads(tmp_path, co
     (tmp_path / "m.onnx").write_bytes(MODEL)
     assert measured(tmp_path / "m.onnx", 4) == first  # a file and its content are one model
     assert len(counted) == 1
+    measured(linear(1).SerializeToString(), 4)  # other weights in the same network
+    assert len(counted) == 1
     measured(MODEL, 2)
-    measured(linear(1).SerializeToString(), 4)
+    other = linear(1)
+    other.graph.node.append(helper.make_node("Identity", ["logits"], ["more"]))
+    measured(other.SerializeToString(), 4)
     assert len(counted) == 3
     assert len(json.loads((tmp_path / "deep/threads.json").read_text())) == 3
+
+
+def test_a_kept_number_is_read_while_another_process_measures(tmp_path, counted):
+    measured = Measured(SPEC, tmp_path / "threads.json")
+    chosen = measured(MODEL, 2)
+    with files.locked(tmp_path / "threads.lock"):
+        assert measured(MODEL, 2) == chosen
+    assert len(counted) == 1
+
+
+def test_a_cascade_and_members_of_several_structures_use_what_is_chosen_for_each(tmp_path):
+    asked = []
+
+    def choose(model, most):
+        asked.append((model, most))
+        return 1
+
+    version = publish(Store(tmp_path), "a")
+    Group(version.folder, version.manifest, [0], "cpu", 4, choose)
+    assert asked == [(version.folder / "members/000.onnx", 4)]
+
+
+@pytest.mark.parametrize("given", ["two", "-1", "1.5"])
+def test_a_number_of_threads_that_is_not_one_is_refused(monkeypatch, given):
+    monkeypatch.setenv("MODEPATH_THREADS", given)
+    with pytest.raises(ProviderError, match="MODEPATH_THREADS must be a number of threads"):
+        default_threads()
 
 
 def test_one_thread_needs_no_measurement(tmp_path, counted):

@@ -14,7 +14,7 @@ from tests.training.test_inputs import SMALL
 from training import config as config_module
 from training import data, fge
 from training.errors import ConfigError, ExportError
-from training.members import quantising
+from training.members import activation, quantising
 from training.members.metrics import score
 from training.members.quantising import Quantiser
 
@@ -54,6 +54,7 @@ def test_one_training_is_published_in_each_format_and_each_says_what_it_lost(cap
         own = score(combine(softmax(logits, found.temperature), weights).mean_probs, labels)
         assert found.validation.nll == pytest.approx(own.nll, abs=1e-6)
         assert kind in card(versions[kind].manifest)
+        assert found.calibration.novelty.features == exact.calibration.novelty.features
         Store().verify(versions[kind])
 
 
@@ -96,6 +97,77 @@ def test_what_is_refused_is_not_published_and_the_float32_members_are_without_tr
     capsys.readouterr()
     assert run(**DIGITS).manifest.version == 1
     assert "epoch" not in "".join(line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch"))
+
+
+def test_a_member_that_quantisation_spoils_is_not_left_out_but_refused(monkeypatch):
+    calls = []
+    exact = quantising._bf16
+
+    def spoil_the_first(model):
+        calls.append(model)
+        return _shuffled(model) if len(calls) == 1 else exact(model)
+
+    monkeypatch.setattr(quantising, "_bf16", spoil_the_first)
+    with pytest.raises(ExportError, match="--quantize-loss"):
+        run(**DIGITS, quantize="bf16")
+    assert Store().versions("q") == []
+
+
+class Masked(torch.nn.Module):
+    """Adds the lowest float32 where a mask is set, as attention does."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, classes)
+        self.register_buffer("lowest", torch.tensor([torch.finfo(torch.float32).min]))
+
+    def forward(self, images):
+        return self.linear(images.flatten(1)) + 0.0 * (1.0 - torch.ones_like(images.flatten(1)[:, :1])) * self.lowest
+
+
+def masked(classes, shape):
+    return Masked(classes)
+
+
+def test_the_lowest_number_stays_finite_in_bfloat16():
+    version = run(
+        **{**DIGITS, "network": f"{__name__}:masked", "network_options": ()}, quantize="bf16", quantize_loss=0.5
+    )
+    images, _ = data.as_arrays(data.load(data.options.DataOptions("digits", limit=500)).validation)
+    assert np.isfinite(MemberSession(contents(version)[0]).logits(images)).all()
+
+
+def test_outputs_that_are_not_finite_are_refused_in_words(monkeypatch):
+    monkeypatch.setattr(quantising, "_rounded", lambda values: np.full(values.shape, 0x7FC0, np.uint16))
+    with pytest.raises(ExportError, match=r"outputs are not finite.*without --quantize"):
+        run(**DIGITS, quantize="bf16")
+
+
+def test_each_format_has_its_own_decision_about_activation(caplog):
+    run(**DIGITS)
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(activation, "refusal", lambda *given, **named: "it is refused here.")
+        run(**DIGITS, quantize="bf16", quantize_loss=0.5)
+    assert Store().active("q") == 1
+    caplog.clear()
+    run(**DIGITS)
+    assert "NOT ACTIVATED" not in caplog.text
+    run(**DIGITS, quantize="bf16")
+    assert "NOT ACTIVATED: it is refused here." in caplog.text
+
+
+def test_a_finished_version_beyond_the_limit_is_said(caplog):
+    run(**DIGITS, quantize="int8", quantize_loss=0.5)
+    caplog.clear()
+    run(**DIGITS, quantize="int8", quantize_loss=0.0)
+    found = caplog.text
+    scores = Store().load("q").manifest
+    worse = (
+        scores.quantization.float32.nll < scores.validation.nll
+        or scores.quantization.float32.accuracy > scores.validation.accuracy
+    )
+    assert ("published with a larger --quantize-loss" in found) == worse
 
 
 def test_a_model_that_cannot_be_quantised_is_refused_with_the_reason():
