@@ -116,7 +116,7 @@ def copy_sources(context: Path, version: Version) -> None:
 def _extras(manifest: Manifest) -> list[str]:
     """The extras that the version needs, and that of gRPC if it is installed here."""
     texts = ["texts"] if manifest.input.tokenizer else []
-    beside = {"grpc": "grpc_health", "remote": "obstore"}
+    beside = {"grpc": "grpc_health", "postgres": "psycopg", "remote": "obstore"}
     return [*texts, *(extra for extra, package in beside.items() if importlib.util.find_spec(package))]
 
 

@@ -1,11 +1,12 @@
 """A Ray cluster of several nodes on this machine, each in a network namespace of its own, to try what several machines do.
 
     sudo make cluster                                  # or: python -m deploy.ray_cluster up --nodes 3 --cpus 1
-    RAY_AUTH_MODE=disabled python -m training.independent … --ray 10.77.0.1:6379
+    RAY_AUTH_MODE=token python -m training.independent … --ray 10.77.0.1:6379
     python -m deploy.ray_cluster kill 2                # node 2 is gone, without a word
     python -m deploy.ray_cluster down
 
-The nodes are reached from this machine only, so they need no token. Needs root, iproute2 (Debian: iproute2) and the extra `ray`. The command itself runs outside of the namespaces, on a node without CPUs.
+Ray listens on every interface of this machine, so the cluster asks for a token (~/.ray/auth_token, made here if there is none). Needs root, iproute2, procps and the
+extra `ray`. The command itself runs outside of the namespaces, on a node without CPUs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 BRIDGE, NET, PORT = "modepath0", "10.77.0", 6379
 HEAD = f"{NET}.1:{PORT}"
+FOLDER = "/tmp/modepath-ray"  # it marks the processes of this cluster
+AUTHENTICATED = {"RAY_AUTH_MODE": "token"}
 
 
 def main() -> None:
@@ -35,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "up":
         up(args.nodes, args.cpus)
-        print(f"{args.nodes} nodes: RAY_AUTH_MODE=disabled python -m training.independent … --ray {HEAD}")
+        print(f"{args.nodes} nodes: RAY_AUTH_MODE=token python -m training.independent … --ray {HEAD}")
     elif args.command == "kill":
         kill(args.node)
     else:
@@ -45,10 +48,18 @@ def main() -> None:
 def up(nodes: int, cpus: int) -> None:
     """Start a node without CPUs here, and the others in namespaces."""
     down()
+    subprocess.run([ray_command(), "get-auth-token", "--generate"], capture_output=True, check=True)
     ip("link", "add", BRIDGE, "type", "bridge")
     ip("addr", "add", f"{NET}.1/24", "dev", BRIDGE)
     ip("link", "set", BRIDGE, "up")
-    head = ["--head", f"--port={PORT}", f"--node-ip-address={NET}.1", "--num-cpus=0", "--include-dashboard=false"]
+    head = [
+        "--head",
+        f"--port={PORT}",
+        f"--node-ip-address={NET}.1",
+        "--num-cpus=0",
+        "--include-dashboard=false",
+        f"--temp-dir={FOLDER}",
+    ]
     ray([], *head)
     for number in range(1, nodes + 1):
         space, outer, address = f"modepath-{number}", f"modepath-{number}", f"{NET}.{10 + number}"
@@ -74,7 +85,7 @@ def down() -> None:
     for space in (one for one in listed if one.startswith("modepath-")):
         kill(int(space.removeprefix("modepath-")))
         ip("netns", "del", space)
-    subprocess.run([ray_command(), "stop", "--force"], capture_output=True, check=False)
+    subprocess.run(["pkill", "-KILL", "-f", FOLDER], capture_output=True, check=False)
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         ip("link", "del", BRIDGE)
 
@@ -90,7 +101,7 @@ def ray(before: list[str], *options: str) -> None:
     """Run `ray start`, in a namespace if `before` says so."""
     done = subprocess.run(
         [*before, ray_command(), "start", "--disable-usage-stats", *options], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **AUTHENTICATED},
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"ray start {' '.join(options)}: {done.stdout[-1000:]}{done.stderr[-1000:]}")

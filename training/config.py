@@ -201,7 +201,7 @@ class Config:
     ray_cpus: float = 1
     """CPUs, and threads, of each task."""
     ray_gpus: float = 0
-    """GPUs of each task, for example 0.5."""
+    """GPUs of each task, for example 0.5. 0: tasks run on CPUs."""
 
     log: LogKind = "none"
     """Also write the learning rate, training loss and validation scores of each epoch: csv and tensorboard to the run's

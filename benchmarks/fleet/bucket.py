@@ -112,8 +112,7 @@ def replicas(buckets: Buckets, folder: Path, activations: int, away: float) -> l
             version = number % 2 + 1
             began = time.monotonic()
             store.activate("e", version)
-            while any(asker.seen[-1][1] != version for asker in askers):
-                time.sleep(0.02)
+            until(askers, version)
             for asker in askers:
                 first = next(at for at, seen in asker.seen if at > began and seen == version)
                 times.append(first - began)
@@ -126,8 +125,7 @@ def replicas(buckets: Buckets, folder: Path, activations: int, away: float) -> l
         other = 3 - version
         began = time.monotonic()
         store.activate("e", other)
-        while any(asker.seen[-1][1] != other for asker in askers):
-            time.sleep(0.02)
+        until(askers, other)
         back = time.monotonic() - began
         for asker in askers:
             asker.stop()

@@ -63,7 +63,7 @@ def trained_once(folder: Path, epochs: int, node: int | None) -> tuple[float, fl
     """Train; node: None: without Ray; 0: on the cluster; else the node that is killed after half of the epochs of its first network."""
     folder.mkdir()
     options = ["--dataset", "digits", "--network", "preresnet8", "--epochs", str(epochs), "--runs", str(RUNS), "--batch-size", "64", "--name", "e"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "MODELS_STORE": str(folder / "store"), "MODEPATH_RUNS": str(folder / "runs")}  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **ray_cluster.AUTHENTICATED, "MODELS_STORE": str(folder / "store"), "MODEPATH_RUNS": str(folder / "runs")}  # fmt: skip
     began = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "training.independent", *options, *(["--ray", ray_cluster.HEAD] if node is not None else [])],

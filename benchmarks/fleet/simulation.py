@@ -232,7 +232,7 @@ def assumptions() -> str:
     return (
         f"Assumptions. A machine has two cores, as in the load test; {CORE_HOUR} dollars for a core and hour. The load is {SWING:.0%} above its mean at noon and as much below at midnight, with {BURSTS} bursts of "
         f"{BURST:g} times the load for {BURST_SECONDS:.0f} s. At noon one of {ZONES} zones fails. A machine answers {COLD_SECONDS:.0f} s after it is wished for. Every six hours a new version is loaded by all machines at once, which takes "
-        f"one core for {SWAP_SECONDS:.0f} s; for an hour {CANARY:.0%} of the rows run twice (canary and shadow). The autoscaler wishes for cores that are {busy} % busy and for at most {target} waiting requests a machine, looks every 15 s, doubles within 30 s, and shrinks after 300 s. "
+        f"one core for {SWAP_SECONDS:.0f} s; for an hour {CANARY:.0%} of the rows run twice (canary and shadow). The autoscaler wishes for cores that are {busy} % busy and for at most {target} waiting requests a machine, looks every 15 s, doubles within 30 s, and shrinks after 300 s; its limit on the number of machines does not count here. "
         f"What would wait longer than {QUEUE_SECONDS:g} s is refused. `cascade` runs {12 * USED:.2f} of 12 members for a row (benchmarks/results/cascade.md) and takes the Python of `average`; its queue has one stage here. "
         "Machines are alike and share the load evenly, so that one of them, with arrivals at random, stands for all."
     )

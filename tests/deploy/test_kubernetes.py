@@ -1,6 +1,7 @@
 """deploy/kubernetes: valid for two versions of Kubernetes, restricted, and naming only what exists."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.conftest import ROOT
 FOLDER = ROOT / "deploy/kubernetes"
 OUTSIDE = {"ServiceMonitor", "InferenceService"}  # their schemas are those of other projects
 VERSIONS = ("1.33", "1.37")
-BESIDE = {"MODELS_STORE", "MODEPATH_CACHE"}  # read by the store, not by the service's settings
+BESIDE = {"MODELS_STORE", "MODEPATH_CACHE", "MODEPATH_CACHE_GIB"}  # read by the store, not by the service's settings
 
 
 def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -42,6 +43,34 @@ def test_the_pod_of_kserve_is_a_valid_pod(version):
     spec = {name: value for name, value in PREDICTOR.items() if name not in ("minReplicas", "maxReplicas")}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
     kubernetes.validate(pod, version, strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_component_for_a_bucket_applies_and_leaves_no_trace_of_the_volume(version):
+    jsonpatch = pytest.importorskip("jsonpatch", reason="it comes with moto's server")
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="it is part of the dev extra")
+    component = yaml.safe_load((FOLDER / "bucket/kustomization.yaml").read_text())
+    found = {}
+    for one in component["patches"]:
+        [target] = [other for other in ALL.values() if other["kind"] == one["target"]["kind"]]
+        patched = jsonpatch.apply_patch(target, yaml.safe_load(one["patch"]))
+        kubernetes.validate(patched, version, strict=True)
+        found[target["kind"]] = patched
+    pod = found["Deployment"]["spec"]["template"]["spec"]
+    names = {volume["name"] for volume in pod["volumes"]}
+    assert "store" not in names
+    assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == names
+    given = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+    assert given["MODELS_STORE"].startswith("s3://")
+    assert given.keys() - {one["name"] for one in CONTAINER["env"]} <= BESIDE
+    [scratch] = [volume for volume in pod["volumes"] if volume["name"] == "scratch"]
+    assert int(given["MODEPATH_CACHE_GIB"]) < int(scratch["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+
+
+def test_the_image_has_what_the_manifest_asks_for():
+    bento = pytest.importorskip("deploy.bento")
+    extras = bento._extras(SimpleNamespace(input=SimpleNamespace(tokenizer=False)))
+    assert {"grpc", "postgres", "remote"} <= set(extras)
 
 
 def test_kustomize_finds_its_files_and_the_image():

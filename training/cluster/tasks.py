@@ -1,7 +1,7 @@
 """Trains the chains of a plan as tasks of Ray, and collects what they have trained in the run's folder.
 
-A task gets the options, the data and the weights that its legs start from, so a node needs no shared disk; the user's own code must be importable there. After each
-epoch it sends its checkpoint, and what it has collected since, to an actor beside this process, which writes them into the run's folder. So a
+A task gets the options, the data, the user's own files and objects, and the weights that its legs start from, so a node needs no shared disk; packages must be installed
+there, and are compared (code.py). After each epoch it sends its checkpoint, and what it has collected since, to an actor beside this process, which writes them into the run's folder. So a
 task whose node is lost begins again after its last finished epoch, and so does a command that is repeated.
 """
 
@@ -13,9 +13,11 @@ import importlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +27,13 @@ from typing import Any
 import torch
 
 from training import logger
+from training.cluster import code
 from training.cluster.chains import chains
 from training.config import Config
 from training.data import Data
 from training.errors import ConfigError, TrainingError
 from training.geometry.vertices import State
-from training.optimisation import loop
+from training.optimisation import hardware, loop
 from training.optimisation.loop import Leg
 from training.optimisation.session import Session
 from training.runs import Progress, Run, save_state, write_whole
@@ -47,6 +50,8 @@ class _Task:
     module: str  # of the method
     plan: str  # name of its function
     options: Mapping[str, Any]
+    code: Mapping[str, bytes]  # the user's, by option
+    expected: Mapping[str, Any]  # see code.check
     threads: int
     legs: Sequence[int]
     steps: int  # iterations in an epoch
@@ -135,10 +140,17 @@ def train(session: Session, run: Run, legs: Sequence[Leg], plan: Callable[..., A
         module = sys.modules[type(config).__module__]
         name = module.__spec__.name if module.__name__ == "__main__" and module.__spec__ else module.__name__
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        options["precision"] = "bf16" if hardware.is_reduced(session.fabric) else "32"  # what was found to run here
+        if not config.ray_gpus:
+            options["device"] = "cpu"  # else all tasks of a node would share its first GPU
+        own, expected = code.packed(options), code.of_command(session)
+        _warn_of_resources(ray, config)
         logger.info(f"{len(groups)} tasks on the Ray cluster, of {config.ray_cpus:g} CPUs each")
         waiting = {}
         for number, group in enumerate(groups):
-            task = _Task(name, plan.__name__, options, max(1, int(config.ray_cpus)), group, session.steps_per_epoch)
+            task = _Task(
+                name, plan.__name__, options, own, expected, max(1, int(config.ray_cpus)), group, session.steps_per_epoch
+            )  # fmt: skip
             waiting[submit.remote(task, data, keeper, number)] = group
         seconds, finished = 0.0, 0
         while waiting:
@@ -148,6 +160,8 @@ def train(session: Session, run: Run, legs: Sequence[Leg], plan: Callable[..., A
             labels = ", ".join(dict.fromkeys(legs[leg].label for leg in waiting.pop(ready)))
             logger.info(f"finished {finished} of {len(groups)} tasks: {labels}")
         time.sleep(SHOWN_SECONDS)
+    except SystemError as error:  # a signal arrived in Ray's own code, which wraps what its handler raised
+        raise (error if error.__cause__ is None else error.__cause__) from None
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise cause if isinstance(cause, TrainingError) else error from None
@@ -164,18 +178,33 @@ def _connected(config: Config) -> Any:
         ray: Any = importlib.import_module("ray")  # few need it, and it is not installed with the rest
     except ImportError:
         raise ConfigError("--ray needs the package ray: pip install 'modepath[ray]'.") from None
-    address = None if config.ray == "local" else config.ray
+    local = config.ray == "local"
+    in_main = threading.current_thread() is threading.main_thread()
+    on_terminate = signal.getsignal(signal.SIGTERM)  # Ray replaces it
     try:
-        if address is not None and (place := re.fullmatch(r"([^:/]+):(\d+)", address)):
+        if not local and (place := re.fullmatch(r"([^:/]+):(\d+)", str(config.ray))):
             # Ray itself would try for minutes.
             socket.create_connection((place[1], int(place[2])), timeout=5).close()
-        ray.init(address=address, logging_level=logging.WARNING, include_dashboard=False if address is None else None)
+        ray.init(address=config.ray, logging_level=logging.WARNING, include_dashboard=False if local else None)
     except Exception as error:  # ConnectionError, ValueError and others
         raise ConfigError(
-            f"The Ray cluster {config.ray!r} does not answer ({str(error).splitlines()[0]}). Give --ray local, or HOST:PORT of a cluster that "
-            "this machine is a node of (ray start)."
+            f"The Ray cluster {config.ray!r} does not answer ({(str(error).splitlines() or [type(error).__name__])[0]}). Give --ray local, or HOST:PORT of a cluster that "
+            "this machine is a node of (ray start). If its nodes were started with RAY_AUTH_MODE=token, set that here, too."
         ) from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, on_terminate)
     return ray
+
+
+def _warn_of_resources(ray: Any, config: Config) -> None:
+    having = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(one.get("CPU", 0) >= config.ray_cpus and one.get("GPU", 0) >= config.ray_gpus for one in having):
+        largest = ", ".join(f"{one.get('CPU', 0):g} CPUs and {one.get('GPU', 0):g} GPUs" for one in having)
+        logger.warning(
+            f"no node of the cluster has the {config.ray_cpus:g} CPUs and {config.ray_gpus:g} GPUs that a task asks for (--ray-cpus, --ray-gpus); they have: "
+            f"{largest}. The tasks wait until such a node joins."
+        )
 
 
 def _trained(task: _Task, data: Data, keeper: Any, chain: int) -> float:
@@ -187,9 +216,10 @@ def _trained(task: _Task, data: Data, keeper: Any, chain: int) -> float:
         logger.propagate = False
     torch.set_num_threads(task.threads)
     module = importlib.import_module(task.module)
-    config: Config = module.Config(**task.options)
-    session = Session.of(config, data)
     with tempfile.TemporaryDirectory(prefix="modepath-") as folder:
+        config: Config = module.Config(**code.unpacked(task.options, task.code, Path(folder) / "code"))
+        session = Session.of(config, data)
+        code.check(session, task.expected)
         run = _Sending(Path(folder), lambda files: ray.get(keeper.put.remote(chain, files)))
         run.has(ray.get(keeper.files.remote(chain, task.legs)))
         legs = getattr(module, task.plan)(config, run, task.steps).legs

@@ -13,7 +13,9 @@ import pytest
 from models_store.store import Store
 from tests.conftest import ROOT
 from training import independent
-from training.errors import ConfigError
+from training.cluster import code
+from training.errors import ConfigError, RunError
+from training.optimisation.session import Session
 
 pytest.importorskip("ray", reason="the ray extra is not installed")
 OPTIONS = ("--dataset", "digits", "--network", "preresnet8", "--network-options", "width=1.0", "--epochs", "30", "--runs", "3", "--name", "d")  # fmt: skip
@@ -90,6 +92,70 @@ def test_an_interrupted_command_stops_its_tasks_and_the_same_command_resumes(tmp
     assert again.returncode == 0, output
     assert "resuming network" in output
     assert hashes(tmp_path, "store") == local
+
+
+def test_a_command_that_is_terminated_says_how_to_resume(tmp_path):
+    process = start(tmp_path, "--ray", "local")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 2/30" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, rest
+    assert "stopped by SIGTERM; the same command resumes" in rest
+
+
+OWN = """
+import torch
+def make(classes, shape):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes){more})
+"""
+
+
+def test_a_file_with_the_users_network_is_sent_to_nodes_that_do_not_have_it(tmp_path):
+    (tmp_path / "net.py").write_text(OWN.format(more=""))
+    found = []
+    for ray in ((), ("--ray", "local")):
+        done = start(tmp_path, "--network", "net.py:make", "--network-options", *ray, store=f"store{len(ray)}")
+        output = done.communicate(timeout=300)[0]
+        assert done.returncode == 0, output
+        found.append(hashes(tmp_path, f"store{len(ray)}"))
+    assert found[0] == found[1]
+
+
+def test_an_object_is_sent_to_the_nodes_by_value(tmp_path):
+    program = """
+import modepath, torch
+class Own(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, classes)
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+def make(classes, shape):
+    return Own(classes)
+if __name__ == "__main__":
+    found = modepath.independent(network=make, data="digits", epochs=2, runs=2, name="own", ray="local")
+    print("published", found.name)
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MODELS_STORE": str(tmp_path / "s"), "MODEPATH_RUNS": str(tmp_path / "r")}  # fmt: skip
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    assert "published own@1" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_node_with_another_network_version_or_torch_is_refused(monkeypatch):
+    session = Session.open(independent.Config(dataset="digits", network="mlp", limit=200))
+    expected = code.of_command(session)
+    code.check(session, expected)
+    with pytest.raises(RunError, match=r"has torch .* the command 1\.0"):
+        code.check(session, {**expected, "torch": "1.0"})
+    with pytest.raises(RunError, match="another version of modepath"):
+        code.check(session, {**expected, "sources": "0"})
+    other = Session.open(independent.Config(dataset="digits", network="mlp", limit=200, network_options=("hidden=7",)))
+    with pytest.raises(RunError, match=r"--network mlp is another network than where the command runs"):
+        code.check(other, expected)
 
 
 def test_a_loss_that_diverges_ends_the_command_in_one_line(tmp_path):
