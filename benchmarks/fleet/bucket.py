@@ -36,6 +36,15 @@ PUBLISH = "from models_store.store import Store; from tests.onnx_members import 
 LIST = "from models_store.store import Store; s = Store(); print(sum(len(s.versions(n)) for n in s.names()), len(s.activation_order()))"
 
 
+def until(askers: list[Asker], version: int, seconds: float = 60) -> None:
+    """Wait until the last answer to each of them came from this version."""
+    deadline = time.monotonic() + seconds
+    while any(not asker.seen or asker.seen[-1][1] != version for asker in askers):
+        if time.monotonic() > deadline:
+            sys.exit(f"after {seconds:.0f} s not all replicas answer with version {version}")
+        time.sleep(0.02)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--activations", type=int, default=10)
