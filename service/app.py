@@ -29,7 +29,7 @@ from service.access.hosts import Hosts
 from service.http import activation, feedback, openapi, pages
 from service.http.access_log import AccessLog
 from service.http.bodies import read_request, refuse_coded
-from service.http.connections import LEFT
+from service.http.connections import LEFT, is_alone
 from service.http.errors import (
     BadRequestError,
     DeadlineError,
@@ -157,7 +157,8 @@ class _Routes:
     def _asker(self, request: Request) -> Asker:
         header = self._settings.caller_header
         named = request.headers.getlist(header) if header is not None else ()
-        return asker(request.scope.get(KEY), header, named, request.headers, request.scope.get("log_fields"))
+        fields = request.scope.get("log_fields")
+        return asker(request.scope.get(KEY), header, named, request.headers, fields, is_alone)
 
     async def path(self, request: Request) -> Response:
         """POST /ensembles/{name}/path: the answer of every network of a curve to one image."""

@@ -61,6 +61,7 @@ class Asker:
     given_id: str | None = None  # an id that the client or a proxy gave, so that their logs and ours can be joined
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     log_fields: dict[str, Any] | None = None  # of the access log; what is known of the answer is added
+    is_alone: Callable[[], bool] = lambda: False  # whether no other request is being answered by this process
 
 
 def asker(
@@ -69,6 +70,7 @@ def asker(
     named: Sequence[str],
     headers: Mapping[str, str],
     log_fields: dict[str, Any] | None = None,
+    is_alone: Callable[[], bool] = lambda: False,
 ) -> Asker:
     """Return who asks: the owner of an API key, or whom a trusted proxy names.
 
@@ -79,6 +81,7 @@ def asker(
             one would get a draw for each name.
         headers: of the request.
         log_fields: of the access log.
+        is_alone: whether this process answers no other request at the moment.
 
     Raises:
         BadRequestError: the caller is not named once.
@@ -92,7 +95,7 @@ def asker(
         caller = named[0]
     given_id = headers.get("x-request-id", "")
     plain = given_id if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given_id) else None
-    return Asker(caller, key, plain, headers, log_fields)
+    return Asker(caller, key, plain, headers, log_fields, is_alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +175,7 @@ class Predictor:
         ask = partial(self._asked, body, mode, options, images, asker.caller)
         try:
             if ensemble is active:
-                rows, answer = await ask(active)
+                rows, answer = await ask(active, alone=mode != "cascade" and asker.is_alone())
             else:
                 ensemble, (rows, answer) = await worker.roll_outs.answer(active, ensemble, ask)
         except ServiceError:  # what was not answered does not count
@@ -223,13 +226,13 @@ class Predictor:
         return await worker.offload.decode(body, found.pixels, found.decode) if isinstance(found, Encoded) else found
 
     async def _asked(
-        self, body: Body, mode: Mode, options: Options, images: Images, caller: str, ensemble: Ensemble
-    ) -> tuple[Rows, Answer]:
+        self, body: Body, mode: Mode, options: Options, images: Images, caller: str, ensemble: Ensemble, *, alone: bool = False
+    ) -> tuple[Rows, Answer]:  # fmt: skip
         """Run one version on the images of a request."""
         worker, draw = self._worker, partial(ensemble.rows, mode, images, caller)
         large = mode not in TOGETHER and images.nbytes > INLINE_BYTES
         rows = await worker.offload.run(body, draw) if large else draw()
-        return rows, await worker.batcher.run(ensemble.session(mode, options.rule), rows)
+        return rows, await worker.batcher.run(ensemble.session(mode, options.rule), rows, alone=alone)
 
     def _choice(self, active: Ensemble, asked: Asked, asker: Asker) -> tuple[Ensemble, Mode]:
         """Return the version that answers a request, and the mode: the active one, too, where its canary cannot do what is asked."""

@@ -14,6 +14,7 @@ import fcntl
 import logging
 import resource
 import termios
+from collections.abc import Collection
 from typing import Any, cast
 
 import httptools
@@ -48,6 +49,11 @@ _direct: Any = (
 )
 
 
+def is_alone() -> bool:
+    """Return whether this process is answering exactly one HTTP request."""
+    return len(Connection.answering) == 1
+
+
 def leave(connections: int) -> None:
     """Leave file descriptors to other connections than those of HTTP."""
     Connection.most = max(16, most_connections() - connections)
@@ -71,9 +77,11 @@ class Connection(HttpToolsProtocol):
     """See the module. The parser's callbacks are called in the order of the bytes; all run on the event loop."""
 
     most = most_connections()
+    answering: Collection[object] = ()  # one task for each request that is being answered; uvicorn's set
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        Connection.answering = self.tasks  # of all connections
         self._head_limit = settings().head_bytes
         self._head_seconds = settings().head_seconds
         self._since = 0.0  # time at which the connection was opened, or at which its last request arrived

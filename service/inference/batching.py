@@ -9,6 +9,8 @@ Requests take turns. A turn lasts as long as its rows need, up to a tenth of the
 request has several. A turn runs in pieces of at most one batch, and each piece has a time at which it is due: SLOWDOWN
 times what the turn needs up to there, but at most a turn, counted from the begin of the turn. What is due first runs first. So a small
 request passes between the pieces of a large one, and a request of one turn, once it is late, is not overtaken again.
+
+A short request that is the only one is run at once on the event loop: the two hand-offs to a thread and back would take longer.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ import numpy as np
 
 from models_store.graphs.runtime import Outputs
 from service.http.errors import BrokenEnsembleError, QueueFullError, QueueTimeError
-from service.inference.pieces import Answer, Batch, Job, Piece, Result, Segment, answer_of
+from service.inference.pieces import Answer, Batch, Job, Piece, Result, Segment, answer_of, checked
 from service.inference.session import Rows, Session
 
 log = logging.getLogger("bentoml.modepath")
 SMOOTHING = 0.2  # weight of the newest batch in the moving average of the time per row
 TURN = 0.1  # longest turn of a request, as a share of the time that a request may wait
+AT_ONCE_SECONDS = 1e-3  # most of the event loop's time that a request may take
 SLOWDOWN = 3  # a turn may take this many times the time that its rows need, before later requests have to wait for it
 
 
@@ -64,14 +67,21 @@ class Batcher:
         for number in range(threads):
             threading.Thread(target=self._work, name=f"batches-{number}", daemon=True).start()
 
-    async def run(self, session: Session, rows: Rows) -> Answer:
+    async def run(self, session: Session, rows: Rows, *, alone: bool = False) -> Answer:
         """Queue the rows of a request and return its answer.
+
+        Args:
+            session: what runs them.
+            rows: of the request.
+            alone: whether the process has no other request, and this one may hold up the event loop for a moment.
 
         Raises:
             QueueFullError: more rows are waiting than the limits allow, or than can be answered in time.
             QueueTimeError: the request's turn did not come in time.
             BrokenEnsembleError: a member failed or returned NaN.
         """
+        if alone and self._is_short(session, len(rows)):
+            return self._at_once(session, rows)
         job = Job(session, rows, asyncio.get_running_loop().create_future())
         with self._changed:
             self._admit(job)
@@ -82,6 +92,28 @@ class Batcher:
         except asyncio.CancelledError:  # the client disconnected, or the request timed out
             self._withdraw(job)
             raise
+
+    def _is_short(self, session: Session, rows: int) -> bool:
+        if self._rows or self._open is not None or (row_seconds := self._row_seconds.get(session)) is None:
+            return False
+        # The estimate is of a batch whose tasks share the threads.
+        return row_seconds * rows * min(self._threads, session.tasks(rows)) <= AT_ONCE_SECONDS
+
+    def _at_once(self, session: Session, rows: Rows) -> Answer:
+        here = threading.get_ident()
+        self._since[here] = time.monotonic()
+        began = time.perf_counter()
+        try:
+            outputs = [session.run(task, rows) for task in range(session.tasks(len(rows)))]
+            settled = session.settle(rows, session.joined(outputs))
+        except Exception as error:
+            raise _member_failed(error) from None
+        finally:
+            del self._since[here]
+        seconds = time.perf_counter() - began
+        with self._changed:
+            self._learn(session, seconds / min(self._threads, len(outputs)) / len(rows))
+        return checked(Answer(settled.member_probs, settled.prediction, 0.0, seconds))
 
     def warm(self, session: Session, row: Rows) -> None:
         """Run one row and the largest batch, so that no client waits for allocations, and measure the time per row."""
@@ -327,13 +359,8 @@ class Batcher:
             job.tell(answer_of(job))
 
     def _fail(self, job: Job, error: Exception) -> None:
-        log.error("a member failed", exc_info=error)
         self._withdraw(job)
-        job.tell(
-            BrokenEnsembleError(
-                f"A member failed on these images: {type(error).__name__}. The service's log has the details."
-            )
-        )
+        job.tell(_member_failed(error))
 
     def _learn(self, session: Session, row_seconds: float) -> None:
         known = self._row_seconds.get(session, row_seconds)
@@ -349,3 +376,10 @@ class Batcher:
             return
         job.left = True
         self._rows -= len(job.rows)
+
+
+def _member_failed(error: Exception) -> BrokenEnsembleError:
+    log.error("a member failed", exc_info=error)
+    return BrokenEnsembleError(
+        f"A member failed on these images: {type(error).__name__}. The service's log has the details."
+    )

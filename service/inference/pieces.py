@@ -147,6 +147,18 @@ def answer_of(job: Job) -> Answer | ServiceError:
             member_probs = np.concatenate([r.member_probs for r in results if r.member_probs is not None], axis=1)[
                 :, order
             ]
-    if not np.isfinite(prediction.mean_probs).all():
-        return BrokenEnsembleError("The ensemble answers one of these images with NaN; it should not be served.")
-    return Answer(member_probs, prediction, job.began - job.arrived, time.perf_counter() - job.began, used)
+    try:
+        return checked(Answer(member_probs, prediction, job.began - job.arrived, time.perf_counter() - job.began, used))
+    except BrokenEnsembleError as error:
+        return error
+
+
+def checked(answer: Answer) -> Answer:
+    """Return the answer.
+
+    Raises:
+        BrokenEnsembleError: one of its rows is NaN.
+    """
+    if not np.isfinite(answer.prediction.mean_probs).all():
+        raise BrokenEnsembleError("The ensemble answers one of these images with NaN; it should not be served.")
+    return answer

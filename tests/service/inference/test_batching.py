@@ -82,6 +82,62 @@ async def until(condition):
     raise AssertionError("it did not happen")
 
 
+def asked_alone(made, ensemble, *values):
+    """The answer, and the thread that ran the members."""
+    ran = []
+    run = ensemble.run
+    ensemble.run = lambda task, given: ran.append(threading.current_thread()) or run(task, given)
+    answer = asyncio.run(made.run(ensemble, rows(*values), alone=True))
+    ensemble.run = run
+    return answer, ran[-1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_short_request_that_is_alone_is_answered_at_once_and_alike(batcher, threads):
+    ensemble, made = Ensemble(), batcher(threads=threads)
+    before, thread = asked_alone(made, ensemble, 0.1, 0.2)
+    assert thread is not threading.main_thread()  # how long it takes is not known yet
+    made._row_seconds[ensemble] = 1e-5
+    answer, thread = asked_alone(made, ensemble, 0.1, 0.2)
+    assert thread is threading.main_thread()
+    assert np.array_equal(answer.prediction.mean_probs, before.prediction.mean_probs)
+    assert np.array_equal(answer.member_probs, before.member_probs)
+    assert answer.queue_seconds == 0
+    assert answer.members_seconds > 0
+    assert made._row_seconds[ensemble] != 1e-5  # it goes on learning
+    assert made.longest_seconds() < 1
+    made._row_seconds[ensemble] = 1.0  # a long one
+    assert asked_alone(made, ensemble, 0.1)[1] is not threading.main_thread()
+
+
+def test_a_request_beside_waiting_ones_takes_its_turn(batcher):
+    ensemble, made = Ensemble(), batcher(threads=1)
+    made._row_seconds[ensemble] = 1e-6
+    ensemble.gate.clear()
+
+    async def both():
+        first = asyncio.ensure_future(made.run(ensemble, rows(0.1)))
+        await until(lambda: made._rows == 1)
+        second = asyncio.ensure_future(made.run(ensemble, rows(0.2), alone=True))
+        await asyncio.sleep(0.05)  # the event loop is free: it does not wait for the member
+        ensemble.gate.set()
+        return await asyncio.gather(first, second)
+
+    for answer, value in zip(asyncio.run(both()), (0.1, 0.2), strict=True):
+        assert answer.member_probs == pytest.approx(ensemble.expected(rows(value)))
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.5, "A member failed on these images: RuntimeError"), (0.25, "NaN")])
+def test_what_fails_at_once_fails_as_in_a_batch(batcher, value, said):
+    ensemble, made = Ensemble(), batcher()
+    for known in (None, 1e-6):
+        if known:
+            made._row_seconds[ensemble] = known
+        with pytest.raises(BrokenEnsembleError, match=said):
+            asked_alone(made, ensemble, value)
+    assert asked_alone(made, ensemble, 0.1)[0].prediction is not None
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_everyone_gets_the_answers_to_their_own_rows(batcher, threads):
     ensemble, made = Ensemble(), batcher(threads=threads)
