@@ -2,8 +2,9 @@
 
 ESPRO: at each mode (a trained network) a simplex grows, one vertex at a time; with --connect (SPRO) the new vertices
 are shared, so that a simplicial complex joins the modes. A new vertex is trained so that networks drawn uniformly from
-the complex are good and the complex is large: its loss is the mean loss of the drawn networks minus --volume-weight
-times the logarithm of the volume.
+the complex are good and the complex is large: its loss is the mean loss of the drawn networks minus 6 λ / ((k + 1)(k + 2))
+times the logarithm of the volume, where λ is --volume-weight and k + 1 the number of vertices of a simplex. The paper's
+weight is the same for all vertices, and much smaller; docs/methods/espro.md lists what else departs from it.
 """
 
 from __future__ import annotations

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import warnings
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import Precision
+from torch import distributed
 
 from training import logger
 from training.config import Config
@@ -31,24 +33,28 @@ class _Rank(logging.Filter):
 
 
 def launch(config: Config) -> Fabric:
-    """Launch Fabric on the chosen device.
+    """Launch Fabric on the chosen device, or join the processes that torchrun has started.
 
     Raises:
-        ConfigError: the device is not available.
+        ConfigError: the device is not available, or --devices differs from what torchrun has started.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch sees no GPU: check the driver, or use --device cpu.")
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and config.devices > torch.cuda.device_count():
-        raise ConfigError(f"--devices {config.devices}, but this machine has {torch.cuda.device_count()}.")
+    devices, machines = _started_by_torchrun(config) or (config.devices, 1)
+    if device == "cuda" and devices > torch.cuda.device_count():
+        raise ConfigError(f"{devices} devices are asked for, but this machine has {torch.cuda.device_count()}.")
+    if devices * machines > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        _join("nccl" if device == "cuda" else "gloo")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and _computes_in_bf16(device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Fabric's hints about GPUs that are not used
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # `describe` reports it instead
         fabric = Fabric(
             accelerator=device,
-            devices=config.devices,
-            strategy="ddp" if config.devices > 1 else "auto",
+            devices=devices,
+            num_nodes=machines,
+            strategy="ddp" if devices * machines > 1 else "auto",
             precision="bf16-mixed" if bf16 else "32-true",
         )
         fabric.launch()
@@ -56,6 +62,36 @@ def launch(config: Config) -> Fabric:
     if device == "cpu":
         keep_memory()
     return fabric
+
+
+def _started_by_torchrun(config: Config) -> tuple[int, int] | None:
+    """Processes on this machine, and machines; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    here, all_ = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if config.devices not in (1, here):
+        raise ConfigError(
+            f"--devices {config.devices}, but torchrun has started {here} processes on this machine. Leave out --devices."
+        )
+    return here, all_ // here
+
+
+def _join(backend: str) -> None:
+    """Join the other processes, before Fabric would.
+
+    Processes that torchrun has started again find the addresses of those before them in its store, and wait for them
+    in vain (torch 2.14 with gloo). So each start uses a part of the store of its own.
+    """
+    if distributed.is_initialized():
+        return
+    get = os.environ.__getitem__
+    store = distributed.TCPStore(
+        get("MASTER_ADDR"),
+        int(get("MASTER_PORT")),
+        is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and get("RANK") == "0",
+    )
+    own = distributed.PrefixStore(f"modepath-{get('TORCHELASTIC_RESTART_COUNT')}", store)
+    distributed.init_process_group(backend, store=own, rank=int(get("RANK")), world_size=int(get("WORLD_SIZE")))
 
 
 def _log_once(rank: int) -> None:

@@ -210,7 +210,10 @@ class _Job:
                     save_state(self.run.vertex_file(index, number), state)
             if i == leg.iterations:
                 break
-        mean_loss = float(total) / count
+        mean = total / count
+        if world > 1:  # of all processes, so that all of them know of a loss that is not finite
+            mean = cast("torch.Tensor", self.fabric.all_reduce(mean, reduce_op="mean"))
+        mean_loss = float(mean)
         # Checked once in an epoch, because reading it in every step would make a GPU wait.
         if not math.isfinite(mean_loss):
             at = int(min(float(first_bad), count))  # the sum of finite losses may overflow
