@@ -68,7 +68,9 @@ def up(nodes: int, cpus: int) -> None:
         ip("link", "set", outer, "master", BRIDGE, "up")
         for inner in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"], ["link", "set", "lo", "up"]):  # fmt: skip
             ip("-n", space, *inner)
-        ray(["ip", "netns", "exec", space], f"--address={HEAD}", f"--node-ip-address={address}", f"--num-cpus={cpus}")
+        # A folder of its own, so that nodes share no disk, and what each says is shown once.
+        private = f'mkdir -p {FOLDER} && mount -t tmpfs none {FOLDER} && exec "$@"'
+        ray(["ip", "netns", "exec", space, "sh", "-c", private, "sh"], f"--address={HEAD}", f"--node-ip-address={address}", f"--num-cpus={cpus}")
 
 
 def kill(number: int) -> None:
@@ -86,6 +88,8 @@ def down() -> None:
         kill(int(space.removeprefix("modepath-")))
         ip("netns", "del", space)
     subprocess.run(["pkill", "-KILL", "-f", FOLDER], capture_output=True, check=False)
+    for link in Path("/sys/class/net").glob("modepath-*"):  # of a namespace that its last process still holds
+        ip("link", "del", link.name)
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         ip("link", "del", BRIDGE)
 
