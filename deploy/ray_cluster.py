@@ -70,7 +70,12 @@ def up(nodes: int, cpus: int) -> None:
             ip("-n", space, *inner)
         # A folder of its own, so that nodes share no disk, and what each says is shown once.
         private = f'mkdir -p {FOLDER} && mount -t tmpfs none {FOLDER} && exec "$@"'
-        ray(["ip", "netns", "exec", space, "sh", "-c", private, "sh"], f"--address={HEAD}", f"--node-ip-address={address}", f"--num-cpus={cpus}")
+        ray(
+            ["ip", "netns", "exec", space, "sh", "-c", private, "sh"],
+            f"--address={HEAD}",
+            f"--node-ip-address={address}",
+            f"--num-cpus={cpus}",
+        )
 
 
 def kill(number: int) -> None:

@@ -85,7 +85,7 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def log_message(self, *given):
+            def log_message(self, format, *args):  # noqa: A002
                 pass
 
             def _pass_on(self):

@@ -73,7 +73,7 @@ def test_losses_are_those_of_one_process(kind, tmp_path):
 
 
 def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(tmp_path):
-    options = list(COMMON)
+    options = [*COMMON]
     options[options.index("--epochs") + 1] = "400"
     process = start(tmp_path, 2, "training.independent", *options, "--runs", "1", "--name", "e")
     lines, killed = [], False

@@ -11,6 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import Precision
 from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from training import logger
 from training.config import Config
@@ -85,12 +86,12 @@ def _join(backend: str) -> None:
     if distributed.is_initialized():
         return
     get = os.environ.__getitem__
-    store = distributed.TCPStore(
+    store = TCPStore(
         get("MASTER_ADDR"),
         int(get("MASTER_PORT")),
         is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and get("RANK") == "0",
     )
-    own = distributed.PrefixStore(f"modepath-{get('TORCHELASTIC_RESTART_COUNT')}", store)
+    own = PrefixStore(f"modepath-{get('TORCHELASTIC_RESTART_COUNT')}", store)
     distributed.init_process_group(backend, store=own, rank=int(get("RANK")), world_size=int(get("WORLD_SIZE")))
 
 
