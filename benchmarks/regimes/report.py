@@ -26,11 +26,21 @@ def text() -> str:
         found = {row["seed"]: row["arms"] for row in fitted.lines() if row["task"] == task and "arms" in row}
         confirming = [found[seed] for seed in fitted.CONFIRMING if seed in found]
         choosing = [found[seed] for seed in fitted.CHOOSING if seed in found]
-        if not choosing or not confirming:
+        if not choosing:
             continue
+        if not confirming:  # what was found so far
+            confirming = choosing
         chosen = {kind: _best(choosing, names) for kind, names in CHOICES.items()}
         seeds = [seed for seed in fitted.CONFIRMING if seed in found]
-        parts += [f"## {task}: seeds {', '.join(map(str, seeds))}", ""]
+        if seeds:
+            parts += [f"## {task}: seeds {', '.join(map(str, seeds))}", ""]
+        else:
+            parts += [
+                f"## {task}: seed 0 alone",
+                "",
+                "**Not confirmed**: the alternatives are chosen on this seed, and no other has been measured yet.",
+                "",
+            ]
         parts += [
             "Chosen on seed 0: " + "; ".join(f"{name.removeprefix('6 % more, ')}" for name in chosen.values()) + ".",
             "",
@@ -38,7 +48,7 @@ def text() -> str:
         parts += [_table(confirming, _from_one_budget(chosen), "independent × 1"), ""]
         parts += ["A finished network (B) and 3 further epochs, 6 % of B:", ""]
         parts += [_table(confirming, _from_a_network(chosen), "6 % more, at the last rate × 1"), ""]
-        parts += ["All alternatives of the choice, each at 1B:", ""]
+        parts += ["All alternatives of the choice, one run of each:", ""]
         parts += [
             _table(
                 confirming, [(f"{name} × 1", "") for names in CHOICES.values() for name in names], "independent × 1"
