@@ -558,7 +558,7 @@ class Store:
         return numbering.next_number(self.root, name)
 
     def _claim(self, name: str, version: int, digest: str) -> None:
-        """Make sure that nobody else publishes this number meanwhile; `staging` does here."""
+        """Reserve a number for a copied version. A folder needs nothing: the lock of `staging` keeps other publishers out."""
 
     def _is_published(self, name: str, version: int) -> bool:
         return _is_there(self._folder(name) / str(version))

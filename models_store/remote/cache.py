@@ -139,7 +139,7 @@ class Cache:
                 (folder / path).unlink()
 
     def _evict(self) -> None:
-        """Remove versions that nobody uses, the one used least recently first, until the rest is small enough."""
+        """Remove versions that no process uses, the one used least recently first, until the rest is small enough."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with files.locked(self.folder / ".evicting"):  # so that locks do not disappear meanwhile
             locks = [lock for lock in self.folder.glob("*/.locks/*") if lock.name.isdecimal()]

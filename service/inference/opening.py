@@ -70,7 +70,9 @@ class Ensemble:
     cascades: dict[Rule, Stage]  # first stages; empty if the mode is closed, or the version has no cascade
     tokenizer: Tokenizer | None = None  # of a version that answers texts
     path: Points | None = None  # the points of its curve, if the policy shows which one answers; all are open
-    version: Version | None = None  # the copy of a version that lies in a bucket stays on this machine while this does
+    version: Version | None = (
+        None  # kept, because the local copy of a version from a bucket may be removed once no object refers to it
+    )
 
     def mode(self, asked: Mode | None) -> Mode:
         """Return the mode of a request: `asked`, or the first open mode if it is None.

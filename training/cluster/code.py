@@ -41,7 +41,7 @@ def packed(options: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def unpacked(options: Mapping[str, Any], code: Mapping[str, bytes], folder: Path) -> dict[str, Any]:
-    """The options for this node: what was packed is registered, or lies in `folder`."""
+    """The options for this node. Packed objects are registered, and packed files are written into `folder`."""
     found = dict(options)
     for option, content in code.items():
         value: str = options[option]
